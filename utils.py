@@ -1,0 +1,90 @@
+"""What belongs to the process: its rank, its device, its seed, its logger, and errors that are the user's to mend."""
+
+import logging
+import os
+import random
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+logger = logging.getLogger("madtp")
+
+
+class UserError(Exception):
+    """A mistake that the user can mend: what is wrong, where, and what to do, in one line."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """The process as the experiment sees it. Without a process group it is rank 0 of 1."""
+
+    device: torch.device
+    rank: int = 0
+    world_size: int = 1
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+
+def init_run(device: str | None = None, seed: int = 42) -> Run:
+    """Join the process group that torchrun announces (nccl on CUDA, gloo elsewhere), seed, and set up the logger.
+
+    Raises:
+        UserError: when `device` asks for CUDA and there is none.
+    """
+    device_type = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device_type.startswith("cuda") and not torch.cuda.is_available():
+        raise UserError("--device cuda: this machine has no usable CUDA device; pass --device cpu")
+    rank, world_size, local_rank = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    if device_type == "cuda":
+        torch.cuda.set_device(local_rank)
+        device_type = f"cuda:{local_rank}"
+    if "RANK" in os.environ and not dist.is_initialized():
+        dist.init_process_group("nccl" if device_type.startswith("cuda") else "gloo")
+    seed_everything(seed + rank)
+    logging.basicConfig(level=logging.INFO if rank == 0 else logging.WARNING, format="%(message)s", stream=sys.stdout)
+    return Run(torch.device(device_type), rank, world_size)
+
+
+def seed_everything(seed: int) -> None:
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def all_reduce_sum(values: torch.Tensor) -> torch.Tensor:
+    """The sum of `values` over all processes; itself without a process group."""
+    if dist.is_initialized():
+        dist.all_reduce(values)
+    return values
+
+
+def gather_objects(value: object) -> list:
+    """`value` of every rank, in the order of the ranks, on every rank."""
+    if not dist.is_initialized():
+        return [value]
+    gathered: list = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, value)
+    return gathered
+
+
+def barrier() -> None:
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def run_main(main: Callable[[], None]) -> None:
+    """Call `main`; a UserError becomes one line on stderr and exit code 2, and the process group is always left."""
+    try:
+        main()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
