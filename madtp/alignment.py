@@ -1,0 +1,56 @@
+"""MAG, multi-modality alignment guidance: learnable tokens that both modalities share (paper, Section 3.2).
+
+Shapes: B batch, N tokens of a block without its class token, C their width, K learnable tokens, D their width (`sd_dim`).
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+Valid = Tensor | None  # (..., N) bool, False is padding; None where nothing is padded
+
+
+class Alignment(nn.Module):
+    """One block's view of the learnable tokens: V' = W V + B (Eq. 1), or the identity where the widths agree."""
+
+    def __init__(self, dim: int, token_dim: int, projection: str = "auto"):
+        """
+        Args:
+            projection: "auto" maps only where `dim != token_dim`, "on" always, "off" never.
+        Raises:
+            ValueError: for "off" where the widths differ.
+        """
+        super().__init__()
+        if projection == "off" and dim != token_dim:
+            raise ValueError(f"tokens of width {dim} cannot meet learnable tokens of width {token_dim} without a projection")
+        self.dim, self.token_dim = dim, token_dim
+        project = projection == "on" or dim != token_dim
+        self.projection = nn.Linear(dim, token_dim) if project else nn.Identity()
+
+    def forward(self, tokens: Tensor, learnable_tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """tokens (B, N, C), learnable_tokens (K, D) -> raw inner products E V'^T (B, K, N), mapped tokens V' (B, N, D)."""
+        mapped = self.projection(tokens)
+        return (mapped @ learnable_tokens.t()).transpose(1, 2), mapped
+
+    def flops(self, tokens: Tensor, num_learnable: int) -> Tensor:
+        """Multiply-adds of `forward` for token counts of any shape."""
+        projection = self.dim * self.token_dim if isinstance(self.projection, nn.Linear) else 0
+        return tokens * (projection + self.token_dim * num_learnable)
+
+
+def token_attention(products: Tensor, token_dim: int, valid: Valid = None) -> Tensor:
+    """A_token = softmax over tokens of E V'^T / sqrt(D) (Eq. 2). (B, K, N), each row sums to 1 over the valid tokens."""
+    logits = products.float() / token_dim**0.5
+    if valid is not None:
+        logits = logits.masked_fill(~valid.unsqueeze(1), float("-inf"))
+    return torch.softmax(logits, dim=-1).nan_to_num(0.0)  # a sample without tokens has no attention
+
+
+def aligned_features(attention: Tensor, mapped: Tensor) -> Tensor:
+    """E_v = A_token V' (Eq. 3). (B, K, N), (B, N, D) -> (B, K, D)."""
+    return attention.to(mapped.dtype) @ mapped
+
+
+def similarity_loss(vision: Tensor, language: Tensor) -> Tensor:
+    """L_sim = mean over samples and learnable tokens of 1 - cos(E^v, E^l) (Eq. 12). (B, K, D) twice -> scalar."""
+    return (1.0 - F.cosine_similarity(vision.float(), language.float(), dim=-1)).mean()

@@ -1,0 +1,262 @@
+"""BERT text encoder with cross-attention to images and a pruner slot in every layer. Parameter names are those of BLIP.
+
+Shapes: B batch, L text tokens with [ENC]/[CLS] first, C width, M image tokens, V their width.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from madtp import flops
+from madtp.alignment import Valid
+from madtp.pruning import OFF, PruneSetting, TokenPruner
+from models.attention import attend, merge_heads, split_heads
+from models.tower import TowerRecord, count_tokens
+
+NORM_EPS = 1e-12
+FIRST_MERGE_LAYER = 6  # BLIP-NLVR: from this layer on two cross-attentions meet in a linear layer, before it in their mean
+
+
+@dataclass(frozen=True)
+class BertSize:
+    vocab_size: int
+    hidden_size: int = 768
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    intermediate_size: int = 3072
+    max_position_embeddings: int = 512
+    dropout: float = 0.1
+
+
+class Heads(nn.Module):
+    """Query, key and value maps, and attention between them. Keys and values may come from tokens of another width."""
+
+    def __init__(self, size: BertSize, key_width: int):
+        super().__init__()
+        self.num_heads, self.dropout = size.num_attention_heads, size.dropout
+        self.query = nn.Linear(size.hidden_size, size.hidden_size)
+        self.key = nn.Linear(key_width, size.hidden_size)
+        self.value = nn.Linear(key_width, size.hidden_size)
+
+    def forward(self, x: Tensor, source: Tensor, valid: Valid, pruner: TokenPruner | None = None):
+        """x (B, L, C), source (B, M, V), valid (B, M) -> (B, L, C), statistics or None."""
+        query, key, value = (
+            split_heads(part, self.num_heads) for part in (self.query(x), self.key(source), self.value(source))
+        )
+        out, statistics = attend(query, key, value, valid, self.dropout if self.training else 0.0, pruner)
+        return merge_heads(out), statistics
+
+    def flops(self, queries: Tensor, keys: Tensor) -> Tensor:
+        width = self.query.out_features
+        total = flops.linear(queries, self.query.in_features, width) + flops.attention(queries, keys, width)
+        return total + flops.linear(keys, self.key.in_features, 2 * width)
+
+
+class ResidualOutput(nn.Module):
+    """LayerNorm(dropout(dense(x)) + residual)."""
+
+    def __init__(self, in_features: int, size: BertSize):
+        super().__init__()
+        self.dense = nn.Linear(in_features, size.hidden_size)
+        self.LayerNorm = nn.LayerNorm(size.hidden_size, eps=NORM_EPS)
+        self.dropout = nn.Dropout(size.dropout)
+
+    def forward(self, x: Tensor, residual: Tensor) -> Tensor:
+        return self.LayerNorm(self.dropout(self.dense(x)) + residual)
+
+    def flops(self, tokens: Tensor) -> Tensor:
+        return flops.linear(tokens, self.dense.in_features, self.dense.out_features) + flops.layer_norm(
+            tokens, self.dense.out_features
+        )
+
+
+class Attention(nn.Module):
+    def __init__(self, size: BertSize):
+        super().__init__()
+        self.self = Heads(size, size.hidden_size)
+        self.output = ResidualOutput(size.hidden_size, size)
+
+    def forward(self, x: Tensor, valid: Valid, pruner: TokenPruner | None):
+        attended, statistics = self.self(x, x, valid, pruner)
+        return self.output(attended, x), statistics
+
+    def flops(self, tokens: Tensor) -> Tensor:
+        return self.self.flops(tokens, tokens) + self.output.flops(tokens)
+
+
+class PairedOutput(nn.Module):
+    """Joins the cross-attentions to two images: their mean, or a linear layer over both (`merge`)."""
+
+    def __init__(self, size: BertSize, merge: bool):
+        super().__init__()
+        width = size.hidden_size
+        self.LayerNorm = nn.LayerNorm(width, eps=NORM_EPS)
+        self.dropout = nn.Dropout(size.dropout)
+        self.dense0 = nn.Linear(width, width)
+        self.dense1 = nn.Linear(width, width)
+        self.merge_layer = nn.Linear(2 * width, width) if merge else None
+
+    def forward(self, first: Tensor, second: Tensor, residual: Tensor) -> Tensor:
+        first, second = self.dense0(first), self.dense1(second)
+        if self.merge_layer is None:
+            joined = (first + second) / 2
+        else:
+            joined = self.merge_layer(torch.cat([first, second], dim=-1))
+        return self.LayerNorm(self.dropout(joined) + residual)
+
+    def flops(self, tokens: Tensor) -> Tensor:
+        width = self.dense0.out_features
+        total = flops.linear(tokens, width, 2 * width) + flops.layer_norm(tokens, width)
+        return total if self.merge_layer is None else total + flops.linear(tokens, 2 * width, width)
+
+
+class PairedCrossAttention(nn.Module):
+    """BLIP-NLVR: one cross-attention an image, each with weights of its own."""
+
+    def __init__(self, size: BertSize, image_width: int, merge: bool):
+        super().__init__()
+        self.self0 = Heads(size, image_width)
+        self.self1 = Heads(size, image_width)
+        self.output = PairedOutput(size, merge)
+
+    def forward(self, x: Tensor, images: Sequence[Tensor], images_valid: Sequence[Valid]) -> Tensor:
+        first, _ = self.self0(x, images[0], images_valid[0])
+        second, _ = self.self1(x, images[1], images_valid[1])
+        return self.output(first, second, x)
+
+    def flops(self, tokens: Tensor, images: Sequence[Tensor]) -> Tensor:
+        return self.self0.flops(tokens, images[0]) + self.self1.flops(tokens, images[1]) + self.output.flops(tokens)
+
+
+class FeedForward(nn.Module):
+    def __init__(self, size: BertSize):
+        super().__init__()
+        self.dense = nn.Linear(size.hidden_size, size.intermediate_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.gelu(self.dense(x))
+
+
+class Layer(nn.Module):
+    """Post-norm layer: self-attention, pruning, cross-attention, feed-forward. With `pruner=None` it is the dense layer."""
+
+    def __init__(self, size: BertSize, cross_attention: nn.Module, pruner: TokenPruner | None):
+        super().__init__()
+        self.attention = Attention(size)
+        self.crossattention = cross_attention
+        self.intermediate = FeedForward(size)
+        self.output = ResidualOutput(size.intermediate_size, size)
+        self.pruner = pruner
+
+    def forward(
+        self,
+        x: Tensor,
+        valid: Valid,
+        images: Sequence[Tensor],
+        images_valid: Sequence[Valid],
+        learnable_tokens: Tensor | None,
+        temperature: float | None,
+        align: bool,
+    ) -> tuple[Tensor, Valid, Tensor | None, Tensor | None]:
+        """x (B, L, C) -> x (B, L', C), valid (B, L'), kept (B, L - 1) or None, alignment features (B, K, D) or None."""
+        active = self.pruner is not None and temperature is not None
+        features, products = self.pruner.align(x, valid, learnable_tokens) if self.pruner and (active or align) else (None, None)
+        x, statistics = self.attention(x, valid, self.pruner if active else None)
+        kept = None
+        if active:
+            x, valid, kept = self.pruner.prune(x, valid, products, statistics, temperature)
+        x = self.crossattention(x, images, images_valid)
+        x = self.output(self.intermediate(x), x)
+        return x, valid, kept, features if align else None
+
+    def flops(self, entering: Tensor, leaving: Tensor, images: Sequence[Tensor], active: bool, training: bool) -> Tensor:
+        """Multiply-adds of `forward` for samples with these text and image token counts."""
+        dense = self.intermediate.dense
+        total = self.attention.flops(entering) + self.crossattention.flops(leaving, images)
+        total = total + flops.linear(leaving, dense.in_features, dense.out_features) + self.output.flops(leaving)
+        if self.pruner is not None:
+            total = total + self.pruner.flops(entering, leaving, active, training)
+        return total
+
+
+class Embeddings(nn.Module):
+    """Word plus position; no token types."""
+
+    def __init__(self, size: BertSize):
+        super().__init__()
+        self.word_embeddings = nn.Embedding(size.vocab_size, size.hidden_size, padding_idx=0)
+        self.position_embeddings = nn.Embedding(size.max_position_embeddings, size.hidden_size)
+        self.LayerNorm = nn.LayerNorm(size.hidden_size, eps=NORM_EPS)
+        self.dropout = nn.Dropout(size.dropout)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        positions = torch.arange(input_ids.shape[1], device=input_ids.device)
+        return self.dropout(self.LayerNorm(self.word_embeddings(input_ids) + self.position_embeddings(positions)))
+
+
+class LayerStack(nn.Module):
+    def __init__(self, layers: Sequence[Layer]):
+        super().__init__()
+        self.layer = nn.ModuleList(layers)
+
+
+class TextEncoder(nn.Module):
+    def __init__(
+        self,
+        size: BertSize,
+        make_cross_attention: Callable[[int], nn.Module],
+        make_pruner: Callable[[int], TokenPruner | None] = lambda dim: None,
+    ):
+        """
+        Args:
+            make_cross_attention: builds the cross-attention of a layer from the layer's index.
+            make_pruner: builds the pruner of a layer from its width; None leaves the layer dense.
+        """
+        super().__init__()
+        self.hidden_size = size.hidden_size
+        self.embeddings = Embeddings(size)
+        self.encoder = LayerStack(
+            [Layer(size, make_cross_attention(i), make_pruner(size.hidden_size)) for i in range(size.num_hidden_layers)]
+        )
+        self.apply(_init_weights)
+
+    @property
+    def depth(self) -> int:
+        return len(self.encoder.layer)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        images: Sequence[Tensor],
+        images_valid: Sequence[Valid],
+        learnable_tokens: Tensor | None = None,
+        setting: PruneSetting = OFF,
+        align: bool = False,
+    ) -> tuple[Tensor, Valid, TowerRecord]:
+        """input_ids, attention_mask (B, L); images: one (B, M, V) a cross-attention -> (B, L', C), valid (B, L'), record."""
+        x = self.embeddings(input_ids)
+        valid, record = attention_mask.bool(), TowerRecord()
+        for index, layer in enumerate(self.encoder.layer):
+            before = count_tokens(x, valid)
+            x, valid, kept, features = layer(x, valid, images, images_valid, learnable_tokens, setting.at(index), align)
+            record.add(before, count_tokens(x, valid), kept, features)
+        return x, valid, record
+
+    def flops(self, record: TowerRecord, images: Sequence[Tensor], setting: PruneSetting, training: bool = False) -> Tensor:
+        """Multiply-adds of `forward` per text (B,), with `images` the (B,) image token counts of each cross-attention."""
+        total = flops.layer_norm(record.entering[0], self.hidden_size)
+        for index, layer in enumerate(self.encoder.layer):
+            active = setting.at(index) is not None
+            total = total + layer.flops(record.entering[index], record.leaving[index], images, active, training)
+        return total
+
+
+def _init_weights(module: nn.Module) -> None:
+    if isinstance(module, nn.Linear | nn.Embedding):
+        nn.init.normal_(module.weight, std=0.02)
+    if isinstance(module, nn.Linear) and module.bias is not None:
+        nn.init.zeros_(module.bias)

@@ -1,0 +1,137 @@
+"""BLIP for NLVR2: does a sentence hold for a pair of images?
+
+Shapes: B pairs of images, S sentences (each about one pair), L text tokens, K learnable tokens, D their width.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from madtp.alignment import similarity_loss
+from madtp.flops import GIGA, linear
+from madtp.pruning import OFF, PruneSetting, TokenPruner
+from models.bert import FIRST_MERGE_LAYER, BertSize, PairedCrossAttention, TextEncoder
+from models.tower import TowerRecord
+from models.vit import VisionTransformer
+
+
+@dataclass
+class NlvrOutput:
+    """logits (S, 2), class 1 is True; alignment features only when asked for; one record a tower (images: 2 * B, left first)."""
+
+    logits: Tensor
+    vision: TowerRecord
+    language: TowerRecord
+
+
+class BlipNlvr(nn.Module):
+    def __init__(
+        self,
+        visual_encoder: VisionTransformer,
+        text_encoder: TextEncoder,
+        learnable_tokens: tuple[int, int, float] | None = None,
+    ):
+        """
+        Args:
+            learnable_tokens: number K, width D and initial std of the tokens that both towers share; None without pruners.
+        """
+        super().__init__()
+        self.visual_encoder = visual_encoder
+        self.text_encoder = text_encoder
+        width = text_encoder.hidden_size
+        self.cls_head = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 2))
+        self.space_dict = None  # the published name of E, the learnable tokens
+        if learnable_tokens is not None:
+            number, token_dim, std = learnable_tokens
+            self.space_dict = nn.Parameter(torch.randn(number, token_dim) * std)
+
+    @property
+    def learnable_tokens(self) -> Tensor | None:
+        return self.space_dict
+
+    @property
+    def depth(self) -> int:
+        """Blocks of the deeper tower: how far `prune_from` can be raised."""
+        return max(self.visual_encoder.depth, self.text_encoder.depth)
+
+    def forward(
+        self,
+        images: Tensor,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        pair: Tensor | None = None,
+        setting: PruneSetting = OFF,
+        align: bool = False,
+    ) -> NlvrOutput:
+        """
+        Args:
+            images: (B, 2, 3, H, W), left and right.
+            input_ids, attention_mask: (S, L), [ENC] first.
+            pair: (S,) which pair each sentence is about; None when S == B and in order.
+            setting: how hard to prune.
+            align: whether to collect the alignment features that `similarity` compares.
+        """
+        tokens, valid, vision = self.visual_encoder(
+            images.transpose(0, 1).flatten(0, 1), self.learnable_tokens, setting, align
+        )
+        halves = tokens.chunk(2)
+        halves_valid = (None, None) if valid is None else valid.chunk(2)
+        if pair is not None:
+            halves = [half[pair] for half in halves]
+            halves_valid = [None if half is None else half[pair] for half in halves_valid]
+        text, _, language = self.text_encoder(
+            input_ids, attention_mask, halves, halves_valid, self.learnable_tokens, setting, align
+        )
+        return NlvrOutput(self.cls_head(text[:, 0]), vision, language)
+
+    def similarity(self, output: NlvrOutput, pair: Tensor | None = None) -> Tensor:
+        """L_sim between the mean of the two images' alignment features and the sentence's."""
+        left, right = output.vision.features.chunk(2)
+        vision = (left + right) / 2
+        return similarity_loss(vision if pair is None else vision[pair], output.language.features)
+
+    def gflops(self, output: NlvrOutput, pair: Tensor | None = None, setting: PruneSetting = OFF, training: bool = False) -> Tensor:
+        """GFLOPs of each sentence with its two images, (S,) float64, closed form at true lengths."""
+        return sum(self.gflops_by_module(output, pair, setting, training).values())
+
+    def gflops_by_module(
+        self, output: NlvrOutput, pair: Tensor | None = None, setting: PruneSetting = OFF, training: bool = False
+    ) -> dict[str, Tensor]:
+        left, right = self.visual_encoder.flops(output.vision, setting, training).chunk(2)
+        image_tokens = output.vision.leaving[-1].chunk(2)
+        both = left + right
+        if pair is not None:
+            both, image_tokens = both[pair], [half[pair] for half in image_tokens]
+        text = self.text_encoder.flops(output.language, image_tokens, setting, training)
+        width = self.text_encoder.hidden_size
+        head = torch.full_like(text, linear(1, width, width) + linear(1, width, 2))
+        parts = {"visual_encoder": both, "text_encoder": text, "cls_head": head}
+        return {name: part.double() / GIGA for name, part in parts.items()}
+
+
+VIT_SIZES = {
+    "base": {"patch_size": 16, "embed_dim": 768, "depth": 12, "num_heads": 12},
+    "large": {"patch_size": 16, "embed_dim": 1024, "depth": 24, "num_heads": 16},
+}
+
+
+def build_blip_nlvr(
+    image_size: int,
+    vit: str | dict,
+    bert: BertSize,
+    make_pruner: Callable[[int], TokenPruner | None] = lambda dim: None,
+    learnable_tokens: tuple[int, int, float] | None = None,
+    drop_path: float = 0.1,
+    checkpoint_blocks: int = 0,
+) -> BlipNlvr:
+    """The model from numbers. `vit` is a key of VIT_SIZES or a dict of the same keys."""
+    size = VIT_SIZES[vit] if isinstance(vit, str) else vit
+    visual_encoder = VisionTransformer(
+        image_size, **size, drop_path=drop_path, make_pruner=make_pruner, checkpoint_blocks=checkpoint_blocks
+    )
+    text_encoder = TextEncoder(
+        bert, lambda i: PairedCrossAttention(bert, visual_encoder.embed_dim, i >= FIRST_MERGE_LAYER), make_pruner
+    )
+    return BlipNlvr(visual_encoder, text_encoder, learnable_tokens)

@@ -1,0 +1,143 @@
+"""Vision transformer with a pruner slot in every block. Parameter names are those of BLIP and timm.
+
+Shapes: B batch, N tokens with the class token first, C width, K learnable tokens, D their width.
+"""
+
+from collections.abc import Callable
+
+import torch
+from timm.layers import DropPath, Mlp, PatchEmbed, trunc_normal_
+from torch import Tensor, nn
+
+from madtp import flops
+from madtp.alignment import Valid
+from madtp.pruning import OFF, PruneSetting, TokenPruner
+from models.attention import attend, merge_heads, split_heads
+from models.tower import TowerRecord, count_tokens
+
+NORM_EPS = 1e-6
+
+
+class SelfAttention(nn.Module):
+    """Multi-head self-attention over x (B, N, C)."""
+
+    def __init__(self, dim: int, num_heads: int):
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor, valid: Valid, pruner: TokenPruner | None):
+        query, key, value = (split_heads(part, self.num_heads) for part in self.qkv(x).chunk(3, dim=-1))
+        out, statistics = attend(query, key, value, valid, pruner=pruner)
+        return self.proj(merge_heads(out)), statistics
+
+
+class Block(nn.Module):
+    """Pre-norm block: attention, pruning, MLP. With `pruner=None` it is the dense block."""
+
+    def __init__(self, dim: int, num_heads: int, mlp_ratio: float, drop_path: float, pruner: TokenPruner | None):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=NORM_EPS)
+        self.attn = SelfAttention(dim, num_heads)
+        self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
+        self.norm2 = nn.LayerNorm(dim, eps=NORM_EPS)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio))
+        self.pruner = pruner
+
+    def forward(
+        self, x: Tensor, valid: Valid, learnable_tokens: Tensor | None, temperature: float | None, align: bool
+    ) -> tuple[Tensor, Valid, Tensor | None, Tensor | None]:
+        """x (B, N, C) -> x (B, M, C), valid (B, M), kept (B, N - 1) or None, alignment features (B, K, D) or None."""
+        active = self.pruner is not None and temperature is not None
+        features, products = self.pruner.align(x, valid, learnable_tokens) if self.pruner and (active or align) else (None, None)
+        attended, statistics = self.attn(self.norm1(x), valid, self.pruner if active else None)
+        x = x + self.drop_path(attended)
+        kept = None
+        if active:
+            x, valid, kept = self.pruner.prune(x, valid, products, statistics, temperature)
+        x = x + self.drop_path(self.mlp(self.norm2(x)))
+        return x, valid, kept, features if align else None
+
+    def flops(self, entering: Tensor, leaving: Tensor, active: bool, training: bool) -> Tensor:
+        """Multiply-adds of `forward` for samples with these token counts before and after pruning."""
+        dim, hidden = self.norm1.normalized_shape[0], self.mlp.fc1.out_features
+        total = flops.layer_norm(entering, dim) + flops.linear(entering, dim, 4 * dim) + flops.attention(entering, entering, dim)
+        total = total + flops.layer_norm(leaving, dim) + flops.mlp(leaving, dim, hidden)
+        if self.pruner is not None:
+            total = total + self.pruner.flops(entering, leaving, active, training)
+        return total
+
+
+class VisionTransformer(nn.Module):
+    def __init__(
+        self,
+        image_size: int,
+        patch_size: int,
+        embed_dim: int,
+        depth: int,
+        num_heads: int,
+        mlp_ratio: float = 4.0,
+        drop_path: float = 0.0,
+        make_pruner: Callable[[int], TokenPruner | None] = lambda dim: None,
+        checkpoint_blocks: int = 0,
+    ):
+        """
+        Args:
+            make_pruner: builds the pruner of one block from the block's width; None leaves the block dense.
+            checkpoint_blocks: how many of the last blocks recompute their activations in the backward pass.
+        """
+        super().__init__()
+        self.embed_dim = embed_dim
+        self.patch_embed = PatchEmbed(image_size, patch_size, in_chans=3, embed_dim=embed_dim)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
+        self.pos_embed = nn.Parameter(torch.zeros(1, 1 + self.patch_embed.num_patches, embed_dim))
+        rates = torch.linspace(0, drop_path, depth).tolist()
+        self.blocks = nn.ModuleList(Block(embed_dim, num_heads, mlp_ratio, rate, make_pruner(embed_dim)) for rate in rates)
+        self.norm = nn.LayerNorm(embed_dim, eps=NORM_EPS)
+        trunc_normal_(self.cls_token, std=0.02)
+        trunc_normal_(self.pos_embed, std=0.02)
+        self.apply(_init_linear)
+        for index in range(depth - checkpoint_blocks, depth):
+            self.blocks[index] = checkpoint_wrapper(self.blocks[index])
+
+    @property
+    def depth(self) -> int:
+        return len(self.blocks)
+
+    def forward(
+        self, images: Tensor, learnable_tokens: Tensor | None = None, setting: PruneSetting = OFF, align: bool = False
+    ) -> tuple[Tensor, Valid, TowerRecord]:
+        """images (B, 3, H, W) -> tokens (B, M, C), valid (B, M) or None, record. `align` collects the alignment features."""
+        x = self.patch_embed(images)
+        x = torch.cat([self.cls_token.expand(len(x), -1, -1).to(x.dtype), x], dim=1) + self.pos_embed
+        valid, record = None, TowerRecord()
+        for index, block in enumerate(self.blocks):
+            before = count_tokens(x, valid)
+            x, valid, kept, features = block(x, valid, learnable_tokens, setting.at(index), align)
+            record.add(before, count_tokens(x, valid), kept, features)
+        return self.norm(x), valid, record
+
+    def flops(self, record: TowerRecord, setting: PruneSetting, training: bool = False) -> Tensor:
+        """Multiply-adds of `forward` per image, (B,)."""
+        patch = self.patch_embed.proj
+        first, last = record.entering[0], record.leaving[-1]
+        total = flops.linear(first - 1, patch.weight[0].numel(), self.embed_dim) + flops.layer_norm(last, self.embed_dim)
+        for index, block in enumerate(self.blocks):
+            active = setting.at(index) is not None
+            total = total + block.flops(record.entering[index], record.leaving[index], active, training)
+        return total
+
+
+def checkpoint_wrapper(module: nn.Module) -> nn.Module:
+    """fairscale's activation checkpointing, imported only by those who ask for it."""
+    from fairscale.nn.checkpoint import checkpoint_wrapper as wrap
+
+    return wrap(module)
+
+
+def _init_linear(module: nn.Module) -> None:
+    if isinstance(module, nn.Linear):
+        trunc_normal_(module.weight, std=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)

@@ -1,0 +1,110 @@
+"""Configs: files, overrides, and errors that a user can act on."""
+
+from pathlib import Path
+
+import pytest
+
+from config import NlvrConfig, load_config, parse_command_line, save_config
+from utils import UserError
+
+# The keys of the NLVR2 YAML as BLIP and its compressed descendants publish it.
+PUBLISHED = """
+image_root: '/export/share/datasets/vision/NLVR2/'
+ann_root: 'annotation'
+pretrained: 'pretrained/model_base_nlvr.pth'
+vit: 'base'
+batch_size_train: 16
+batch_size_test: 64
+vit_grad_ckpt: False
+vit_ckpt_layer: 0
+max_epoch: 15
+image_size: 384
+weight_decay: 0.05
+init_lr: 3e-5
+min_lr: 0
+sd_num: 100
+sd_dim: 768
+"""
+
+
+def refusal(tmp_path: Path, text: str, *flags: str) -> str:
+    path = tmp_path / "x.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError) as error:
+        parse_command_line("test", NlvrConfig, ["--config", str(path), *flags])
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+@pytest.mark.parametrize("path", ["configs/nlvr.yaml", "configs/shapes/nlvr.yaml"])
+def test_a_saved_config_is_the_same_config(path: str, tmp_path: Path) -> None:
+    config = load_config(NlvrConfig, path, {"output_dir": str(tmp_path), "init_lr": 3e-6})
+    save_config(config, tmp_path / "config.yaml")
+    assert load_config(NlvrConfig, tmp_path / "config.yaml") == config
+    assert (tmp_path / "config.yaml").read_text().startswith("# python compress_nlvr_dtp.py --config ")
+
+
+def test_a_published_yaml_loads_unchanged(tmp_path: Path) -> None:
+    (tmp_path / "nlvr.yaml").write_text(PUBLISHED)
+    config = load_config(NlvrConfig, tmp_path / "nlvr.yaml")
+    assert config.init_lr == 3e-5 and config.vit_sizes.embed_dim == 768 and config.sd_num == 100
+    assert config.annotation_file(config.val_file) == Path("annotation/nlvr_dev.json")
+
+
+def test_every_key_is_described() -> None:
+    assert all(field.description for field in NlvrConfig.model_fields.values())
+
+
+@pytest.mark.parametrize("text", ["init_lr: 3e-6", "init_lr: '3e-6'", "init_lr: 0.000003"])
+def test_numbers_are_read_as_yaml_of_any_version_writes_them(text: str, tmp_path: Path) -> None:
+    (tmp_path / "x.yaml").write_text(text)
+    assert load_config(NlvrConfig, tmp_path / "x.yaml").init_lr == 3e-6
+
+
+def test_flags_go_before_set_and_set_before_the_file(tmp_path: Path) -> None:
+    (tmp_path / "x.yaml").write_text("p: 0.1\nseed: 1\nmax_epoch: 1\naugment: {flip: false}\n")
+    flags = "--set p=0.2 --set seed=2 --set augment.crop_scale=[0.9,1] --p 0.3 --epoch 7 --amp --resume".split()
+    config = parse_command_line("test", NlvrConfig, ["--config", str(tmp_path / "x.yaml"), *flags])
+    assert (config.p, config.seed, config.max_epoch, config.amp) == (0.3, 2, 7, True)
+    assert config.augment.crop_scale == (0.9, 1) and config.augment.flip is False
+    assert config.resume_path == Path("output/nlvr/checkpoint_last.pth")
+
+
+def test_an_unknown_key_is_answered_with_the_nearest(tmp_path: Path) -> None:
+    assert refusal(tmp_path, "bach_size_train: 3").endswith(
+        "x.yaml: unknown key 'bach_size_train'; did you mean 'batch_size_train'?"
+    )
+    assert refusal(tmp_path, "", "--set", "vit.patch_size=8", "--set", "vit.dpth=8").endswith("did you mean 'vit.depth'?")
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("init_lr: abc", "key 'init_lr' must be a number, got 'abc'"),
+        ("max_epoch: 1.5", "key 'max_epoch' must be a whole number, got 1.5"),
+        ("amp: perhaps", "key 'amp' must be true or false, got 'perhaps'"),
+        ("p: 1", "key 'p' must be below 1, got 1"),
+        ("p: -0.1", "key 'p' must be at least 0, got -0.1"),
+        ("p: .nan", "key 'p'"),
+        ("p:", "key 'p' must be a number, got None"),
+        ("keep: most", "key 'keep' must be one of 'max', 'mean', 'instance', got 'most'"),
+        ("vit: huge", "key 'vit' must be one of 'base', 'large', got 'huge'"),
+        ("vit: {patch_size: 8}", "key 'vit.embed_dim' is missing; add it"),
+        ("image_size: 100", "image_size must be a multiple of the patch size, 16"),
+        ("a: b: c", "x.yaml:1: not valid YAML"),
+        ("p: 0.5\nvit: [1", "x.yaml:2: not valid YAML"),
+        ("- p", "must hold `key: value` lines, got list"),
+    ],
+)
+def test_a_mistake_in_the_file_is_named_in_one_line(text: str, expected: str, tmp_path: Path) -> None:
+    assert expected in refusal(tmp_path, text)
+
+
+def test_a_mistake_on_the_command_line_is_named_as_such(tmp_path: Path) -> None:
+    assert refusal(tmp_path, "", "--p", "1.5") == "command line: key 'p' must be below 1, got '1.5'"
+    assert refusal(tmp_path, "", "--set", "amp") == "--set amp: write it as --set key=value"
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="none.yaml: No such file"):
+        load_config(NlvrConfig, tmp_path / "none.yaml")
