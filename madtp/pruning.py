@@ -199,8 +199,6 @@ class TokenPruner(nn.Module):
             return self._prune_released(x, valid, products, statistics, temperature)
         inside = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)[:, 1:] if valid is None else valid[:, 1:]
         importance, kept = self.choose(products, statistics, inside, temperature)
-        if torch.equal(kept, inside):
-            return x, valid, kept
         tokens, tokens_valid = gather_and_merge(x[:, 1:], inside, importance, kept, self.rule.merge)
         return torch.cat([x[:, :1], tokens], dim=1), torch.cat([inside.new_ones(len(x), 1), tokens_valid], dim=1), kept
 
@@ -215,8 +213,8 @@ class TokenPruner(nn.Module):
             return x, valid, kept
         return released_gather(x, valid, importance, kept, count, self.mask_follows) + (kept,)
 
-    def flops(self, entering: Tensor, leaving: Tensor, active: bool, training: bool) -> Tensor:
-        """Multiply-adds that pruning adds to a block, from the numbers of tokens (class token included) before and after it.
+    def flops(self, entering: Tensor, active: bool, training: bool) -> Tensor:
+        """Multiply-adds that pruning adds to a block which (B,) tokens enter, class token included.
 
         `training` adds the alignment features E_v, which only L_sim needs.
         """
@@ -230,7 +228,7 @@ class TokenPruner(nn.Module):
         if active and self.rule.method == "dtp":
             total = total + tokens * self.num_learnable  # theta
         if active and self.rule.merge:
-            total = total + torch.where(leaving < entering, tokens * self.dim, 0)
+            total = total + tokens * self.dim
         return total
 
 

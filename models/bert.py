@@ -178,7 +178,7 @@ class Layer(nn.Module):
         total = self.attention.flops(entering) + self.crossattention.flops(leaving, images)
         total = total + flops.linear(leaving, dense.in_features, dense.out_features) + self.output.flops(leaving)
         if self.pruner is not None:
-            total = total + self.pruner.flops(entering, leaving, active, training)
+            total = total + self.pruner.flops(entering, active, training)
         return total
 
 

@@ -3,7 +3,6 @@
 Shapes: B pairs of images, S sentences (each about one pair), L text tokens, K learnable tokens, D their width.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -11,9 +10,9 @@ from torch import Tensor, nn
 
 from madtp.alignment import similarity_loss
 from madtp.flops import GIGA, linear
-from madtp.pruning import OFF, PruneSetting, TokenPruner
-from models.bert import FIRST_MERGE_LAYER, BertSize, PairedCrossAttention, TextEncoder
-from models.tower import TowerRecord
+from madtp.pruning import OFF, PruneSetting
+from models.bert import TextEncoder
+from models.tower import TowerRecord, dense_record
 from models.vit import VisionTransformer
 
 
@@ -92,6 +91,12 @@ class BlipNlvr(nn.Module):
         vision = (left + right) / 2
         return similarity_loss(vision if pair is None else vision[pair], output.language.features)
 
+    def tokens_kept(self, output: NlvrOutput, pair: Tensor | None = None) -> Tensor:
+        """Tokens of both images and the sentence after the last block, (S,)."""
+        left, right = output.vision.leaving[-1].chunk(2)
+        images = left + right
+        return (images if pair is None else images[pair]) + output.language.leaving[-1]
+
     def gflops(self, output: NlvrOutput, pair: Tensor | None = None, setting: PruneSetting = OFF, training: bool = False) -> Tensor:
         """GFLOPs of each sentence with its two images, (S,) float64, closed form at true lengths."""
         return sum(self.gflops_by_module(output, pair, setting, training).values())
@@ -111,27 +116,11 @@ class BlipNlvr(nn.Module):
         return {name: part.double() / GIGA for name, part in parts.items()}
 
 
-VIT_SIZES = {
-    "base": {"patch_size": 16, "embed_dim": 768, "depth": 12, "num_heads": 12},
-    "large": {"patch_size": 16, "embed_dim": 1024, "depth": 24, "num_heads": 16},
-}
+REFERENCE_TEXT_TOKENS = 36  # of the sentence with which the paper counts 132.54 GFLOPs
 
 
-def build_blip_nlvr(
-    image_size: int,
-    vit: str | dict,
-    bert: BertSize,
-    make_pruner: Callable[[int], TokenPruner | None] = lambda dim: None,
-    learnable_tokens: tuple[int, int, float] | None = None,
-    drop_path: float = 0.1,
-    checkpoint_blocks: int = 0,
-) -> BlipNlvr:
-    """The model from numbers. `vit` is a key of VIT_SIZES or a dict of the same keys."""
-    size = VIT_SIZES[vit] if isinstance(vit, str) else vit
-    visual_encoder = VisionTransformer(
-        image_size, **size, drop_path=drop_path, make_pruner=make_pruner, checkpoint_blocks=checkpoint_blocks
-    )
-    text_encoder = TextEncoder(
-        bert, lambda i: PairedCrossAttention(bert, visual_encoder.embed_dim, i >= FIRST_MERGE_LAYER), make_pruner
-    )
-    return BlipNlvr(visual_encoder, text_encoder, learnable_tokens)
+def reference_gflops(model: BlipNlvr) -> float:
+    """GFLOPs of the uncompressed model by the paper's convention: two whole images, 36 text tokens. No data needed."""
+    vision = dense_record(model.visual_encoder.depth, model.visual_encoder.pos_embed.shape[1], samples=2)
+    language = dense_record(model.text_encoder.depth, REFERENCE_TEXT_TOKENS, samples=1)
+    return float(model.gflops(NlvrOutput(torch.empty(0), vision, language)))

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from madtp.alignment import Valid
@@ -32,3 +33,11 @@ class TowerRecord:
 def count_tokens(x: Tensor, valid: Valid) -> Tensor:
     """(B,) number of valid tokens of x (B, N, C)."""
     return x.new_full((x.shape[0],), x.shape[1]).long() if valid is None else valid.sum(dim=1)
+
+
+def dense_record(depth: int, tokens: int, samples: int) -> TowerRecord:
+    """The record of a pass in which nothing is pruned: `tokens` a sample, class token included, in every block."""
+    record = TowerRecord()
+    for _ in range(depth):
+        record.add(torch.full((samples,), tokens), torch.full((samples,), tokens), None, None)
+    return record

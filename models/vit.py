@@ -65,7 +65,7 @@ class Block(nn.Module):
         total = flops.layer_norm(entering, dim) + flops.linear(entering, dim, 4 * dim) + flops.attention(entering, entering, dim)
         total = total + flops.layer_norm(leaving, dim) + flops.mlp(leaving, dim, hidden)
         if self.pruner is not None:
-            total = total + self.pruner.flops(entering, leaving, active, training)
+            total = total + self.pruner.flops(entering, active, training)
         return total
 
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from madtp.pruning import OFF, PruneSetting, PruningRule, TokenPruner
-from models.bert import BertSize
-from models.blip_nlvr import build_blip_nlvr
+from models.bert import FIRST_MERGE_LAYER, BertSize, PairedCrossAttention, TextEncoder
+from models.blip_nlvr import BlipNlvr
 from models.vit import VisionTransformer
 from tests import golden
 
@@ -51,14 +51,13 @@ def test_nlvr(path):
     config = info["config"]
     bert = {k: config["med_config"][k] for k in BertSize.__dataclass_fields__ if k in config["med_config"]}
     vit = {k: config["vit"][k] for k in ("embed_dim", "depth", "num_heads", "mlp_ratio")}
-    model = build_blip_nlvr(
-        config["image_size"],
-        {"patch_size": config["patch_size"], **vit},
-        BertSize(**bert, dropout=0.0),
-        pruner_for(t["w.space_dict"]),
-        (config["sd_num"], config["sd_dim"], 1.0),
-        drop_path=0.0,
-    ).eval()
+    learnable = t["w.space_dict"]
+    vision = VisionTransformer(config["image_size"], config["patch_size"], **vit, make_pruner=pruner_for(learnable))
+    size = BertSize(**bert, dropout=0.0)
+    text_encoder = TextEncoder(
+        size, lambda i: PairedCrossAttention(size, vision.embed_dim, i >= FIRST_MERGE_LAYER), pruner_for(learnable)
+    )
+    model = BlipNlvr(vision, text_encoder, (*learnable.shape, 1.0)).eval()
     weights = golden.published_weights(t)
     weights.pop("text_encoder.embeddings.position_ids", None)
     model.load_state_dict(weights)

@@ -1,0 +1,159 @@
+"""Reading files, and loaders: the same samples in the same state on any number of processes and workers."""
+
+import json
+import os
+import random
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from utils import Run, UserError
+
+
+def read_json(path: str | Path) -> Any:
+    """The content of a JSON file.
+
+    Raises:
+        UserError: when it is missing, or is not whole and valid, with the line where it stops being so.
+    """
+    path = Path(path)
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror or error}; set the key 'ann_root' to the folder of the annotations") from None
+    except json.JSONDecodeError as error:
+        raise UserError(
+            f"{path}: not valid JSON at line {error.lineno}, column {error.colno} ({error.msg}); is it cut off? Write it again"
+        ) from None
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: not a text file; write it again as JSON") from None
+
+
+def load_image(path: str | Path) -> Image.Image:
+    """The picture as RGB.
+
+    Raises:
+        UserError: when it is missing or unreadable.
+    """
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB")
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such picture; set the key 'image_root' to the folder that holds it") from None
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # what PIL raises for broken files
+        raise UserError(f"{path}: not a readable picture ({error}); fetch it again") from None
+
+
+class Loader(DataLoader):
+    """A DataLoader whose workers hand a UserError over as it was raised; torch's own would wrap a traceback around it."""
+
+    def __iter__(self) -> Iterator[Any]:
+        for batch in super().__iter__():
+            if isinstance(batch, UserError):
+                raise UserError(*batch.args)  # not `batch` itself: its traceback would hold this frame, and the frame it
+            yield batch
+
+
+def build_loader(
+    dataset: Dataset,
+    batch_size: int,
+    *,
+    train: bool,
+    run: Run,
+    num_workers: int,
+    seed: int,
+    collate: Callable[[list], Any],
+) -> Loader:
+    """Batches of `collate`d items, `batch_size` of them per process.
+
+    Training: an order per epoch (see `set_epoch`), the same number of whole batches on every process. Evaluation: every
+    item exactly once over all processes, in order, so the last batch may be smaller and processes may differ by one item.
+    A sample's randomness depends on seed, epoch and index alone: not on workers, processes or where a run was resumed.
+
+    Raises:
+        UserError: when there is not one whole batch to train on. Iterating raises the UserErrors of `dataset`.
+    """
+    if train and len(dataset) // run.world_size < batch_size:
+        raise UserError(
+            f"{len(dataset)} training samples do not fill a batch of {batch_size} on each of {run.world_size} processes;"
+            " lower 'batch_size_train'"
+        )
+    workers = min(num_workers, os.cpu_count() or 1)
+    return Loader(
+        _Reproducible(dataset, seed),
+        batch_size,
+        sampler=_Order(len(dataset), train, run, seed),
+        drop_last=train,
+        num_workers=workers,
+        persistent_workers=workers > 0,
+        pin_memory=run.device.type == "cuda",
+        collate_fn=partial(_collate_or_error, collate),
+        generator=torch.Generator().manual_seed(seed),  # else each epoch draws from the model's random numbers
+    )
+
+
+def set_epoch(loader: Loader, epoch: int) -> None:
+    """Choose the order and the randomness of an epoch (from 0). To be called before iterating over a training loader."""
+    loader.sampler.epoch = epoch
+
+
+class _Order(Sampler):
+    """Yields (epoch, index): persistent workers do not see the epoch change otherwise."""
+
+    def __init__(self, length: int, train: bool, run: Run, seed: int) -> None:
+        self.length, self.train, self.run, self.seed = length, train, run, seed
+        self.epoch = 0
+
+    def __len__(self) -> int:
+        if self.train:
+            return self.length // self.run.world_size
+        return len(range(self.run.rank, self.length, self.run.world_size))
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        order = range(self.length)
+        if self.train:
+            generator = torch.Generator().manual_seed(_mix(self.seed, self.epoch))
+            order = torch.randperm(self.length, generator=generator).tolist()
+        mine = order[self.run.rank :: self.run.world_size][: len(self)]
+        return iter([(self.epoch, index) for index in mine])
+
+
+class _Reproducible(Dataset):
+    """Seeds every sample by itself, and leaves the process's random state as it was. A UserError becomes the item."""
+
+    def __init__(self, dataset: Dataset, seed: int) -> None:
+        self.dataset, self.seed = dataset, seed
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, key: tuple[int, int]) -> Any:
+        state = random.getstate(), np.random.get_state(), torch.default_generator.get_state()
+        sample_seed = _mix(self.seed, *key)
+        random.seed(sample_seed)
+        np.random.seed(sample_seed % 2**32)
+        torch.default_generator.manual_seed(sample_seed)
+        try:
+            return self.dataset[key[1]]
+        except UserError as error:
+            return error
+        finally:
+            random.setstate(state[0])
+            np.random.set_state(state[1])
+            torch.default_generator.set_state(state[2])
+
+
+def _collate_or_error(collate: Callable[[list], Any], items: list) -> Any:
+    errors = [item for item in items if isinstance(item, UserError)]
+    return errors[0] if errors else collate(items)
+
+
+def _mix(*numbers: int) -> int:
+    """One seed of 63 bits from several numbers, far apart for neighbours."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)

@@ -1,0 +1,208 @@
+"""NLVR2: two pictures and a sentence that is true of them or not."""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path, PurePosixPath
+from typing import Any, Literal
+
+import torch
+from torch.utils.data import Dataset, Subset
+from transformers import PreTrainedTokenizerBase
+
+from config import NlvrConfig
+from data.loading import load_image, read_json
+from data.text import clean_sentence, enc_token_id
+from transform.images import ImageTransform, eval_transform, keeps_truth, train_transform
+from utils import UserError
+
+# B pairs of pictures, S statements (S >= B when pairs share statements), L tokens of the longest statement
+
+MAX_WORDS = 40
+CHECKED = 3  # entries whose pictures are looked for at start-up
+
+_OTHER_SIDE = {"left": "right", "right": "left"}
+# "a star left of a circle" is about places within one picture, which exchanging the pictures does not touch.
+_NAMES_A_PICTURE = re.compile(r"\b(left|right)(?! of\b)(?=most\b|\b)")
+
+
+class NlvrDataset(Dataset):
+    """An item is a pair of pictures with its statements: left, right (3, H, W), sentences, labels (1 true, 0 false), ids.
+
+    `training` exchanges the two pictures half the time, and left and right in the sentences with them.
+    `statements_per_pair` > 1 makes entries that share their pictures one item of at most that many statements, drawn anew
+    each time; the image encoder then runs once for all of them. `images` "left" shows the left picture twice, `text_only`
+    none. An id is the annotation file's name and the entry's index in it.
+
+    Raises:
+        UserError: for annotations that are not NLVR2's, or when the pictures of the first entries are not there; an item
+            raises one for a picture that is missing or broken.
+    """
+
+    def __init__(
+        self,
+        annotation_files: Sequence[str | Path],
+        image_root: str | Path,
+        transform: ImageTransform,
+        *,
+        training: bool = False,
+        statements_per_pair: int = 1,
+        images: Literal["both", "left"] = "both",
+        text_only: bool = False,
+    ) -> None:
+        self.entries = [entry for file in annotation_files for entry in _read_entries(Path(file))]
+        self.items = _group(self.entries) if statements_per_pair > 1 else [[index] for index in range(len(self.entries))]
+        self.image_root = Path(image_root)
+        self.transform = transform
+        self.training = training
+        self.statements_per_pair = statements_per_pair
+        self.images = images
+        self.text_only = text_only
+        if not text_only:
+            for entry in self.entries[:CHECKED]:
+                for name in entry["images"]:
+                    find_image(self.image_root, name)
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        entries = [self.entries[i] for i in _draw(self.items[index], self.statements_per_pair)]
+        sentences = [clean_sentence(entry["sentence"], "caption", MAX_WORDS) for entry in entries]
+        names = entries[0]["images"]
+        if self.training and torch.rand(()) < 0.5:
+            names = names[::-1]
+            sentences = [swap_sides(sentence) for sentence in sentences]
+        may_flip = all(map(keeps_truth, sentences))
+        left = self._picture(names[0], may_flip)
+        return {
+            "left": left,
+            "right": left if self.images == "left" else self._picture(names[1], may_flip),
+            "sentences": sentences,
+            "labels": [int(entry["label"] == "True") for entry in entries],
+            "ids": [entry["id"] for entry in entries],
+        }
+
+    def _picture(self, name: str, may_flip: bool) -> torch.Tensor:
+        if self.text_only:
+            return torch.zeros(3, self.transform.image_size, self.transform.image_size)
+        return self.transform(load_image(find_image(self.image_root, name)), may_flip)
+
+
+class NlvrCollate:
+    """Items to a batch:
+
+    images (B, 2, 3, H, W), left first; input_ids and attention_mask (S, L), [ENC] first, padded to the longest and cut at
+    `max_tokens`; targets (S,); pair (S,), which of the B each statement is about; ids, S of them.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, max_tokens: int = 512) -> None:
+        self.tokenizer = tokenizer
+        self.max_tokens = max_tokens
+
+    def __call__(self, items: list[dict[str, Any]]) -> dict[str, Any]:
+        sentences = [sentence for item in items for sentence in item["sentences"]]
+        text = self.tokenizer(sentences, padding="longest", truncation=True, max_length=self.max_tokens, return_tensors="pt")
+        text["input_ids"][:, 0] = enc_token_id(self.tokenizer)
+        return {
+            "images": torch.stack([torch.stack([item["left"], item["right"]]) for item in items]),
+            "input_ids": text["input_ids"],
+            "attention_mask": text["attention_mask"],
+            "targets": torch.tensor([label for item in items for label in item["labels"]]),
+            "pair": torch.tensor([pair for pair, item in enumerate(items) for _ in item["labels"]]),
+            "ids": [sample for item in items for sample in item["ids"]],
+        }
+
+
+def build_datasets(config: NlvrConfig) -> dict[str, Dataset]:
+    """The datasets "train", "calibration" (a fixed part of the training entries, untouched), "val" and "test"."""
+    train_files = [config.annotation_file(name) for name in config.train_files]
+    shown = {"images": config.images, "text_only": config.text_only}
+    untouched = {"image_root": config.image_root, "transform": eval_transform(config.image_size), **shown}
+    return {
+        "train": NlvrDataset(
+            train_files,
+            config.image_root,
+            train_transform(config.image_size, config.augment),
+            training=True,
+            statements_per_pair=config.statements_per_pair,
+            **shown,
+        ),
+        "calibration": calibration_subset(NlvrDataset(train_files, **untouched), config.calibration_size),
+        "val": NlvrDataset([config.annotation_file(config.val_file)], **untouched),
+        "test": NlvrDataset([config.annotation_file(config.test_file)], **untouched),
+    }
+
+
+def calibration_subset(dataset: Dataset, size: int) -> Subset:
+    """`size` items (all, when there are fewer) spread over the dataset, the same on every process and in every run.
+
+    One item from each of `size` equal stretches, at a place drawn with a fixed seed: a fixed step would meet the same
+    one of each pair's statements again and again.
+    """
+    size = min(size, len(dataset))
+    places = torch.rand(size, generator=torch.Generator().manual_seed(0), dtype=torch.float64).tolist()
+    return Subset(dataset, [int((stretch + place) * len(dataset) / size) for stretch, place in enumerate(places)])
+
+
+def swap_sides(sentence: str) -> str:
+    """The sentence after its two pictures changed places: left and right exchanged, but not in "left of", "right of"."""
+    return _NAMES_A_PICTURE.sub(lambda match: _OTHER_SIDE[match[1]], sentence)
+
+
+def find_image(image_root: Path, name: str) -> Path:
+    """The file of a picture, in either layout of NLVR2: train/34/x.png or train/x.png, with or without images/ in front.
+
+    Raises:
+        UserError: when it is in none of them.
+    """
+    if (image_root / name).exists():
+        return image_root / name
+    parts = [part for part in PurePosixPath(name).parts if part != "images" and not part.isdigit()]
+    folder, file = "/".join(parts[:-1]), parts[-1]
+    for base in (image_root / folder, image_root / "images" / folder):
+        numbered = (inner / file for inner in sorted(base.glob("[0-9]*")))
+        for path in (base / file, *numbered):
+            if path.exists():
+                return path
+    raise UserError(f"{image_root / name}: no such picture; set the key 'image_root' to the folder that holds it")
+
+
+def _read_entries(file: Path) -> list[dict[str, Any]]:
+    """The entries of an annotation file, each with its id."""
+    entries = read_json(file)
+    if not isinstance(entries, list) or not entries:
+        raise UserError(f"{file}: must be a list of NLVR2 entries with something in it")
+    for index, entry in enumerate(entries):
+        problem = _problem(entry)
+        if problem:
+            raise UserError(f"{file}: entry {index} {problem}; write the file again")
+    return [{**entry, "id": f"{file.stem}-{index}"} for index, entry in enumerate(entries)]
+
+
+def _problem(entry: Any) -> str | None:
+    """What is wrong with an entry, if anything."""
+    if not isinstance(entry, dict):
+        return "is not an object"
+    if not isinstance(entry.get("sentence"), str):
+        return "has no 'sentence' that is text"
+    if entry.get("label") not in ("True", "False"):
+        return f"""has the 'label' {entry.get("label")!r}, not "True" or "False\""""
+    images = entry.get("images")
+    if not isinstance(images, list) or len(images) != 2 or not all(isinstance(name, str) and name for name in images):
+        return "has no 'images' that are two paths"
+    return None
+
+
+def _group(entries: list[dict[str, Any]]) -> list[list[int]]:
+    """The indices of the entries by their pair of pictures, in the order of first appearance."""
+    groups: dict[tuple[str, ...], list[int]] = {}
+    for index, entry in enumerate(entries):
+        groups.setdefault(tuple(entry["images"]), []).append(index)
+    return list(groups.values())
+
+
+def _draw(indices: list[int], size: int) -> list[int]:
+    """At most `size` of `indices`, at random, in their order."""
+    if len(indices) <= size:
+        return indices
+    return [indices[i] for i in sorted(torch.randperm(len(indices))[:size].tolist())]

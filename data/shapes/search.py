@@ -1,0 +1,170 @@
+"""Balanced annotations: couples of statements, true once and false once, and their pairs.
+
+Every sentence comes as a couple, with both labels, so that no text gives its answer away. The
+first statement of a pair has scenes built for it; further ones are searched for among the pairs
+of a chunk, the two of a couple on pairs that hold about as many things.
+"""
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from data.shapes.statements import (
+    DESCRIPTIONS,
+    MIXTURE,
+    Cell,
+    Description,
+    Statement,
+    cell_weights,
+    construct,
+    draw_statement,
+    pick,
+)
+from data.shapes.world import KINDS, Scene, draw_number
+
+PAIRS_PER_CHUNK = 500
+ATTEMPTS = 60  # descriptions tried for one couple before it is given up
+RAREST_FIRST = ("above", "higher", "more", "things", "total", "pair", "one", "both")
+NEARNESS = 0.7  # greatest difference, in log numbers of things, within a couple
+
+FITS = np.array([[d.fits(kind) for d in DESCRIPTIONS] for kind in KINDS], dtype=np.int64)
+INDEX = {description: i for i, description in enumerate(DESCRIPTIONS)}
+
+
+def spread_templates(rng: np.random.Generator, number: int) -> Iterator[str]:
+    """`number` templates in the shares of the mixture, as evenly as whole numbers allow."""
+    names = list(MIXTURE)
+    bounds = np.cumsum([MIXTURE[name] for name in names])
+    points = (np.arange(number) + rng.random()) / number * bounds[-1]
+    for i in np.searchsorted(bounds, points, side="right"):
+        yield names[min(i, len(names) - 1)]
+
+
+def plan_couples(rng: np.random.Generator, number: int) -> list[tuple[Statement, bool]]:
+    """`number` statements in random order, each sentence as often true as false."""
+    plan = []
+    for template in spread_templates(rng, (number + 1) // 2):
+        statement = draw_statement(rng, template)
+        plan += [(statement, True), (statement, False)]
+    return [plan[i] for i in rng.permutation(len(plan))[:number]]
+
+
+def tally(scenes: list[Scene]) -> np.ndarray:
+    """What every description finds in every scene: (3, scenes, descriptions).
+
+    The three layers are the count, the sum of the rows and the sum of the columns.
+    """
+    position = {kind: i for i, kind in enumerate(KINDS)}
+    kinds = np.zeros((3, len(scenes), len(KINDS)), dtype=np.int64)
+    for i, scene in enumerate(scenes):
+        for thing in scene:
+            kinds[:, i, position[thing.kind]] += (1, thing.row, thing.column)
+    return kinds @ FITS
+
+
+class Evidence:
+    """The evidence in all pairs of a chunk at once."""
+
+    def __init__(self, pairs: list[tuple[Scene, Scene]]):
+        self.sides = [tally([pair[side] for pair in pairs]) for side in (0, 1)]
+        self.numbers = np.array([[len(scene) for scene in pair] for pair in pairs]).T  # (2, P)
+
+    def of(self, statement: Statement) -> np.ndarray:
+        """The cells (2, P) of the pairs; -1 where the statement presupposes what is missing."""
+        template, form, first, second, _ = statement
+        if template == "things":
+            return self.numbers
+        return np.stack([self.on_side(side, template, form, first, second) for side in (0, 1)])
+
+    def on_side(
+        self,
+        side: int,
+        template: str,
+        form: int,
+        first: Description,
+        second: Description | None,
+    ) -> np.ndarray:
+        one = self.sides[side][:, :, INDEX[first]]  # (3, P)
+        other = self.sides[side][:, :, INDEX[second]] if second else one
+        if template == "pair":
+            return ((one, other)[side][0] > 0).astype(int)
+        if template in ("both", "one"):
+            return (one[0] > 0).astype(int)
+        if template in ("more", "total"):
+            return one[0]
+        if template == "higher":
+            return np.where(one[0] == 1, one[1], -1)
+        axis = form + 1  # above compares rows, left of compares columns
+        clear = (one[0] == 1) & (other[0] == 1) & (one[axis] != other[axis])
+        return np.where(clear, one[axis] < other[axis], -1)
+
+
+class Search:
+    """Finds further statements for the pairs of a chunk."""
+
+    def __init__(self, rng: np.random.Generator, pairs: list[tuple[Scene, Scene]], room: int):
+        self.rng = rng
+        self.evidence = Evidence(pairs)
+        self.logs = np.log(self.evidence.numbers)
+        self.room = np.full(len(pairs), room)
+        self.found: list[list[tuple[Statement, bool]]] = [[] for _ in pairs]
+
+    def nearest(self, statement: Statement, cell: Cell, target: np.ndarray) -> int | None:
+        """A pair in a cell, with about `target` (2,) log numbers of things."""
+        cells = self.evidence.of(statement)
+        fit = np.flatnonzero((cells[0] == cell[0]) & (cells[1] == cell[1]) & (self.room > 0))
+        if not fit.size:
+            return None
+        distance = np.abs(self.logs[:, fit] - target[:, None]).sum(axis=0)
+        distance += 0.2 * self.rng.random(fit.size)
+        return int(fit[distance.argmin()])
+
+    def place(self, statement: Statement, cells: dict[bool, Cell]) -> bool:
+        """Give a statement to a pair in its true and to one in its false cell, if there are."""
+        label = bool(self.rng.integers(2))
+        drawn = np.log([draw_number(self.rng), draw_number(self.rng)])
+        one = self.nearest(statement, cells[label], drawn)
+        if one is None:
+            return False
+        other = self.nearest(statement, cells[not label], self.logs[:, one])
+        if other is None:
+            return False
+        apart = np.abs(self.logs[:, one] - self.logs[:, other]).sum()
+        if statement.template != "things" and apart > NEARNESS:
+            return False
+        if (statement, label) in self.found[one] or (statement, not label) in self.found[other]:
+            return False
+        for pair, told in ((one, label), (other, not label)):
+            self.found[pair].append((statement, told))
+            self.room[pair] -= 1
+        return True
+
+    def find_couple(self, template: str) -> None:
+        """Draw the cells first, then look for a description: rare cells keep their share."""
+        statement = draw_statement(self.rng, template)
+        cells = {told: pick(self.rng, cell_weights(statement, told)) for told in (True, False)}
+        for _ in range(ATTEMPTS):
+            if self.place(statement, cells):
+                return
+            new = draw_statement(self.rng, template)
+            statement = statement._replace(first=new.first, second=new.second)
+
+    def run(self) -> list[list[tuple[Statement, bool]]]:
+        """The statements found for each pair; a few pairs may keep room."""
+        templates = spread_templates(self.rng, int(self.room.sum()) // 2)
+        for template in sorted(templates, key=RAREST_FIRST.index):
+            self.find_couple(template)
+        return self.found
+
+
+def make_chunk(
+    rng: np.random.Generator, pairs: int, statements_per_pair: int
+) -> list[tuple[Scene, Scene, list[tuple[Statement, bool]]]]:
+    """The pairs of a chunk, each with its statements and their labels."""
+    plan = plan_couples(rng, pairs)
+    scenes = [construct(rng, statement, label) for statement, label in plan]
+    told = [[entry] for entry in plan]
+    if statements_per_pair > 1:
+        further = Search(rng, scenes, statements_per_pair - 1).run()
+        told = [first + more for first, more in zip(told, further)]
+    return [(left, right, entries) for (left, right), entries in zip(scenes, told)]

@@ -1,0 +1,186 @@
+"""Shapes, a small visual world: what a picture holds and how it is drawn.
+
+A picture is 96x96 px on a lattice of 6x6 cells of 16 px (2x2 patches of 8 px). Every thing has a
+kind (size, colour, shape) and stands alone in its cell. Positions are in quarter pixels, so that
+the alpha masks of all things come from a small cache.
+"""
+
+import io
+import math
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+SIZES = ("small", "large")
+COLOURS = ("red", "green", "blue", "yellow", "white")
+SHAPES = ("circle", "square", "triangle", "star", "cross")
+PICTURE = 96  # px
+CELL = 16  # px
+LATTICE = PICTURE // CELL
+FEWEST, MOST = 2, 24  # things in a picture
+JPEG = {"format": "JPEG", "quality": 92, "subsampling": 0}
+
+RGB = {
+    "red": (226, 36, 40),
+    "green": (40, 190, 60),
+    "blue": (52, 92, 250),
+    "yellow": (250, 216, 32),
+    "white": (246, 246, 246),
+}
+RADIUS = {"small": 4.0, "large": 7.0}  # px
+SUPERSAMPLING = 8
+TILE = CELL + 2  # px: the largest thing, its jitter and a rim of one pixel
+
+
+class Kind(NamedTuple):
+    """What a thing is, apart from where it stands."""
+
+    size: str
+    colour: str
+    shape: str
+
+
+class Thing(NamedTuple):
+    """One thing: `y`, `x` is its centre in quarter pixels, `light` its brightness."""
+
+    kind: Kind
+    row: int
+    column: int
+    y: int
+    x: int
+    light: float
+
+
+Scene = tuple[Thing, ...]
+KINDS = tuple(Kind(s, c, f) for s in SIZES for c in COLOURS for f in SHAPES)
+
+
+def draw_number(rng: np.random.Generator) -> int:
+    """How many things a picture holds: log-uniform from FEWEST to MOST."""
+    return int(math.exp(rng.uniform(math.log(FEWEST), math.log(MOST + 1))))
+
+
+def place(rng: np.random.Generator, kind: Kind, cell: tuple[int, int]) -> Thing:
+    """Put a thing into a cell: a large one in its middle, a small one into one of its patches."""
+    light = float(rng.uniform(0.86, 1.0))
+    if kind.size == "large":
+        y, x = rng.integers(28, 37, 2)  # 8 px, give or take one
+    else:
+        y, x = 16 + 32 * rng.integers(0, 2, 2) + rng.integers(-2, 3, 2)  # 4 or 12 px, +-0.5
+    row, column = cell
+    return Thing(kind, row, column, int(y) + 4 * CELL * row, int(x) + 4 * CELL * column, light)
+
+
+def arrange(
+    rng: np.random.Generator, fixed: list[tuple[Kind, int, int]], others: list[Kind]
+) -> Scene:
+    """A scene of things at given (row, column) cells and of others in random free cells."""
+    taken = {(row, column) for _, row, column in fixed}
+    free = [(i // LATTICE, i % LATTICE) for i in rng.permutation(LATTICE * LATTICE).tolist()]
+    cells = (cell for cell in free if cell not in taken)
+    things = [place(rng, kind, (row, column)) for kind, row, column in fixed]
+    things += [place(rng, kind, cell) for kind, cell in zip(others, cells)]
+    return tuple(things)
+
+
+def random_scene(rng: np.random.Generator) -> Scene:
+    """A scene of things drawn independently."""
+    number = draw_number(rng)
+    return arrange(rng, [], [KINDS[i] for i in rng.integers(0, len(KINDS), number)])
+
+
+def outline(shape: str, radius: float) -> list[tuple[float, float]]:
+    """Corners (x, y) of a shape around the origin, `radius` being half its width."""
+    if shape == "square":
+        side = 0.86 * radius
+        return [(-side, -side), (side, -side), (side, side), (-side, side)]
+    if shape == "triangle":
+        return [(0, -radius), (radius, 0.85 * radius), (-radius, 0.85 * radius)]
+    if shape == "star":
+        reach = [1.12 * radius if i % 2 == 0 else 0.42 * radius for i in range(10)]
+        turns = [math.pi * i / 5 for i in range(10)]
+        return [(r * math.sin(t), -r * math.cos(t)) for r, t in zip(reach, turns)]
+    arm = 0.3 * radius  # a cross
+    corners = [(-arm, -radius), (arm, -radius), (arm, -arm)]
+    turned = list(corners)
+    for _ in range(3):
+        corners = [(-y, x) for x, y in corners]
+        turned += corners
+    return turned
+
+
+@lru_cache(maxsize=None)
+def alpha_mask(size: str, shape: str, y: int, x: int) -> np.ndarray:
+    """Coverage (TILE, TILE, 1) in 0..1 of a thing `y`, `x` quarter pixels off the tile's middle."""
+    scale = SUPERSAMPLING
+    centre_y, centre_x = (scale * (TILE / 2 + offset / 4) for offset in (y, x))
+    radius = scale * RADIUS[size]
+    tile = Image.new("L", (TILE * scale, TILE * scale))
+    pen = ImageDraw.Draw(tile)
+    if shape == "circle":
+        box = (centre_x - radius, centre_y - radius, centre_x + radius, centre_y + radius)
+        pen.ellipse(box, fill=255)
+    else:
+        pen.polygon([(centre_x + a, centre_y + b) for a, b in outline(shape, radius)], fill=255)
+    fine = np.asarray(tile, dtype=np.float32) / 255
+    return fine.reshape(TILE, scale, TILE, scale).mean(axis=(1, 3))[..., None]
+
+
+@lru_cache(maxsize=1)
+def pixel_grid() -> tuple[np.ndarray, np.ndarray]:
+    """Rows (PICTURE, 1) and columns (1, PICTURE) in px."""
+    line = np.arange(PICTURE, dtype=np.float32)
+    return line[:, None], line[None, :]
+
+
+def draw_clutter(rng: np.random.Generator) -> np.ndarray:
+    """Faint strokes and specks (PICTURE, PICTURE), brightness to add: too thin to be things."""
+    layer = Image.new("L", (PICTURE, PICTURE), 128)
+    pen = ImageDraw.Draw(layer)
+    strokes = rng.integers(2, 9)
+    starts = rng.integers(0, PICTURE, (strokes, 2))
+    ends = starts + rng.integers(-22, 23, (strokes, 2))
+    shades = 128 + rng.integers(10, 24, strokes) * rng.choice((-1, 1), strokes)
+    for start, end, shade in zip(starts.tolist(), ends.tolist(), shades.tolist()):
+        pen.line((*start, *end), fill=shade)
+    clutter = np.asarray(layer, dtype=np.float32) - 128
+    specks = rng.integers(0, PICTURE, (2, rng.integers(10, 60)))
+    clutter[specks[0], specks[1]] += rng.uniform(-22, 22, specks.shape[1])
+    return clutter
+
+
+def draw_ground(rng: np.random.Generator) -> np.ndarray:
+    """A muted textured ground (PICTURE, PICTURE, 3), brightness 0..255."""
+    coarse = Image.fromarray(rng.uniform(-1, 1, (6, 6)).astype(np.float32))
+    hills = np.asarray(coarse.resize((PICTURE, PICTURE), Image.Resampling.BICUBIC))
+    grain = rng.standard_normal((PICTURE, PICTURE), dtype=np.float32)
+    angle, wave, phase = rng.uniform((0, 0.25, 0), (math.pi, 0.9, 6.28))
+    rows, columns = pixel_grid()
+    stripes = np.sin(wave * (math.cos(angle) * rows + math.sin(angle) * columns) + phase)
+    level, hill, grit, stripe = rng.uniform((62, 6, 2, 1), (104, 16, 5, 6))
+    grey = level + hill * hills + grit * grain + stripe * stripes + draw_clutter(rng)
+    tint = 1 + rng.uniform(-0.09, 0.09, 3)
+    return grey[..., None].astype(np.float32) * tint.astype(np.float32)
+
+
+def draw(rng: np.random.Generator, scene: Scene) -> Image.Image:
+    """Draw a scene; `rng` gives the ground, the scene everything else."""
+    margin = TILE // 2  # the rim lets tiles hang over the edge
+    canvas = np.pad(draw_ground(rng), ((margin, margin), (margin, margin), (0, 0)))
+    for kind, _, _, y, x, light in scene:
+        top, left = (y + 2) // 4, (x + 2) // 4
+        mask = alpha_mask(kind.size, kind.shape, y - 4 * top, x - 4 * left)
+        corner_y, corner_x = top - TILE // 2 + margin, left - TILE // 2 + margin
+        window = canvas[corner_y : corner_y + TILE, corner_x : corner_x + TILE]
+        window += mask * (np.float32(light) * np.array(RGB[kind.colour], np.float32) - window)
+    inner = canvas[margin:-margin, margin:-margin]
+    return Image.fromarray(np.clip(inner, 0, 255).astype(np.uint8))
+
+
+def encode(picture: Image.Image) -> bytes:
+    """The bytes of the JPEG file of a picture."""
+    buffer = io.BytesIO()
+    picture.save(buffer, **JPEG)
+    return buffer.getvalue()

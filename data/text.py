@@ -1,0 +1,62 @@
+"""Sentences: their cleaning, which differs by task, and the BERT tokenizer."""
+
+import os
+import re
+from pathlib import Path
+from typing import Literal
+
+# Loader workers are forked after the tokenizer was used, and its threads do not survive that; it must be set before import.
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+from transformers import BertTokenizerFast, PreTrainedTokenizerBase  # noqa: E402
+
+from utils import UserError  # noqa: E402
+
+DEC, ENC = "[DEC]", "[ENC]"  # the first token of a text to generate, and of a text read with a picture
+NEEDED = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+
+_SIGNS = re.compile(r"[.!\"()*#:;~]")
+
+
+def clean_sentence(text: str, mode: Literal["caption", "question"], max_words: int) -> str:
+    """BLIP's cleaning: lower case, the signs .!"()*#:;~ gone, and at most `max_words` words.
+
+    A "caption" (and a statement) gets a space for each sign and then single spaces; from a "question" signs are deleted.
+    """
+    text = _SIGNS.sub(" " if mode == "caption" else "", text.lower())
+    if mode == "caption":
+        text = re.sub(r"\s{2,}", " ", text).rstrip("\n").strip(" ")
+    return " ".join(text.rstrip(" ").split(" ")[:max_words])
+
+
+def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
+    """BERT's lower-case tokenizer from a vocab.txt, or a folder that holds one, with [DEC] and [ENC] added at the end.
+
+    Its length is the model's vocabulary size. Nothing is downloaded.
+
+    Raises:
+        UserError: when the file is missing or is not BERT's list of words.
+    """
+    path = Path(path)
+    file = path / "vocab.txt" if path.is_dir() else path
+    try:
+        words = file.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "not a text file"
+        raise UserError(f"{file}: {reason}; set the key 'tokenizer' to BERT's vocab.txt or its folder") from None
+    missing = [word for word in NEEDED if word not in words]
+    if missing:
+        raise UserError(f"{file}: has no {', '.join(missing)}; set the key 'tokenizer' to BERT's vocab.txt or its folder")
+    tokenizer = BertTokenizerFast(vocab={word: index for index, word in enumerate(words)}, do_lower_case=True)
+    tokenizer.add_tokens([DEC, ENC], special_tokens=True)
+    return tokenizer
+
+
+def dec_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The id of [DEC]: 30522 with bert-base-uncased."""
+    return tokenizer.convert_tokens_to_ids(DEC)
+
+
+def enc_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The id of [ENC]: 30523 with bert-base-uncased."""
+    return tokenizer.convert_tokens_to_ids(ENC)

@@ -1,0 +1,73 @@
+"""Whole run state on disk: written under a temporary name and renamed, so that a run that dies leaves the last good one."""
+
+import os
+import random
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from engine.train import Trainer
+from utils import Run, UserError, gather_objects
+
+
+def rng_state() -> dict:
+    """This process's random state, in types that weights-only loading accepts."""
+    numpy_state = np.random.get_state(legacy=False)["state"]
+    return {
+        "python": random.getstate(),
+        "numpy": [numpy_state["key"].tolist(), int(numpy_state["pos"])],
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    }
+
+
+def set_rng_state(state: dict) -> None:
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))
+    key, position = state["numpy"]
+    np.random.set_state(("MT19937", np.array(key, dtype=np.uint32), position))
+    torch.set_rng_state(state["torch"].cpu())
+    if state["cuda"] and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all([s.cpu() for s in state["cuda"]])
+
+
+def save_atomic(content: dict, path: Path) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    torch.save(content, temporary)
+    os.replace(temporary, path)
+
+
+def save_run(path: Path, trainer: Trainer, model: torch.nn.Module, state: dict, run: Run) -> None:
+    """The whole run; called by all ranks, written by rank 0."""
+    rng = gather_objects(rng_state())
+    if run.is_main:
+        trained = {
+            "model": model.state_dict(),
+            "optimizer": trainer.optimizer.state_dict(),
+            "scaler": trainer.scaler.state_dict(),
+            "step": trainer.step,
+            "rng": rng,
+        }
+        save_atomic({**state, **trained}, path)
+
+
+def load_run(path: Path, trainer: Trainer, model: torch.nn.Module, run: Run) -> dict:
+    """Restore what `save_run` saved; returns the rest of its state.
+
+    Raises:
+        UserError: when the file is missing, of another kind, or of another number of processes.
+    """
+    if not path.is_file():
+        raise UserError(f"{path}: no such checkpoint to resume from; leave --resume out to start anew")
+    saved = torch.load(path, map_location="cpu", weights_only=True)
+    if "optimizer" not in saved:
+        raise UserError(f"{path}: holds weights, not a run to resume; give it as --pretrained instead")
+    if len(saved["rng"]) != run.world_size:
+        raise UserError(f"{path}: a run of {len(saved['rng'])} processes cannot go on with {run.world_size}; start as many")
+    model.load_state_dict(saved["model"])
+    trainer.optimizer.load_state_dict(saved["optimizer"])
+    trainer.scaler.load_state_dict(saved["scaler"])
+    trainer.step = saved["step"]
+    set_rng_state(saved["rng"][run.rank])
+    return saved

@@ -1,0 +1,270 @@
+"""Compress, then fine-tune: the same loop for every task.
+
+An experiment says how to compute its losses, its metrics and a batch's GFLOPs; `compress` drives the prune setting to the
+GFLOPs target, epoch by epoch, and selects on the validation split. `run_experiment` is what the entry scripts call.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from config import Config, save_config
+from data.loading import set_epoch
+from engine.checkpoint import load_run, save_atomic, save_run
+from engine.results import RunLog, count_parameters, write_json
+from engine.train import CosineSchedule, Losses, Precision, Trainer, move, train_epoch
+from madtp.budget import UnreachableTarget, calibrate
+from madtp.pruning import OFF, PruneSetting
+from utils import Run, UserError, all_reduce_sum, barrier, logger
+
+WITHIN_BUDGET = 0.01  # relative distance from the target at which an epoch may be selected
+
+
+@dataclass
+class Evaluation:
+    """metrics in percent; gflops per sample; predictions: {sample id: {"prediction", "score", "tokens_kept", "gflops"}}."""
+
+    metrics: dict[str, float]
+    gflops: float
+    predictions: dict[str, dict]
+
+
+@dataclass
+class Experiment:
+    """A task, as the loop sees it.
+
+    loaders: "train", "calibration", "val", "test"
+    losses: (model, batch, setting) -> named losses; `loss_weights` scales them by name
+    evaluate: (model, loader, setting) -> Evaluation, over all processes; called in evaluation mode, without gradients
+    gflops: (model, batch, setting) -> (S,) GFLOPs of each sample of a batch
+    score: the name of the metric that selects
+    reference: GFLOPs of the uncompressed model by the published convention
+    checkpoint: what the weights given by `pretrained` came with (a temperature, say)
+    """
+
+    config: Config
+    run: Run
+    model: nn.Module
+    loaders: dict[str, object]
+    losses: Losses
+    evaluate: Callable[[nn.Module, object, PruneSetting], Evaluation]
+    gflops: Callable[[nn.Module, dict, PruneSetting], torch.Tensor]
+    score: str
+    reference: float
+    loss_weights: dict[str, float] = field(default_factory=dict)
+    checkpoint: dict = field(default_factory=dict)
+
+    @property
+    def precision(self) -> Precision:
+        return Precision(self.run.device, self.config.amp)
+
+    @torch.no_grad()
+    def measure(self, setting: PruneSetting) -> float:
+        """Mean GFLOPs per sample on the calibration slice, the same number on every process."""
+        self.model.eval()
+        total = torch.zeros(2, dtype=torch.float64)
+        with self.precision.autocast():
+            for batch in self.calibration_batches:
+                per_sample = self.gflops(self.model, move(batch, self.run.device), setting)
+                total += torch.tensor([float(per_sample.sum()), len(per_sample)], dtype=torch.float64)
+        total = all_reduce_sum(total.to(self.run.device))
+        return float(total[0] / total[1])
+
+    @property
+    def calibration_batches(self) -> list[dict]:
+        """The slice is read once: it is small and never augmented."""
+        if not hasattr(self, "_calibration_batches"):
+            self._calibration_batches = list(self.loaders["calibration"])
+        return self._calibration_batches
+
+    @torch.no_grad()
+    def evaluated(self, split: str, setting: PruneSetting) -> Evaluation:
+        self.model.eval()
+        with self.precision.autocast():
+            return self.evaluate(self.model, self.loaders[split], setting)
+
+
+def run_experiment(experiment: Experiment) -> dict:
+    """Train or evaluate as the config says; write the run's files; return the content of result.json."""
+    config, run = experiment.config, experiment.run
+    folder = Path(config.output_dir)
+    if run.is_main:
+        folder.mkdir(parents=True, exist_ok=True)
+        save_config(config, folder / "config.yaml")
+    barrier()
+    started = time.time()
+    dense = experiment.measure(OFF)
+    target = dense * (1 - config.p)
+    logger.info("uncompressed: %.4f GFLOPs per sample; target at p = %g: %.4f", dense, config.p, target)
+    if config.evaluate:
+        setting, epoch = _setting_of_checkpoint(experiment, target), experiment.checkpoint.get("epoch", 0)
+        val = experiment.evaluated("val", setting)
+    else:
+        setting, epoch, val = compress(experiment, dense)
+    test = experiment.evaluated("test", setting)
+    result = _result(experiment, setting, epoch, {"uncompressed": dense, "target": target}, val, test)
+    if run.is_main:
+        write_json(val.predictions, folder / "predictions_val.json")
+        write_json(test.predictions, folder / "predictions_test.json")
+        write_json(result, folder / "result.json")
+    logger.info(
+        "test: %s at %.4f GFLOPs per sample (%.1f %% fewer), temperature %s; %s; %.0f s",
+        ", ".join(f"{name} {value:.2f}" for name, value in test.metrics.items()),
+        result["gflops"]["measured"],
+        100 * (1 - result["gflops"]["measured"] / dense),
+        "off" if setting.temperature is None else f"{setting.temperature:.4g}",
+        folder / "result.json",
+        time.time() - started,
+    )
+    barrier()
+    return result
+
+
+def compress(experiment: Experiment, dense: float) -> tuple[PruneSetting, int, Evaluation]:
+    """All epochs. Leaves the model with the selected weights; returns their setting, epoch and validation result."""
+    config, run, folder = experiment.config, experiment.run, Path(experiment.config.output_dir)
+    trainer = _trainer(experiment)
+    setting, best_score, first_epoch = OFF, float("-inf"), 0
+    if config.resume:
+        saved = load_run(config.resume_path, trainer, experiment.model, run)
+        setting = PruneSetting(saved["temperature"], saved["prune_from"])
+        best_score, first_epoch = saved["best_score"], saved["epoch"] + 1
+    log = RunLog(folder if run.is_main else None, keep=first_epoch > 0)
+    for epoch in range(first_epoch, config.max_epoch):
+        started = time.time()
+        target = dense * (1 - ramped(config.p, epoch, config.ramp_epochs, config.max_epoch))
+        setting = meet(experiment, target, setting)
+        set_epoch(experiment.loaders["train"], epoch)
+        losses = train_epoch(
+            trainer, experiment.loaders["train"], experiment.losses, experiment.loss_weights, setting,
+            experiment.precision, run, f"epoch {epoch + 1}/{config.max_epoch}",
+        )  # fmt: skip
+        train_seconds = time.time() - started
+        setting = meet(experiment, target, setting)
+        measured = experiment.measure(setting)
+        val = experiment.evaluated("val", setting)
+        within = abs(measured - dense * (1 - config.p)) <= WITHIN_BUDGET * dense * (1 - config.p)
+        score = val.metrics[experiment.score] if within else float("-inf")
+        state = _run_state(config, setting, epoch, max(score, best_score))
+        if score > best_score:
+            best_score = score
+            if run.is_main:
+                save_atomic({"model": experiment.model.state_dict(), **state}, folder / "checkpoint_best.pth")
+        save_run(folder / "checkpoint_last.pth", trainer, experiment.model, state, run)
+        entry = {
+            "epoch": epoch, "loss": losses, "lr": trainer.schedule.rate(trainer.step - 1), **asdict(setting),
+            "gflops": {"target": target, "measured": measured, "val": val.gflops}, "val": val.metrics,
+            "selected": score == best_score, "seconds": {"train": train_seconds, "all": time.time() - started},
+        }  # fmt: skip
+        log.write(entry)
+        logger.info(
+            "epoch %d: loss %.4f, val %s %.2f at %.4f GFLOPs (target %.4f), temperature %s, %.0f s",
+            epoch + 1, losses["total"], experiment.score, val.metrics[experiment.score], measured, target,
+            "off" if setting.temperature is None else f"{setting.temperature:.4g}", entry["seconds"]["all"],
+        )  # fmt: skip
+    return _selected(experiment, folder)
+
+
+def ramped(p: float, epoch: int, ramp_epochs: int | None, epochs: int) -> float:
+    """The share of GFLOPs to remove in an epoch: p, reached in equal steps over the first `ramp_epochs` (a third by default)."""
+    ramp = max(1, round(epochs / 3) if ramp_epochs is None else ramp_epochs)
+    return p * min(1.0, (epoch + 1) / ramp)
+
+
+def meet(experiment: Experiment, target: float, start: PruneSetting) -> PruneSetting:
+    """The setting that meets `target` GFLOPs on the calibration slice; OFF for an uncompressed run.
+
+    Raises:
+        UserError: naming the range of p, when the target is out of reach.
+    """
+    config = experiment.config
+    if config.uncompressed:
+        return OFF
+    try:
+        return calibrate(
+            experiment.measure,
+            target,
+            start=start if start.temperature is not None else None,
+            prune_from=config.prune_from,
+            max_prune_from=experiment.model.depth - 1,
+        ).setting
+    except UnreachableTarget as error:
+        dense = experiment.measure(OFF)
+        low, high = (max(0.0, 1 - gflops / dense) for gflops in (error.high, error.low))
+        raise UserError(
+            f"p = {config.p:g} is out of reach: with these weights and settings pruning removes {low:.3f} to {high:.3f} of the"
+            f" GFLOPs ({target:.4f} wanted, {error.low:.4f} to {error.high:.4f} possible); choose p in that range"
+        ) from None
+
+
+def _trainer(experiment: Experiment) -> Trainer:
+    config, run = experiment.config, experiment.run
+    model = experiment.model
+    if run.world_size > 1:
+        model = DistributedDataParallel(model, device_ids=[run.device.index] if run.device.type == "cuda" else None)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=config.init_lr, weight_decay=config.weight_decay, fused=True)
+    steps = len(experiment.loaders["train"])
+    schedule = CosineSchedule(
+        config.init_lr, config.min_lr, config.max_epoch, steps, config.warmup_steps, config.lr_schedule == "step"
+    )
+    return Trainer(model, optimizer, experiment.precision.scaler(), schedule)
+
+
+def _run_state(config: Config, setting: PruneSetting, epoch: int, best_score: float) -> dict:
+    """What is saved beside the weights. A setting means little without the rule and the batch size that it was made for."""
+    rule = {"method": config.method, "variant": config.variant, "keep": config.keep, "batch_size": config.batch_size_test}
+    return {**asdict(setting), "epoch": epoch, "p": config.p, "best_score": best_score, **rule}
+
+
+def _selected(experiment: Experiment, folder: Path) -> tuple[PruneSetting, int, Evaluation]:
+    """Load the best checkpoint and validate it anew: what is reported is what the file gives."""
+    barrier()
+    path = folder / "checkpoint_best.pth"
+    if not path.is_file():
+        raise UserError(f"{folder}: no epoch came within {WITHIN_BUDGET:.0%} of the target; train more epochs or raise calibration_size")
+    saved = torch.load(path, map_location=experiment.run.device, weights_only=True)
+    experiment.model.load_state_dict(saved["model"])
+    setting = PruneSetting(saved["temperature"], saved["prune_from"])
+    return setting, saved["epoch"], experiment.evaluated("val", setting)
+
+
+def _setting_of_checkpoint(experiment: Experiment, target: float) -> PruneSetting:
+    """The setting that the loaded weights came with, when it was made for this rule and p; else one calibrated for `target`."""
+    config, saved = experiment.config, experiment.checkpoint
+    if config.uncompressed:
+        return OFF
+    here = _run_state(config, OFF, 0, 0.0)
+    same = all(saved.get(key) == here[key] for key in ("method", "variant", "keep", "p"))
+    same = same and (config.keep == "instance" or saved.get("batch_size") == here["batch_size"])
+    if same and saved.get("temperature") is not None:
+        return PruneSetting(saved["temperature"], saved["prune_from"])
+    logger.info("no temperature was saved for this rule, p and batch size: calibrating")
+    return meet(experiment, target, OFF)
+
+
+def _result(
+    experiment: Experiment, setting: PruneSetting, epoch: int, gflops: dict[str, float], val: Evaluation, test: Evaluation
+) -> dict:
+    config = experiment.config
+    measured = experiment.measure(setting)
+    return {
+        "task": config.task,
+        "method": config.method if setting.temperature is not None else "none",
+        "variant": config.variant,
+        "keep": config.keep,
+        "reduce_ratio": config.p,
+        **asdict(setting),
+        "epoch": epoch,
+        "seed": config.seed,
+        "gflops": {
+            **gflops, "measured": measured, "val": val.gflops, "test": test.gflops,
+            "reference": experiment.reference, "deployment": measured,
+        },
+        "params": count_parameters(experiment.model),
+        "metrics": {"val": val.metrics, "test": test.metrics},
+    }  # fmt: skip

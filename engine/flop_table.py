@@ -1,0 +1,53 @@
+"""fvcore's count of a forward pass: the independent check of the closed form, and the table that a run prints first."""
+
+import logging
+import warnings
+
+import torch
+from fvcore.nn import FlopCountAnalysis, flop_count_table
+from torch import Tensor, nn
+
+from madtp.flops import GIGA
+from madtp.pruning import OFF, PruneSetting
+
+
+class _Logits(nn.Module):
+    """A model whose forward fvcore can trace: tensors in, one tensor out."""
+
+    def __init__(self, model: nn.Module, setting: PruneSetting):
+        super().__init__()
+        self.model, self.setting = model, setting
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        return self.model(*inputs, setting=self.setting).logits
+
+
+def _fused_attention(inputs: list, outputs: list) -> int:
+    """QK^T and AV of `scaled_dot_product_attention`, which fvcore counts as nothing."""
+    query, key = inputs[0].type().sizes(), inputs[1].type().sizes()
+    return 2 * query[0] * query[1] * query[2] * key[2] * query[3]
+
+
+def analyse(model: nn.Module, inputs: tuple[Tensor, ...], setting: PruneSetting = OFF) -> FlopCountAnalysis:
+    """fvcore's analysis of `model(*inputs, setting=setting).logits`; a batch of one has no padding to count."""
+    analysis = FlopCountAnalysis(_Logits(model, setting).eval(), inputs)
+    analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False).tracer_warnings("none")
+    return analysis.set_op_handle("aten::scaled_dot_product_attention", _fused_attention)
+
+
+@torch.no_grad()
+def fvcore_gflops(model: nn.Module, inputs: tuple[Tensor, ...], setting: PruneSetting = OFF) -> dict[str, float]:
+    """GFLOPs by top module; their sum is the forward pass."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        by_module = analyse(model, inputs, setting).by_module()
+    return {name: by_module[f"model.{name}"] / GIGA for name, _ in model.named_children() if by_module[f"model.{name}"]}
+
+
+@torch.no_grad()
+def flop_table(model: nn.Module, inputs: tuple[Tensor, ...], depth: int = 2) -> str:
+    """The table of parameters and multiply-adds by module, down to `depth`."""
+    logging.getLogger("fvcore").setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return flop_count_table(analyse(model, inputs), max_depth=depth, show_param_shapes=False)

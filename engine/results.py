@@ -1,0 +1,54 @@
+"""What a run leaves behind: log.txt, TensorBoard scalars, predictions and result.json (formats in the README)."""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+from torch import nn
+
+
+def write_json(content: object, path: Path) -> None:
+    """Written under a temporary name and renamed: a reader never sees half a file."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(content, indent=1), encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def count_parameters(model: nn.Module) -> dict[str, int]:
+    """All parameters, and those that are not zero."""
+    return {
+        "total": sum(p.numel() for p in model.parameters()),
+        "nonzero": sum(int(p.count_nonzero()) for p in model.parameters()),
+    }
+
+
+class RunLog:
+    """log.txt (a JSON object a line) and TensorBoard scalars of a run. A silent one when `folder` is None (other ranks)."""
+
+    def __init__(self, folder: Path | None, keep: bool = False):
+        self.folder, self._board = folder, None
+        if folder is not None:
+            from torch.utils.tensorboard import SummaryWriter
+
+            if not keep:
+                (folder / "log.txt").write_text("", encoding="utf-8")
+            self._board = SummaryWriter(str(folder / "tensorboard"))
+
+    def write(self, entry: Mapping[str, object]) -> None:
+        """One epoch. Nested numbers become scalars named by their path."""
+        if self.folder is None:
+            return
+        with (self.folder / "log.txt").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(entry) + "\n")
+        for name, value in _scalars(entry):
+            self._board.add_scalar(name, value, entry["epoch"])
+        self._board.flush()
+
+
+def _scalars(entry: Mapping[str, object], prefix: str = ""):
+    for name, value in entry.items():
+        if isinstance(value, Mapping):
+            yield from _scalars(value, f"{prefix}{name}/")
+        elif isinstance(value, int | float) and not isinstance(value, bool):
+            yield f"{prefix}{name}", value

@@ -1,0 +1,114 @@
+"""One epoch of training: the only training loop there is."""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from madtp.pruning import PruneSetting
+from utils import Run, UserError, all_reduce_sum
+
+Losses = Callable[[nn.Module, dict, PruneSetting], Mapping[str, Tensor]]
+
+
+@dataclass(frozen=True)
+class Precision:
+    """The one autocast path: bfloat16 where the device has it, else float16 with a scaled loss; float32 when not enabled."""
+
+    device: torch.device
+    enabled: bool = False
+
+    @property
+    def dtype(self) -> torch.dtype:
+        has_bfloat16 = self.device.type == "cpu" or torch.cuda.is_bf16_supported()
+        return torch.bfloat16 if has_bfloat16 else torch.float16
+
+    def autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.enabled)
+
+    def scaler(self) -> torch.amp.GradScaler:
+        return torch.amp.GradScaler(self.device.type, enabled=self.enabled and self.dtype is torch.float16)
+
+
+@dataclass(frozen=True)
+class CosineSchedule:
+    """Learning rate: a linear warm-up over `warmup_steps`, then a cosine from `init_lr` to `min_lr` over all epochs.
+
+    `per_step` False holds the rate within an epoch, as the published runs do.
+    """
+
+    init_lr: float
+    min_lr: float
+    epochs: int
+    steps_per_epoch: int
+    warmup_steps: int = 0
+    per_step: bool = False
+
+    def rate(self, step: int) -> float:
+        """The learning rate of a step, counted from 0 over all epochs."""
+        if step < self.warmup_steps:
+            return self.init_lr * (step + 1) / self.warmup_steps
+        epoch = step / self.steps_per_epoch if self.per_step else step // self.steps_per_epoch
+        return self.min_lr + (self.init_lr - self.min_lr) * 0.5 * (1 + math.cos(math.pi * epoch / self.epochs))
+
+
+@dataclass
+class Trainer:
+    """What training changes: weights, optimiser state, loss scale and the number of steps taken."""
+
+    model: nn.Module  # wrapped for several processes
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    schedule: CosineSchedule
+    step: int = 0
+
+
+def move(batch: dict, device: torch.device) -> dict:
+    """The batch with its tensors on `device`."""
+    return {k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in batch.items()}
+
+
+def progress(loader, description: str, run: Run):
+    """A bar on rank 0, quiet when not a terminal."""
+    return tqdm(loader, desc=description, disable=None if run.is_main else True, leave=False, dynamic_ncols=True)
+
+
+def train_epoch(
+    trainer: Trainer,
+    loader,
+    losses: Losses,
+    weights: Mapping[str, float],
+    setting: PruneSetting,
+    precision: Precision,
+    run: Run,
+    description: str,
+) -> dict[str, float]:
+    """One pass over `loader`. Returns the mean of each named loss, unweighted, and of their weighted sum, over all processes.
+
+    Raises:
+        UserError: when the loss is not finite.
+    """
+    trainer.model.train()
+    sums: dict[str, float | Tensor] = {}
+    for batch in (bar := progress(loader, description, run)):
+        for group in trainer.optimizer.param_groups:
+            group["lr"] = trainer.schedule.rate(trainer.step)
+        with precision.autocast():
+            named = losses(trainer.model, move(batch, run.device), setting)
+        total = sum(weights.get(name, 1.0) * loss for name, loss in named.items())
+        trainer.optimizer.zero_grad(set_to_none=True)
+        trainer.scaler.scale(total).backward()
+        trainer.scaler.step(trainer.optimizer)
+        trainer.scaler.update()
+        trainer.step += 1
+        for name, loss in {**named, "total": total}.items():
+            sums[name] = sums.get(name, 0.0) + loss.detach().float()
+        if trainer.step % 50 == 0:
+            value = float(total.detach())
+            bar.set_postfix(loss=f"{value:.3f}")
+            if not math.isfinite(value):
+                raise UserError(f"the loss is {value} at step {trainer.step}; lower 'init_lr' or switch 'amp' off")
+    return {name: float(all_reduce_sum(value)) / (len(loader) * run.world_size) for name, value in sums.items()}

@@ -1,0 +1,128 @@
+"""Weights of others and of earlier runs: reading them safely, and translating their names. Nothing else knows foreign keys."""
+
+import pickle
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from utils import UserError, logger
+
+StateDict = dict[str, Tensor]
+
+# What this project adds to a published model, and the heads that a model pretrained for something else does not have.
+NLVR_MAY_MISS = ("space_dict", ".pruner.", "cls_head.", "crossattention.output.merge_layer.")
+# What BLIP's pretraining and retrieval checkpoints hold beside the encoders.
+BLIP_MAY_IGNORE = (
+    "text_decoder.", "vision_proj.", "text_proj.", "itm_head.", "visual_encoder_m.", "text_encoder_m.", "vision_proj_m.",
+    "text_proj_m.", "temp", "image_queue", "text_queue", "queue_ptr", "ptr_queue", "idx_queue", "embeddings.position_ids",
+)  # fmt: skip
+
+
+def read_checkpoint(path: str | Path) -> dict:
+    """A checkpoint as a dict with at least "model", a state dict. Reads .safetensors, and .pth without running code from it.
+
+    Raises:
+        UserError: when the file is missing, not a checkpoint, or a pickle that wants to run code.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path}: no such checkpoint; set the key 'pretrained' (or --pretrained) to the file")
+    try:
+        content = load_file(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        raise UserError(
+            f"{path}: not plain weights: it holds Python objects whose loading could run code; save its state dict alone"
+        ) from None
+    except (RuntimeError, SafetensorError, EOFError, OSError, ValueError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise UserError(f"{path}: not a readable checkpoint ({reason}); is it cut off? Fetch it again") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: holds a {type(content).__name__}, not a state dict; save the model's state dict")
+    checkpoint = content if isinstance(content.get("model"), dict) else {"model": content}
+    if not checkpoint["model"] or not all(isinstance(value, Tensor) for value in checkpoint["model"].values()):
+        raise UserError(f"{path}: its weights are not all tensors; save the model's state dict alone")
+    return checkpoint
+
+
+def load_nlvr_weights(model: nn.Module, weights: StateDict, source: str) -> None:
+    """Load BLIP weights into a `BlipNlvr`: one cross-attention becomes two, position embeddings are interpolated.
+
+    Raises:
+        UserError: naming weights that do not fit, are missing, or are not known.
+    """
+    translated: StateDict = {}
+    for name, tensor in weights.items():
+        for new_name in _paired(name):
+            translated[new_name] = tensor.float()
+    expected = model.state_dict()
+    position = "visual_encoder.pos_embed"
+    if position in translated and position in expected:
+        translated[position] = interpolate_position_embedding(translated[position], expected[position].shape[1])
+    load_weights(model, translated, source, NLVR_MAY_MISS, BLIP_MAY_IGNORE)
+
+
+def _paired(name: str) -> list[str]:
+    for single, first, second in (
+        ("crossattention.self.", "crossattention.self0.", "crossattention.self1."),
+        ("crossattention.output.dense.", "crossattention.output.dense0.", "crossattention.output.dense1."),
+    ):
+        if single in name:
+            return [name.replace(single, first), name.replace(single, second)]
+    return [name]
+
+
+def interpolate_position_embedding(embedding: Tensor, tokens: int) -> Tensor:
+    """(1, 1 + n * n, C) to (1, 1 + m * m, C) for another number of patches, bicubic; the class token's row stays.
+
+    Returns `embedding` as it is when the number agrees, or when either is not one class token and a square of patches.
+    """
+    old, new = round((embedding.shape[1] - 1) ** 0.5), round((tokens - 1) ** 0.5)
+    if old == new or old * old != embedding.shape[1] - 1 or new * new != tokens - 1:
+        return embedding
+    grid = embedding[:, 1:].unflatten(1, (old, old)).permute(0, 3, 1, 2)
+    grid = F.interpolate(grid, size=(new, new), mode="bicubic", align_corners=False)
+    logger.info("position embeddings interpolated from %d x %d to %d x %d patches", old, old, new, new)
+    return torch.cat([embedding[:, :1], grid.permute(0, 2, 3, 1).flatten(1, 2)], dim=1)
+
+
+def load_weights(
+    model: nn.Module, weights: StateDict, source: str, may_miss: Iterable[str] = (), may_ignore: Iterable[str] = ()
+) -> None:
+    """Load a state dict; only names that contain one of `may_miss` may be absent, and of `may_ignore` be superfluous.
+
+    Raises:
+        UserError: with the first names that break this, or whose shapes do not fit.
+    """
+    expected = model.state_dict()
+    shapes = [
+        f"{name} is {_shape(weights[name])}, the model's {_shape(tensor)}"
+        for name, tensor in expected.items()
+        if name in weights and weights[name].shape != tensor.shape
+    ]
+    if shapes:
+        raise UserError(f"{source}: shapes do not fit: {_first(shapes)}; check 'vit', 'bert', 'image_size', 'sd_num' and 'tokenizer'")
+    missing = [name for name in expected if name not in weights]
+    refused = [name for name in missing if not any(part in name for part in may_miss)]
+    if refused:
+        raise UserError(f"{source}: lacks {_first(refused)}; is it a checkpoint of this kind of model?")
+    unknown = [name for name in weights if name not in expected]
+    refused = [name for name in unknown if not any(part in name for part in may_ignore)]
+    if refused:
+        raise UserError(f"{source}: holds {_first(refused)}, which this model does not have; is 'method' or 'vit' another?")
+    if missing:
+        logger.info("%s lacks %s: new weights there", source, _first(missing))
+    model.load_state_dict({name: tensor for name, tensor in weights.items() if name in expected}, strict=False)
+
+
+def _first(names: list[str], shown: int = 3) -> str:
+    more = f" and {len(names) - shown} more" if len(names) > shown else ""
+    return ", ".join(names[:shown]) + more
+
+
+def _shape(tensor: Tensor) -> str:
+    return "x".join(map(str, tensor.shape))

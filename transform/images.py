@@ -1,0 +1,93 @@
+"""From a picture to what the model sees: for training and for evaluation."""
+
+import random
+import re
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+from PIL import Image
+from timm.data.auto_augment import RandAugment, rand_augment_ops
+from torchvision.transforms import InterpolationMode, RandomResizedCrop
+from torchvision.transforms import functional as F
+
+MEAN = (0.48145466, 0.4578275, 0.40821073)  # CLIP's, which BLIP uses as well
+STD = (0.26862954, 0.26130258, 0.27577711)
+
+# The published choice. At strength 5, Brightness and Sharpness have the factor 1: they leave the picture as it is.
+OPERATIONS = ["AutoContrast", "Brightness", "Sharpness", "Equalize", "ShearX", "ShearY", "TranslateX", "TranslateY", "Rotate"]
+LAYERS, STRENGTH = 2, 5
+
+_SIDE = re.compile(r"\b(left|right)", re.IGNORECASE)  # also leftmost, right-hand
+
+
+class ImageTransform(Protocol):
+    """A picture (RGB) to a float tensor (3, image_size, image_size). `may_flip` False forbids mirroring this one."""
+
+    image_size: int
+
+    def __call__(self, image: Image.Image, may_flip: bool = True) -> torch.Tensor: ...
+
+
+def keeps_truth(sentence: str) -> bool:
+    """Whether a mirrored picture leaves the sentence as true as it was.
+
+    The rule: no word of it begins with left or right. In NLVR2 these words often name one of the two pictures, which
+    mirroring would not touch, but just as often a side within one; the published code mirrors always.
+    The small shears, shifts and turns of RandAugment keep every sentence.
+    """
+    return _SIDE.search(sentence) is None
+
+
+def train_transform(image_size: int, augment: Any) -> ImageTransform:
+    """Random crop, flip and RandAugment, as `augment` (config.Augment: crop_scale, flip, randaugment) switches them on."""
+    return _TrainTransform(image_size, tuple(augment.crop_scale), augment.flip, augment.randaugment)
+
+
+def eval_transform(image_size: int) -> ImageTransform:
+    """The whole picture, resized."""
+    return _EvalTransform(image_size)
+
+
+class _EvalTransform:
+    def __init__(self, image_size: int) -> None:
+        self.image_size = image_size
+
+    def __call__(self, image: Image.Image, may_flip: bool = True) -> torch.Tensor:
+        return _to_tensor(_resize(image, self.image_size))
+
+
+class _TrainTransform:
+    def __init__(self, image_size: int, crop_scale: tuple[float, float], flip: bool, randaugment: bool) -> None:
+        self.image_size = image_size
+        # RandomResizedCrop changes the shape of even a whole picture, so a scale of 1 must not reach it.
+        self.crop = None
+        if min(crop_scale) < 1:
+            self.crop = RandomResizedCrop(image_size, scale=crop_scale, interpolation=InterpolationMode.BICUBIC)
+        self.flip = flip
+        self.augment = _rand_augment() if randaugment else None
+
+    def __call__(self, image: Image.Image, may_flip: bool = True) -> torch.Tensor:
+        image = self.crop(image) if self.crop else _resize(image, self.image_size)
+        if self.flip and random.random() < 0.5 and may_flip:
+            image = F.hflip(image)
+        return _to_tensor(self.augment(image) if self.augment else image)
+
+
+def _rand_augment() -> Callable[[Image.Image], Image.Image]:
+    """BLIP's RandAugment: each of two operations is applied half the time; shifts are in pixels, at most 10."""
+    settings = {"translate_const": 10, "img_mean": (128, 128, 128), "interpolation": Image.Resampling.BILINEAR}
+    operations = rand_augment_ops(STRENGTH, prob=0.5, hparams=settings, transforms=OPERATIONS)
+    return RandAugment([_identity, *operations], num_layers=LAYERS)
+
+
+def _identity(image: Image.Image) -> Image.Image:
+    return image
+
+
+def _resize(image: Image.Image, size: int) -> Image.Image:
+    return image if image.size == (size, size) else image.resize((size, size), Image.Resampling.BICUBIC)
+
+
+def _to_tensor(image: Image.Image) -> torch.Tensor:
+    return F.normalize(F.to_tensor(image), MEAN, STD)
