@@ -100,14 +100,23 @@ class Evidence:
 
 
 class Search:
-    """Finds further statements for the pairs of a chunk."""
+    """Adds statements to the pairs of a chunk, up to `room` a pair.
 
-    def __init__(self, rng: np.random.Generator, pairs: list[tuple[Scene, Scene]], room: int):
+    `told` holds, for each pair, the statements it has already, with their labels.
+    """
+
+    def __init__(
+        self,
+        rng: np.random.Generator,
+        pairs: list[tuple[Scene, Scene]],
+        told: list[list[tuple[Statement, bool]]],
+        room: int,
+    ):
         self.rng = rng
+        self.told = told
         self.evidence = Evidence(pairs)
         self.logs = np.log(self.evidence.numbers)
         self.room = np.full(len(pairs), room)
-        self.found: list[list[tuple[Statement, bool]]] = [[] for _ in pairs]
 
     def nearest(self, statement: Statement, cell: Cell, target: np.ndarray) -> int | None:
         """A pair in a cell, with about `target` (2,) log numbers of things."""
@@ -132,10 +141,10 @@ class Search:
         apart = np.abs(self.logs[:, one] - self.logs[:, other]).sum()
         if statement.template != "things" and apart > NEARNESS:
             return False
-        if (statement, label) in self.found[one] or (statement, not label) in self.found[other]:
+        if (statement, label) in self.told[one] or (statement, not label) in self.told[other]:
             return False
-        for pair, told in ((one, label), (other, not label)):
-            self.found[pair].append((statement, told))
+        for pair, truth in ((one, label), (other, not label)):
+            self.told[pair].append((statement, truth))
             self.room[pair] -= 1
         return True
 
@@ -149,12 +158,11 @@ class Search:
             new = draw_statement(self.rng, template)
             statement = statement._replace(first=new.first, second=new.second)
 
-    def run(self) -> list[list[tuple[Statement, bool]]]:
-        """The statements found for each pair; a few pairs may keep room."""
+    def run(self) -> None:
+        """Find statements for all pairs; a few may keep room."""
         templates = spread_templates(self.rng, int(self.room.sum()) // 2)
         for template in sorted(templates, key=RAREST_FIRST.index):
             self.find_couple(template)
-        return self.found
 
 
 def make_chunk(
@@ -165,6 +173,5 @@ def make_chunk(
     scenes = [construct(rng, statement, label) for statement, label in plan]
     told = [[entry] for entry in plan]
     if statements_per_pair > 1:
-        further = Search(rng, scenes, statements_per_pair - 1).run()
-        told = [first + more for first, more in zip(told, further)]
-    return [(left, right, entries) for (left, right), entries in zip(scenes, told)]
+        Search(rng, scenes, told, statements_per_pair - 1).run()
+    return [(left, right, entries) for (left, right), entries in zip(scenes, told, strict=True)]

@@ -5,7 +5,7 @@ is there (0 or 1), how many there are, its lattice row. The order of the draws i
 answers out of the text: first the statement, then the label, then the cell, and the scenes last.
 """
 
-from functools import lru_cache
+from functools import cache
 from itertools import pairwise, product
 from typing import NamedTuple
 
@@ -83,7 +83,7 @@ class Description(NamedTuple):
     shape: str | None
 
     def fits(self, kind: Kind) -> bool:
-        return all(mine is None or mine == its for mine, its in zip(self, kind))
+        return all(mine is None or mine == its for mine, its in zip(self, kind, strict=True))
 
     def phrase(self, plural: bool = False) -> str:
         noun = self.shape or "thing"
@@ -131,12 +131,12 @@ def draw_description(rng: np.random.Generator) -> Description:
     """A description with one to three attributes."""
     kind = KINDS[rng.integers(len(KINDS))]
     named = pick(rng, SPECIFICITY)
-    return Description(*(word if keep else None for word, keep in zip(kind, named)))
+    return Description(*(word if keep else None for word, keep in zip(kind, named, strict=True)))
 
 
 def disjoint(one: Description, other: Description) -> bool:
     """Whether no thing fits both descriptions."""
-    return any(a and b and a != b for a, b in zip(one, other))
+    return any(a and b and a != b for a, b in zip(one, other, strict=True))
 
 
 def draw_other(rng: np.random.Generator, first: Description) -> Description:
@@ -270,13 +270,13 @@ def evaluate(statement: Statement, left: Scene, right: Scene) -> bool | None:
     return (a < b) == smaller_first
 
 
-@lru_cache(maxsize=None)
+@cache
 def fitting(description: Description) -> tuple[Kind, ...]:
     """The kinds that fit a description."""
     return tuple(kind for kind in KINDS if description.fits(kind))
 
 
-@lru_cache(maxsize=None)
+@cache
 def near_kinds(description: Description, changed: int) -> tuple[Kind, ...]:
     """The kinds that fit a description in all attributes but the one that is `changed`."""
     open_again = description._replace(**{description._fields[changed]: None})
@@ -311,7 +311,7 @@ def populate(
     while named and len(extra) < min(NEAR_MISSES, rest):
         for choice in rng.permutation(len(named)):
             extra.append(draw_kind(rng, near_kinds(*named[choice])))
-    extra = extra[: min(max(NEAR_MISSES, 1), rest)]
+    extra = extra[: min(NEAR_MISSES, rest)]
     extra = [kind for kind in extra if not any(d.fits(kind) for d in described)]
     while len(extra) < rest:
         kind = draw_kind(rng, KINDS)
@@ -330,7 +330,7 @@ def place_relation(
     across = rng.integers(0, LATTICE, 2).tolist()
     rows, columns = (along, across) if statement.form == 0 else (across, along)
     kinds = [draw_kind(rng, fitting(d)) for d in (statement.first, statement.second)]
-    return list(zip(kinds, rows, columns))
+    return list(zip(kinds, rows, columns, strict=True))
 
 
 def build_side(

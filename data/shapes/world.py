@@ -7,7 +7,7 @@ the alpha masks of all things come from a small cache.
 
 import io
 import math
-from functools import lru_cache
+from functools import cache
 from typing import NamedTuple
 
 import numpy as np
@@ -81,7 +81,7 @@ def arrange(
     free = [(i // LATTICE, i % LATTICE) for i in rng.permutation(LATTICE * LATTICE).tolist()]
     cells = (cell for cell in free if cell not in taken)
     things = [place(rng, kind, (row, column)) for kind, row, column in fixed]
-    things += [place(rng, kind, cell) for kind, cell in zip(others, cells)]
+    things += [place(rng, kind, cell) for kind, cell in zip(others, cells, strict=False)]
     return tuple(things)
 
 
@@ -101,7 +101,7 @@ def outline(shape: str, radius: float) -> list[tuple[float, float]]:
     if shape == "star":
         reach = [1.12 * radius if i % 2 == 0 else 0.42 * radius for i in range(10)]
         turns = [math.pi * i / 5 for i in range(10)]
-        return [(r * math.sin(t), -r * math.cos(t)) for r, t in zip(reach, turns)]
+        return [(r * math.sin(t), -r * math.cos(t)) for r, t in zip(reach, turns, strict=True)]
     arm = 0.3 * radius  # a cross
     corners = [(-arm, -radius), (arm, -radius), (arm, -arm)]
     turned = list(corners)
@@ -111,7 +111,7 @@ def outline(shape: str, radius: float) -> list[tuple[float, float]]:
     return turned
 
 
-@lru_cache(maxsize=None)
+@cache
 def alpha_mask(size: str, shape: str, y: int, x: int) -> np.ndarray:
     """Coverage (TILE, TILE, 1) in 0..1 of a thing `y`, `x` quarter pixels off the tile's middle."""
     scale = SUPERSAMPLING
@@ -128,7 +128,7 @@ def alpha_mask(size: str, shape: str, y: int, x: int) -> np.ndarray:
     return fine.reshape(TILE, scale, TILE, scale).mean(axis=(1, 3))[..., None]
 
 
-@lru_cache(maxsize=1)
+@cache
 def pixel_grid() -> tuple[np.ndarray, np.ndarray]:
     """Rows (PICTURE, 1) and columns (1, PICTURE) in px."""
     line = np.arange(PICTURE, dtype=np.float32)
@@ -143,7 +143,7 @@ def draw_clutter(rng: np.random.Generator) -> np.ndarray:
     starts = rng.integers(0, PICTURE, (strokes, 2))
     ends = starts + rng.integers(-22, 23, (strokes, 2))
     shades = 128 + rng.integers(10, 24, strokes) * rng.choice((-1, 1), strokes)
-    for start, end, shade in zip(starts.tolist(), ends.tolist(), shades.tolist()):
+    for start, end, shade in zip(starts.tolist(), ends.tolist(), shades.tolist(), strict=True):
         pen.line((*start, *end), fill=shade)
     clutter = np.asarray(layer, dtype=np.float32) - 128
     specks = rng.integers(0, PICTURE, (2, rng.integers(10, 60)))

@@ -1,0 +1,157 @@
+"""Captions and questions about a single picture of the Shapes world."""
+
+import numpy as np
+
+from data.shapes.statements import (
+    DESCRIPTIONS,
+    FORMS,
+    NUMBERS,
+    Description,
+    Statement,
+    draw_description,
+)
+from data.shapes.world import COLOURS, SHAPES, Scene, Thing
+
+ATTEMPTS = 30  # descriptions tried before another kind of question is asked
+ANSWERS = 10  # per question, as in VQA v2
+MENTION_LARGE = 3.0  # how much likelier a caption names a large thing than a small one
+PROMPT = "a picture of"
+QUESTIONS = {
+    "exists": "is there a {}",
+    "count": "how many {} are there",
+    "colour": "what colour is the {}",
+    "shape": "what shape is the {}",
+}
+ANSWERS_TO = {
+    "exists": ("yes", "no"),
+    "count": NUMBERS,
+    "colour": COLOURS,
+    "shape": SHAPES,
+}
+RELATIONS = ("above", "below", "left of", "right of")
+
+
+def count(description: Description, scene: Scene) -> int:
+    return sum(description.fits(thing.kind) for thing in scene)
+
+
+def name(rng: np.random.Generator, thing: Thing) -> Description:
+    """A description of a thing: now and then without its size."""
+    size, colour, shape = thing.kind
+    return Description(size if rng.random() < 0.7 else None, colour, shape)
+
+
+def relate(rng: np.random.Generator, one: Thing, other: Thing) -> str:
+    """Where one thing is, seen from another one."""
+    down, across = one.row - other.row, one.column - other.column
+    if abs(down) > abs(across) or (abs(down) == abs(across) and rng.random() < 0.5):
+        return "above" if down < 0 else "below"
+    return "left of" if across < 0 else "right of"
+
+
+def mention(rng: np.random.Generator, thing: Thing, scene: Scene) -> str:
+    """A noun phrase for a thing and its likes: their number up to four, else "many"."""
+    description = name(rng, thing)
+    number = count(description, scene)
+    if number == 1:
+        return f"a {description.phrase()}"
+    word = NUMBERS[number] if number < len(NUMBERS) else "many"
+    return f"{word} {description.phrase(plural=True)}"
+
+
+def caption(rng: np.random.Generator, scene: Scene, mentions: int) -> str:
+    """A relation between two things, then up to `mentions` others with their number."""
+    salience = np.array([MENTION_LARGE if t.kind.size == "large" else 1.0 for t in scene])
+    chosen = min(2 + mentions, len(scene))
+    order = rng.choice(len(scene), chosen, replace=False, p=salience / salience.sum())
+    one, other, *rest = (scene[i] for i in order)
+    parts = [f"a {name(rng, one).phrase()} {relate(rng, one, other)} a {name(rng, other).phrase()}"]
+    parts += [mention(rng, thing, scene) for thing in rest]
+    return " and ".join(parts)
+
+
+def near_or_fitting(rng: np.random.Generator, scene: Scene, fits: bool) -> Description:
+    """A description of a thing in the picture, or one with a single attribute off."""
+    kind = scene[rng.integers(len(scene))].kind
+    drawn = draw_description(rng)
+    words = [its if mine else None for mine, its in zip(drawn, kind, strict=True)]
+    if not fits:
+        named = [i for i, word in enumerate(words) if word]
+        changed = named[rng.integers(len(named))]
+        words[changed] = drawn[changed]
+    return Description(*words)
+
+
+def ask_exists(rng: np.random.Generator, scene: Scene) -> tuple[Description, str] | None:
+    wanted = bool(rng.integers(2))
+    for _ in range(ATTEMPTS):
+        description = near_or_fitting(rng, scene, wanted)
+        if bool(count(description, scene)) == wanted:
+            return description, "yes" if wanted else "no"
+    return None
+
+
+def ask_count(rng: np.random.Generator, scene: Scene) -> tuple[Description, str] | None:
+    wanted = int(rng.integers(len(NUMBERS)))
+    for _ in range(ATTEMPTS):
+        description = near_or_fitting(rng, scene, wanted > 0)
+        if count(description, scene) == wanted:
+            return description, NUMBERS[wanted]
+    return None
+
+
+def ask_attribute(
+    rng: np.random.Generator, scene: Scene, attribute: str
+) -> tuple[Description, str] | None:
+    """The colour or shape of the only thing that fits a description without it."""
+    for _ in range(ATTEMPTS):
+        thing = scene[rng.integers(len(scene))]
+        description = Description(*thing.kind)._replace(**{attribute: None})
+        if rng.random() < 0.5:
+            description = description._replace(size=None)
+        if count(description, scene) == 1:
+            return description, getattr(thing.kind, attribute)
+    return None
+
+
+def ask(rng: np.random.Generator, scene: Scene) -> tuple[str, str, str]:
+    """A question about a scene: (its type, the question, the answer)."""
+    while True:
+        topic = list(QUESTIONS)[rng.integers(len(QUESTIONS))]
+        if topic == "exists":
+            asked = ask_exists(rng, scene)
+        elif topic == "count":
+            asked = ask_count(rng, scene)
+        else:
+            asked = ask_attribute(rng, scene, topic)
+        if asked is not None:
+            description, answer = asked
+            return topic, QUESTIONS[topic].format(description.phrase(topic == "count")), answer
+
+
+def ten_answers(rng: np.random.Generator, topic: str, answer: str) -> list[str]:
+    """Ten annotators' answers; up to two of them get it wrong."""
+    wrong = [word for word in ANSWERS_TO[topic] if word != answer]
+    slips = [wrong[rng.integers(len(wrong))] for _ in range(rng.integers(3))]
+    return [answer] * (ANSWERS - len(slips)) + slips
+
+
+def answer_list() -> list[str]:
+    """All answers there are, each once."""
+    return list(dict.fromkeys(word for words in ANSWERS_TO.values() for word in words))
+
+
+def vocabulary() -> list[str]:
+    """A BERT-style word list: the special tokens, then all words of all templates, sorted."""
+    blank = Description(None, None, None)
+    texts = [
+        Statement(template, form, blank, blank, number).text()
+        for template, forms in FORMS.items()
+        for form in range(len(forms))
+        for number in range(len(NUMBERS))
+    ]
+    texts += [d.phrase(plural) for d in DESCRIPTIONS for plural in (False, True)]
+    texts += [question.format("") for question in QUESTIONS.values()]
+    texts += [*answer_list(), *RELATIONS, PROMPT, "and", "many"]
+    words = {word for text in texts for word in text.split()}
+    return ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *sorted(words)]

@@ -1,0 +1,233 @@
+"""Writes Shapes data sets in the published file formats.
+
+    DIR/images/nlvr/SPLIT/00012/0000012a.jpg       left picture of pair 12 (right: b)
+    DIR/images/single/SPLIT/00012/SPLIT_0000012.jpg
+    DIR/annotations/*.json, DIR/annotations/coco_gt/*.json, DIR/annotations/vocab.txt
+
+Every random stream is named by (seed, world, split, stream, index), so the files are the same
+byte for byte whatever the number of processes, and no two splits share a picture.
+"""
+
+import json
+import multiprocessing
+import os
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from data.shapes.search import PAIRS_PER_CHUNK, make_chunk
+from data.shapes.tasks import answer_list, ask, caption, ten_answers, vocabulary
+from data.shapes.world import Scene, draw, encode, random_scene
+
+TASKS = ("nlvr", "caption", "vqa", "retrieval")
+SPLITS = ("train", "val", "test")  # NLVR2 calls its "val" "dev"
+CAPTIONS = 5  # per picture
+QUESTIONS = 3  # per training picture; one per picture in val and test
+PICTURES_PER_FOLDER = 500
+SINGLES_PER_CHUNK = 500
+# Worlds and streams of the random numbers.
+PAIRS, SINGLES = 0, 1
+CONTENT, LEFT, RIGHT, COCO, FLICKR, VQA, VG = range(7)
+
+Rows = dict[str, list[dict]]  # annotation file -> its entries
+Progress = Callable[[Iterable, int, str], Iterable]
+
+
+class Chunk(NamedTuple):
+    """A piece of work: pictures `start` ... `start + number - 1` of a split."""
+
+    out: Path
+    seed: int
+    split: str
+    start: int
+    number: int
+    tasks: tuple[str, ...]
+    statements_per_pair: int
+
+    def rng(self, world: int, stream: int, index: int) -> np.random.Generator:
+        return np.random.default_rng((self.seed, world, SPLITS.index(self.split), stream, index))
+
+
+def save_picture(chunk: Chunk, world: int, stream: int, index: int, scene: Scene) -> str:
+    """Draw a scene into its file; the path relative to the image root."""
+    if world == PAIRS:
+        folder, name = "nlvr", f"{index:07d}{'a' if stream == LEFT else 'b'}"
+    else:
+        folder, name = "single", f"{chunk.split}_{index:07d}"
+    path = f"{folder}/{chunk.split}/{index // PICTURES_PER_FOLDER:05d}/{name}.jpg"
+    file = chunk.out / "images" / path
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_bytes(encode(draw(chunk.rng(world, stream, index), scene)))
+    return path
+
+
+def write_pairs(chunk: Chunk) -> Rows:
+    """Pictures and NLVR2 entries of a chunk of pairs."""
+    entries = []
+    rng = chunk.rng(PAIRS, CONTENT, chunk.start)
+    pairs = make_chunk(rng, chunk.number, chunk.statements_per_pair)
+    for index, (left, right, told) in enumerate(pairs, chunk.start):
+        images = [
+            save_picture(chunk, PAIRS, stream, index, scene)
+            for stream, scene in ((LEFT, left), (RIGHT, right))
+        ]
+        entries += [
+            {"sentence": statement.text(), "label": str(label), "images": images}
+            for statement, label in told
+        ]
+    return {f"nlvr_{'dev' if chunk.split == 'val' else chunk.split}.json": entries}
+
+
+def caption_rows(chunk: Chunk, index: int, image: str, scene: Scene, dataset: str) -> Rows:
+    """The captions of one picture: an entry each for training, one entry for evaluation."""
+    stream, mentions, name = {
+        "coco": (COCO, 1, "coco_karpathy"),
+        "flickr": (FLICKR, 2, "flickr30k"),
+    }[dataset]
+    rng = chunk.rng(SINGLES, stream, index)
+    captions = [caption(rng, scene, mentions) for _ in range(CAPTIONS)]
+    if chunk.split != "train":
+        entries = [{"image": image, "caption": captions}]
+    else:
+        image_id = f"{dataset}_{index}"
+        entries = [{"image": image, "caption": c, "image_id": image_id} for c in captions]
+    return {f"{name}_{chunk.split}.json": entries}
+
+
+def question_rows(chunk: Chunk, index: int, image: str, scene: Scene) -> Rows:
+    """The questions about one picture; training pictures get one in the manner of VG as well."""
+    rng = chunk.rng(SINGLES, VQA, index)
+    number = QUESTIONS if chunk.split == "train" else 1
+    entries = []
+    for i in range(number):
+        topic, question, answer = ask(rng, scene)
+        entries.append(
+            {
+                "question_id": index * number + i,
+                "question": question,
+                "answer": ten_answers(rng, topic, answer),
+                "image": image,
+                "dataset": "vqa",
+            }
+        )
+    rows = {f"vqa_{chunk.split}.json": entries}
+    if chunk.split == "train":
+        _, question, answer = ask(chunk.rng(SINGLES, VG, index), scene)
+        entry = {"question_id": index, "question": question, "answer": answer}
+        rows["vg_qa.json"] = [{**entry, "image": image, "dataset": "vg"}]
+    return rows
+
+
+def write_singles(chunk: Chunk) -> Rows:
+    """Pictures of a chunk, with the entries of all tasks on single pictures."""
+    rows: Rows = {}
+    for index in range(chunk.start, chunk.start + chunk.number):
+        scene = random_scene(chunk.rng(SINGLES, CONTENT, index))
+        image = save_picture(chunk, SINGLES, LEFT, index, scene)
+        parts = []
+        if "caption" in chunk.tasks or "retrieval" in chunk.tasks:
+            parts.append(caption_rows(chunk, index, image, scene, "coco"))
+        if "retrieval" in chunk.tasks:
+            parts.append(caption_rows(chunk, index, image, scene, "flickr"))
+        if "vqa" in chunk.tasks:
+            parts.append(question_rows(chunk, index, image, scene))
+        for part in parts:
+            for file, entries in part.items():
+                rows.setdefault(file, []).extend(entries)
+    return rows
+
+
+def coco_ground_truth(entries: list[dict]) -> dict:
+    """COCO caption format; an image's id is the number at the end of its file name."""
+    images, annotations = [], []
+    for entry in entries:
+        image_id = int(Path(entry["image"]).stem.split("_")[-1])
+        images.append({"id": image_id, "file_name": entry["image"]})
+        for text in entry["caption"]:
+            annotations.append({"id": len(annotations), "image_id": image_id, "caption": text})
+    kind = {"info": {}, "licenses": [], "type": "captions"}
+    return {**kind, "images": images, "annotations": annotations}
+
+
+def chunks(template: Chunk, sizes: dict[str, int], per_chunk: int) -> list[Chunk]:
+    """All splits cut into chunks; further statements are for training only."""
+    return [
+        template._replace(
+            split=split,
+            start=start,
+            number=min(per_chunk, size - start),
+            statements_per_pair=template.statements_per_pair if split == "train" else 1,
+        )
+        for split, size in sizes.items()
+        for start in range(0, size, per_chunk)
+    ]
+
+
+def run_chunks(
+    work: Callable[[Chunk], Rows], todo: list[Chunk], workers: int, progress: Progress, label: str
+) -> Rows:
+    """Do chunks in some processes; the entries come in the order of the chunks."""
+    rows: Rows = {}
+
+    def collect(results: Iterator[Rows]) -> None:
+        for part in progress(results, len(todo), label):
+            for file, entries in part.items():
+                rows.setdefault(file, []).extend(entries)
+
+    if workers == 1:
+        collect(map(work, todo))
+    else:
+        with multiprocessing.get_context("spawn").Pool(min(workers, len(todo))) as pool:
+            collect(pool.imap(work, todo))
+    return rows
+
+
+def write_json(path: Path, content: object) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content), encoding="utf-8")
+
+
+def no_progress(results: Iterable, total: int, label: str) -> Iterable:
+    return results
+
+
+def make_shapes(
+    out: Path,
+    seed: int,
+    size: int,
+    tasks: Iterable[str] = TASKS,
+    statements_per_pair: int = 1,
+    eval_size: int = 4000,
+    workers: int | None = None,
+    progress: Progress = no_progress,
+) -> None:
+    """Write a data set of `size` training pairs (and training pictures) into `out`."""
+    out, tasks = Path(out), tuple(tasks)
+    unknown = sorted(set(tasks) - set(TASKS))
+    if unknown or not tasks:
+        raise ValueError(f"tasks must be some of {', '.join(TASKS)}; got {tasks}")
+    if min(size, eval_size, statements_per_pair) < 1:
+        raise ValueError("size, eval_size and statements_per_pair must be at least 1")
+    workers = workers or os.cpu_count() or 1
+    sizes = {"train": size, "val": eval_size, "test": eval_size}
+    template = Chunk(out, seed, "train", 0, 0, tasks, statements_per_pair)
+    rows: Rows = {}
+    if "nlvr" in tasks:
+        todo = chunks(template, sizes, PAIRS_PER_CHUNK)
+        rows.update(run_chunks(write_pairs, todo, workers, progress, "pairs"))
+    if tasks != ("nlvr",):
+        todo = chunks(template, sizes, SINGLES_PER_CHUNK)
+        rows.update(run_chunks(write_singles, todo, workers, progress, "pictures"))
+
+    annotations = out / "annotations"
+    for file, entries in rows.items():
+        write_json(annotations / file, entries)
+    if "caption" in tasks:
+        for split in ("val", "test"):
+            truth = coco_ground_truth(rows[f"coco_karpathy_{split}.json"])
+            write_json(annotations / "coco_gt" / f"coco_karpathy_{split}_gt.json", truth)
+    if "vqa" in tasks:
+        write_json(annotations / "answer_list.json", answer_list())
+    (annotations / "vocab.txt").write_text("\n".join(vocabulary()) + "\n", encoding="utf-8")

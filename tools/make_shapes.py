@@ -1,0 +1,46 @@
+"""Write a Shapes data set in the published formats.
+
+    python tools/make_shapes.py --out shapes --seed 1 --size 20000 --statements-per-pair 4
+"""
+
+import argparse
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from data.shapes.write import TASKS, make_shapes  # noqa: E402
+
+
+def show_progress(results: Iterable, total: int, label: str) -> Iterable:
+    """A progress bar over chunks, on a terminal only."""
+    return tqdm(results, total=total, desc=label, unit="chunk", disable=None)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--seed", type=int, required=True)
+    parser.add_argument("--size", type=int, required=True, help="training pairs, and pictures")
+    parser.add_argument("--tasks", default=",".join(TASKS), help="some of " + ",".join(TASKS))
+    parser.add_argument("--statements-per-pair", type=int, default=1, help="in training (NLVR2)")
+    parser.add_argument("--eval-size", type=int, default=4000, help="pairs, and pictures, a split")
+    parser.add_argument("--workers", type=int, help="processes; all cores by default")
+    args = parser.parse_args()
+    make_shapes(
+        args.out,
+        args.seed,
+        args.size,
+        args.tasks.split(","),
+        args.statements_per_pair,
+        args.eval_size,
+        args.workers,
+        show_progress,
+    )
+
+
+if __name__ == "__main__":
+    main()
