@@ -48,22 +48,22 @@ def main() -> None:
 
     def losses(model: torch.nn.Module, batch: dict, setting: PruneSetting) -> dict[str, torch.Tensor]:
         align = not config.uncompressed
-        output = model(batch["images"], batch["input_ids"], batch["attention_mask"], batch["pair"], setting, align)
+        output = model(batch["images"], batch["input_ids"], batch["attention_mask"], setting, align)
         named = {"task": F.cross_entropy(output.logits.float(), batch["targets"], label_smoothing=config.label_smoothing)}
         if align:
-            named["similarity"] = bare(model).similarity(output, batch["pair"])
+            named["similarity"] = bare(model).similarity(output)
         return named
 
     def forward(model: torch.nn.Module, batch: dict, setting: PruneSetting):
-        output = model(batch["images"], batch["input_ids"], batch["attention_mask"], batch["pair"], setting)
-        return output, model.gflops(output, batch["pair"], setting)
+        output = model(batch["images"], batch["input_ids"], batch["attention_mask"], setting)
+        return output, model.gflops(output, setting)
 
     def evaluate(model: torch.nn.Module, loader, setting: PruneSetting) -> Evaluation:
         rows = {}
         for batch in progress(loader, "evaluate", run):
             output, gflops = forward(model, move(batch, run.device), setting)
             scores = output.logits.float().softmax(dim=-1)[:, 1].tolist()
-            kept = [model.tokens_kept(output, batch["pair"]).tolist(), gflops.tolist()]
+            kept = [model.tokens_kept(output).tolist(), gflops.tolist()]
             for sample, target, score, tokens, cost in zip(batch["ids"], batch["targets"].tolist(), scores, *kept, strict=True):
                 rows[sample] = {"prediction": score > 0.5, "score": score, "tokens_kept": tokens, "gflops": cost, "target": target}
         rows = {sample: row for part in gather_objects(rows) for sample, row in part.items()}

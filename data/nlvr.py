@@ -15,7 +15,7 @@ from data.text import clean_sentence, enc_token_id
 from transform.images import ImageTransform, eval_transform, keeps_truth, train_transform
 from utils import UserError
 
-# B pairs of pictures, S statements (S >= B when pairs share statements), L tokens of the longest statement
+# B pairs of pictures, S statements (a multiple of B), L tokens of the longest statement
 
 MAX_WORDS = 40
 CHECKED = 3  # entries whose pictures are looked for at start-up
@@ -29,8 +29,8 @@ class NlvrDataset(Dataset):
     """An item is a pair of pictures with its statements: left, right (3, H, W), sentences, labels (1 true, 0 false), ids.
 
     `training` exchanges the two pictures half the time, and left and right in the sentences with them.
-    `statements_per_pair` > 1 makes entries that share their pictures one item of at most that many statements, drawn anew
-    each time; the image encoder then runs once for all of them. `images` "left" shows the left picture twice, `text_only`
+    `statements_per_pair` > 1 makes entries that share their pictures one item of that many statements, drawn anew each
+    time; the image encoder then runs once for all of them. Pairs with fewer are left out. `images` "left" shows the left picture twice, `text_only`
     none. An id is the annotation file's name and the entry's index in it.
 
     Raises:
@@ -50,7 +50,7 @@ class NlvrDataset(Dataset):
         text_only: bool = False,
     ) -> None:
         self.entries = [entry for file in annotation_files for entry in _read_entries(Path(file))]
-        self.items = _group(self.entries) if statements_per_pair > 1 else [[index] for index in range(len(self.entries))]
+        self.items = _group(self.entries, statements_per_pair) if statements_per_pair > 1 else [[i] for i in range(len(self.entries))]
         self.image_root = Path(image_root)
         self.transform = transform
         self.training = training
@@ -92,7 +92,7 @@ class NlvrCollate:
     """Items to a batch:
 
     images (B, 2, 3, H, W), left first; input_ids and attention_mask (S, L), [ENC] first, padded to the longest and cut at
-    `max_tokens`; targets (S,); pair (S,), which of the B each statement is about; ids, S of them.
+    `max_tokens`; targets (S,); ids, S of them. The first S / B statements are about the first pair, and so on.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, max_tokens: int = 512) -> None:
@@ -108,7 +108,6 @@ class NlvrCollate:
             "input_ids": text["input_ids"],
             "attention_mask": text["attention_mask"],
             "targets": torch.tensor([label for item in items for label in item["labels"]]),
-            "pair": torch.tensor([pair for pair, item in enumerate(items) for _ in item["labels"]]),
             "ids": [sample for item in items for sample in item["ids"]],
         }
 
@@ -193,16 +192,16 @@ def _problem(entry: Any) -> str | None:
     return None
 
 
-def _group(entries: list[dict[str, Any]]) -> list[list[int]]:
-    """The indices of the entries by their pair of pictures, in the order of first appearance."""
+def _group(entries: list[dict[str, Any]], size: int) -> list[list[int]]:
+    """The indices of the entries by their pair of pictures, in the order of first appearance; groups of at least `size`."""
     groups: dict[tuple[str, ...], list[int]] = {}
     for index, entry in enumerate(entries):
         groups.setdefault(tuple(entry["images"]), []).append(index)
-    return list(groups.values())
+    return [group for group in groups.values() if len(group) >= size]
 
 
 def _draw(indices: list[int], size: int) -> list[int]:
-    """At most `size` of `indices`, at random, in their order."""
-    if len(indices) <= size:
+    """`size` of `indices`, at random, in their order."""
+    if len(indices) == size:
         return indices
     return [indices[i] for i in sorted(torch.randperm(len(indices))[:size].tolist())]

@@ -1,6 +1,7 @@
 """BERT text encoder with cross-attention to images and a pruner slot in every layer. Parameter names are those of BLIP.
 
-Shapes: B batch, L text tokens with [ENC]/[CLS] first, C width, M image tokens, V their width.
+Shapes: S texts, L text tokens with [ENC]/[CLS] first, C width; B images, M image tokens, V their width. S is a multiple of B:
+the first S / B texts are about the first image, and so on.
 """
 
 from collections.abc import Callable, Sequence
@@ -42,12 +43,14 @@ class Heads(nn.Module):
         self.value = nn.Linear(key_width, size.hidden_size)
 
     def forward(self, x: Tensor, source: Tensor, valid: Valid, pruner: TokenPruner | None = None):
-        """x (B, L, C), source (B, M, V), valid (B, M) -> (B, L, C), statistics or None."""
-        query, key, value = (
-            split_heads(part, self.num_heads) for part in (self.query(x), self.key(source), self.value(source))
-        )
+        """x (S, L, C), source (B, M, V), valid (B, M) -> (S, L, C), statistics or None.
+
+        S is a multiple of B: neighbouring texts share a source, whose keys and values are then computed once.
+        """
+        query = self.query(x).reshape(len(source), -1, x.shape[-1])
+        query, key, value = (split_heads(part, self.num_heads) for part in (query, self.key(source), self.value(source)))
         out, statistics = attend(query, key, value, valid, self.dropout if self.training else 0.0, pruner)
-        return merge_heads(out), statistics
+        return merge_heads(out).reshape(x.shape), statistics
 
     def flops(self, queries: Tensor, keys: Tensor) -> Tensor:
         width = self.query.out_features
@@ -161,7 +164,7 @@ class Layer(nn.Module):
         temperature: float | None,
         align: bool,
     ) -> tuple[Tensor, Valid, Tensor | None, Tensor | None]:
-        """x (B, L, C) -> x (B, L', C), valid (B, L'), kept (B, L - 1) or None, alignment features (B, K, D) or None."""
+        """x (S, L, C) -> x (S, L', C), valid (S, L'), kept (S, L - 1) or None, alignment features (S, K, D) or None."""
         active = self.pruner is not None and temperature is not None
         features, products = self.pruner.align(x, valid, learnable_tokens) if self.pruner and (active or align) else (None, None)
         x, statistics = self.attention(x, valid, self.pruner if active else None)
@@ -237,7 +240,7 @@ class TextEncoder(nn.Module):
         setting: PruneSetting = OFF,
         align: bool = False,
     ) -> tuple[Tensor, Valid, TowerRecord]:
-        """input_ids, attention_mask (B, L); images: one (B, M, V) a cross-attention -> (B, L', C), valid (B, L'), record."""
+        """input_ids, attention_mask (S, L); images: one (B, M, V) a cross-attention -> (S, L', C), valid (S, L'), record."""
         x = self.embeddings(input_ids)
         valid, record = attention_mask.bool(), TowerRecord()
         for index, layer in enumerate(self.encoder.layer):
@@ -247,7 +250,7 @@ class TextEncoder(nn.Module):
         return x, valid, record
 
     def flops(self, record: TowerRecord, images: Sequence[Tensor], setting: PruneSetting, training: bool = False) -> Tensor:
-        """Multiply-adds of `forward` per text (B,), with `images` the (B,) image token counts of each cross-attention."""
+        """Multiply-adds of `forward` per text (S,), with `images` the (S,) image token counts of each cross-attention."""
         total = flops.layer_norm(record.entering[0], self.hidden_size)
         for index, layer in enumerate(self.encoder.layer):
             active = setting.at(index) is not None
@@ -256,7 +259,8 @@ class TextEncoder(nn.Module):
 
 
 def _init_weights(module: nn.Module) -> None:
-    if isinstance(module, nn.Linear | nn.Embedding):
+    if isinstance(module, nn.Embedding):
         nn.init.normal_(module.weight, std=0.02)
-    if isinstance(module, nn.Linear) and module.bias is not None:
+    if isinstance(module, nn.Linear):
+        nn.init.xavier_uniform_(module.weight)
         nn.init.zeros_(module.bias)

@@ -1,6 +1,6 @@
 """BLIP for NLVR2: does a sentence hold for a pair of images?
 
-Shapes: B pairs of images, S sentences (each about one pair), L text tokens, K learnable tokens, D their width.
+Shapes: B pairs of images, S sentences (S / B neighbours about each pair), L text tokens, K learnable tokens, D their width.
 """
 
 from dataclasses import dataclass
@@ -60,7 +60,6 @@ class BlipNlvr(nn.Module):
         images: Tensor,
         input_ids: Tensor,
         attention_mask: Tensor,
-        pair: Tensor | None = None,
         setting: PruneSetting = OFF,
         align: bool = False,
     ) -> NlvrOutput:
@@ -68,52 +67,52 @@ class BlipNlvr(nn.Module):
         Args:
             images: (B, 2, 3, H, W), left and right.
             input_ids, attention_mask: (S, L), [ENC] first.
-            pair: (S,) which pair each sentence is about; None when S == B and in order.
             setting: how hard to prune.
             align: whether to collect the alignment features that `similarity` compares.
         """
         tokens, valid, vision = self.visual_encoder(
             images.transpose(0, 1).flatten(0, 1), self.learnable_tokens, setting, align
         )
-        halves = tokens.chunk(2)
-        halves_valid = (None, None) if valid is None else valid.chunk(2)
-        if pair is not None:
-            halves = [half[pair] for half in halves]
-            halves_valid = [None if half is None else half[pair] for half in halves_valid]
+        valid = (None, None) if valid is None else valid.chunk(2)
         text, _, language = self.text_encoder(
-            input_ids, attention_mask, halves, halves_valid, self.learnable_tokens, setting, align
+            input_ids, attention_mask, tokens.chunk(2), valid, self.learnable_tokens, setting, align
         )
         return NlvrOutput(self.cls_head(text[:, 0]), vision, language)
 
-    def similarity(self, output: NlvrOutput, pair: Tensor | None = None) -> Tensor:
+    def similarity(self, output: NlvrOutput) -> Tensor:
         """L_sim between the mean of the two images' alignment features and the sentence's."""
         left, right = output.vision.features.chunk(2)
-        vision = (left + right) / 2
-        return similarity_loss(vision if pair is None else vision[pair], output.language.features)
+        language = output.language.features
+        vision = per_sentence((left + right) / 2, len(language))
+        return similarity_loss(vision, language)
 
-    def tokens_kept(self, output: NlvrOutput, pair: Tensor | None = None) -> Tensor:
+    def tokens_kept(self, output: NlvrOutput) -> Tensor:
         """Tokens of both images and the sentence after the last block, (S,)."""
         left, right = output.vision.leaving[-1].chunk(2)
-        images = left + right
-        return (images if pair is None else images[pair]) + output.language.leaving[-1]
+        text = output.language.leaving[-1]
+        return per_sentence(left + right, len(text)) + text
 
-    def gflops(self, output: NlvrOutput, pair: Tensor | None = None, setting: PruneSetting = OFF, training: bool = False) -> Tensor:
+    def gflops(self, output: NlvrOutput, setting: PruneSetting = OFF, training: bool = False) -> Tensor:
         """GFLOPs of each sentence with its two images, (S,) float64, closed form at true lengths."""
-        return sum(self.gflops_by_module(output, pair, setting, training).values())
+        return sum(self.gflops_by_module(output, setting, training).values())
 
     def gflops_by_module(
-        self, output: NlvrOutput, pair: Tensor | None = None, setting: PruneSetting = OFF, training: bool = False
+        self, output: NlvrOutput, setting: PruneSetting = OFF, training: bool = False
     ) -> dict[str, Tensor]:
         left, right = self.visual_encoder.flops(output.vision, setting, training).chunk(2)
-        image_tokens = output.vision.leaving[-1].chunk(2)
-        both = left + right
-        if pair is not None:
-            both, image_tokens = both[pair], [half[pair] for half in image_tokens]
+        sentences = len(output.language.entering[0])
+        both = per_sentence(left + right, sentences)
+        image_tokens = [per_sentence(half, sentences) for half in output.vision.leaving[-1].chunk(2)]
         text = self.text_encoder.flops(output.language, image_tokens, setting, training)
         width = self.text_encoder.hidden_size
         head = torch.full_like(text, linear(1, width, width) + linear(1, width, 2))
         parts = {"visual_encoder": both, "text_encoder": text, "cls_head": head}
         return {name: part.double() / GIGA for name, part in parts.items()}
+
+
+def per_sentence(values: Tensor, sentences: int) -> Tensor:
+    """(B, ...) of the pairs -> (S, ...), each pair's value for every sentence about it."""
+    return values.repeat_interleave(sentences // len(values), dim=0)
 
 
 REFERENCE_TEXT_TOKENS = 36  # of the sentence with which the paper counts 132.54 GFLOPs

@@ -138,6 +138,5 @@ def checkpoint_wrapper(module: nn.Module) -> nn.Module:
 
 def _init_linear(module: nn.Module) -> None:
     if isinstance(module, nn.Linear):
-        trunc_normal_(module.weight, std=0.02)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
+        nn.init.xavier_uniform_(module.weight)
+        nn.init.zeros_(module.bias)
