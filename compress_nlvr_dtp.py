@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from config import NlvrConfig, parse_command_line
 from data.loading import build_loader
 from data.nlvr import NlvrCollate, build_datasets
-from data.text import load_tokenizer
+from data.text import load_tokenizer, mask_words
 from engine.compress import Evaluation, Experiment, run_experiment
 from engine.train import move, progress
 from madtp.pruning import PruneSetting
@@ -45,11 +45,19 @@ def main() -> None:
         checkpoint = read_checkpoint(config.pretrained)
         load_nlvr_weights(model, checkpoint["model"], config.pretrained)
     model.to(run.device)
+    model.visual_encoder.requires_grad_(not config.freeze_vit)
 
     def losses(model: torch.nn.Module, batch: dict, setting: PruneSetting) -> dict[str, torch.Tensor]:
         align = not config.uncompressed
-        output = model(batch["images"], batch["input_ids"], batch["attention_mask"], setting, align)
-        named = {"task": F.cross_entropy(output.logits.float(), batch["targets"], label_smoothing=config.label_smoothing)}
+        input_ids, masked = mask_words(batch["input_ids"], tokenizer, config.word_rate if config.word_weight else 0.0)
+        output = model(batch["images"], input_ids, batch["attention_mask"], setting, align)
+        whole, true = ~masked.any(dim=1), batch["targets"] == 1
+        logits, targets = output.logits[whole].float(), batch["targets"][whole]
+        named = {"task": F.cross_entropy(logits, targets, label_smoothing=config.label_smoothing)}
+        if config.word_weight:
+            named_words = masked & true.unsqueeze(1)  # a false statement's words cannot be told from the pictures
+            words = bare(model).word_logits(output.text[named_words]).float()
+            named["words"] = F.cross_entropy(words, batch["input_ids"][named_words])
         if align:
             named["similarity"] = bare(model).similarity(output)
         return named
@@ -77,7 +85,7 @@ def main() -> None:
             gflops=lambda model, batch, setting: forward(model, batch, setting)[1],
             score="acc",
             reference=reference_gflops(model),
-            loss_weights={"similarity": config.sim_weight},
+            loss_weights={"similarity": config.sim_weight, "words": config.word_weight},
             checkpoint=checkpoint,
         )
     )  # fmt: skip

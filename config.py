@@ -146,6 +146,8 @@ class Config(Section):
     max_epoch: int = Field(5, ge=1, description="epochs")
     lr_schedule: Literal["epoch", "step"] = Field("epoch", description="whether the cosine moves once an epoch or at every step")
     warmup_steps: int = Field(0, ge=0, description="steps over which the learning rate rises to init_lr")
+    clip_grad: float = Field(0.0, ge=0, description="largest norm of the gradient; 0: no limit; steadies training from scratch")
+    freeze_vit: bool = Field(False, description="keep the image encoder as it is: trains the rest several times as fast")
     label_smoothing: float = Field(0.0, ge=0, lt=1, description="share of the target spread over the wrong answers")
     amp: bool = Field(False, description="mixed precision: faster on a GPU, less exact")
 
@@ -214,8 +216,16 @@ class NlvrConfig(Config):
     statements_per_pair: int = Field(
         1, ge=1, description="training statements that share one encoding of their pictures; more is faster and less random"
     )
+    word_weight: float = Field(
+        0.0, ge=0, description="weight of naming masked words of true statements; teaches words from scratch, where p = 0"
+    )
+    word_rate: float = Field(0.25, gt=0, lt=1, description="share of the words that are masked in half of the statements")
     images: Literal["both", "left"] = Field("both", description="left: an ablation that shows the left picture twice")
     text_only: bool = Field(False, description="an ablation that blanks both pictures")
+
+    @model_validator(mode="after")
+    def _words_are_named_uncompressed(self) -> "NlvrConfig":
+        return _require(self, self.word_weight == 0 or self.uncompressed, "word_weight needs p = 0: pruning moves the words")
 
 
 ConfigT = TypeVar("ConfigT", bound=Config)

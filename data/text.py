@@ -8,6 +8,8 @@ from typing import Literal
 # Loader workers are forked after the tokenizer was used, and its threads do not survive that; it must be set before import.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import torch  # noqa: E402
+from torch import Tensor  # noqa: E402
 from transformers import BertTokenizerFast, PreTrainedTokenizerBase  # noqa: E402
 
 from utils import UserError  # noqa: E402
@@ -60,3 +62,16 @@ def dec_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
 def enc_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
     """The id of [ENC]: 30523 with bert-base-uncased."""
     return tokenizer.convert_tokens_to_ids(ENC)
+
+
+def mask_words(input_ids: Tensor, tokenizer: PreTrainedTokenizerBase, rate: float) -> tuple[Tensor, Tensor]:
+    """Every second text, on average, with a share of its words replaced by [MASK]; the others are left whole.
+
+    input_ids: (S, L) -> input_ids (S, L), and where a word was replaced (S, L) bool; nothing is, with rate 0
+    """
+    if rate == 0:
+        return input_ids, torch.zeros_like(input_ids, dtype=torch.bool)
+    is_word = ~torch.isin(input_ids, torch.tensor(tokenizer.all_special_ids, device=input_ids.device))
+    chosen = torch.rand(len(input_ids), 1, device=input_ids.device) < 0.5
+    masked = is_word & chosen & (torch.rand(input_ids.shape, device=input_ids.device) < rate)
+    return input_ids.masked_fill(masked, tokenizer.mask_token_id), masked

@@ -207,12 +207,13 @@ def _trainer(experiment: Experiment) -> Trainer:
     model = experiment.model
     if run.world_size > 1:
         model = DistributedDataParallel(model, device_ids=[run.device.index] if run.device.type == "cuda" else None)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=config.init_lr, weight_decay=config.weight_decay, fused=True)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=config.init_lr, weight_decay=config.weight_decay, fused=True)
     steps = len(experiment.loaders["train"])
     schedule = CosineSchedule(
         config.init_lr, config.min_lr, config.max_epoch, steps, config.warmup_steps, config.lr_schedule == "step"
     )
-    return Trainer(model, optimizer, experiment.precision.scaler(), schedule)
+    return Trainer(model, optimizer, experiment.precision.scaler(), schedule, config.clip_grad)
 
 
 def _run_state(config: Config, setting: PruneSetting, epoch: int, best_score: float) -> dict:

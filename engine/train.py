@@ -63,7 +63,21 @@ class Trainer:
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     schedule: CosineSchedule
+    clip_grad: float = 0.0  # 0 is no limit
     step: int = 0
+
+    def update(self, loss: Tensor) -> None:
+        """One optimiser step on `loss`."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.schedule.rate(self.step)
+        self.optimizer.zero_grad(set_to_none=True)
+        self.scaler.scale(loss).backward()
+        if self.clip_grad > 0:
+            self.scaler.unscale_(self.optimizer)
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.clip_grad)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.step += 1
 
 
 def move(batch: dict, device: torch.device) -> dict:
@@ -94,16 +108,10 @@ def train_epoch(
     trainer.model.train()
     sums: dict[str, float | Tensor] = {}
     for batch in (bar := progress(loader, description, run)):
-        for group in trainer.optimizer.param_groups:
-            group["lr"] = trainer.schedule.rate(trainer.step)
         with precision.autocast():
             named = losses(trainer.model, move(batch, run.device), setting)
         total = sum(weights.get(name, 1.0) * loss for name, loss in named.items())
-        trainer.optimizer.zero_grad(set_to_none=True)
-        trainer.scaler.scale(total).backward()
-        trainer.scaler.step(trainer.optimizer)
-        trainer.scaler.update()
-        trainer.step += 1
+        trainer.update(total)
         for name, loss in {**named, "total": total}.items():
             sums[name] = sums.get(name, 0.0) + loss.detach().float()
         if trainer.step % 50 == 0:

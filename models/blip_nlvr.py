@@ -18,9 +18,10 @@ from models.vit import VisionTransformer
 
 @dataclass
 class NlvrOutput:
-    """logits (S, 2), class 1 is True; alignment features only when asked for; one record a tower (images: 2 * B, left first)."""
+    """logits (S, 2), class 1 is True; text (S, L', C), the last layer; one record a tower (images: 2 * B, left first)."""
 
     logits: Tensor
+    text: Tensor
     vision: TowerRecord
     language: TowerRecord
 
@@ -77,7 +78,7 @@ class BlipNlvr(nn.Module):
         text, _, language = self.text_encoder(
             input_ids, attention_mask, tokens.chunk(2), valid, self.learnable_tokens, setting, align
         )
-        return NlvrOutput(self.cls_head(text[:, 0]), vision, language)
+        return NlvrOutput(self.cls_head(text[:, 0]), text, vision, language)
 
     def similarity(self, output: NlvrOutput) -> Tensor:
         """L_sim between the mean of the two images' alignment features and the sentence's."""
@@ -85,6 +86,10 @@ class BlipNlvr(nn.Module):
         language = output.language.features
         vision = per_sentence((left + right) / 2, len(language))
         return similarity_loss(vision, language)
+
+    def word_logits(self, text: Tensor) -> Tensor:
+        """Which word each text token stands for: (..., C) -> (..., vocabulary), by the input embeddings. For masked words."""
+        return text @ self.text_encoder.embeddings.word_embeddings.weight.t()
 
     def tokens_kept(self, output: NlvrOutput) -> Tensor:
         """Tokens of both images and the sentence after the last block, (S,)."""
@@ -122,4 +127,4 @@ def reference_gflops(model: BlipNlvr) -> float:
     """GFLOPs of the uncompressed model by the paper's convention: two whole images, 36 text tokens. No data needed."""
     vision = dense_record(model.visual_encoder.depth, model.visual_encoder.pos_embed.shape[1], samples=2)
     language = dense_record(model.text_encoder.depth, REFERENCE_TEXT_TOKENS, samples=1)
-    return float(model.gflops(NlvrOutput(torch.empty(0), vision, language)))
+    return float(model.gflops(NlvrOutput(torch.empty(0), torch.empty(0), vision, language)))

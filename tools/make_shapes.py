@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from data.shapes.search import FULL, Level  # noqa: E402
 from data.shapes.write import TASKS, make_shapes  # noqa: E402
 
 
@@ -29,6 +30,8 @@ def main() -> None:
     parser.add_argument("--statements-per-pair", type=int, default=1, help="in training (NLVR2)")
     parser.add_argument("--eval-size", type=int, default=4000, help="pairs, and pictures, a split")
     parser.add_argument("--workers", type=int, help="processes; all cores by default")
+    parser.add_argument("--most-things", type=int, default=FULL.most, help="in a picture; fewer is easier")
+    parser.add_argument("--templates", default=",".join(FULL.templates), help="some of " + ",".join(FULL.templates))
     args = parser.parse_args()
     make_shapes(
         args.out,
@@ -38,6 +41,7 @@ def main() -> None:
         args.statements_per_pair,
         args.eval_size,
         args.workers,
+        Level(args.most_things, tuple(args.templates.split(","))),
         show_progress,
     )
 

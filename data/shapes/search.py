@@ -6,6 +6,7 @@ of a chunk, the two of a couple on pairs that hold about as many things.
 """
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import numpy as np
 
@@ -20,7 +21,7 @@ from data.shapes.statements import (
     draw_statement,
     pick,
 )
-from data.shapes.world import KINDS, Scene, draw_number
+from data.shapes.world import KINDS, MOST, Scene, draw_number
 
 PAIRS_PER_CHUNK = 500
 ATTEMPTS = 60  # descriptions tried for one couple before it is given up
@@ -31,19 +32,29 @@ FITS = np.array([[d.fits(kind) for d in DESCRIPTIONS] for kind in KINDS], dtype=
 INDEX = {description: i for i, description in enumerate(DESCRIPTIONS)}
 
 
-def spread_templates(rng: np.random.Generator, number: int) -> Iterator[str]:
+class Level(NamedTuple):
+    """How hard the world is: the most things in a picture, and the templates of its statements."""
+
+    most: int = MOST
+    templates: tuple[str, ...] = tuple(MIXTURE)
+
+
+FULL = Level()
+
+
+def spread_templates(rng: np.random.Generator, number: int, level: Level) -> Iterator[str]:
     """`number` templates in the shares of the mixture, as evenly as whole numbers allow."""
-    names = list(MIXTURE)
+    names = list(level.templates)
     bounds = np.cumsum([MIXTURE[name] for name in names])
     points = (np.arange(number) + rng.random()) / number * bounds[-1]
     for i in np.searchsorted(bounds, points, side="right"):
         yield names[min(i, len(names) - 1)]
 
 
-def plan_couples(rng: np.random.Generator, number: int) -> list[tuple[Statement, bool]]:
+def plan_couples(rng: np.random.Generator, number: int, level: Level) -> list[tuple[Statement, bool]]:
     """`number` statements in random order, each sentence as often true as false."""
     plan = []
-    for template in spread_templates(rng, (number + 1) // 2):
+    for template in spread_templates(rng, (number + 1) // 2, level):
         statement = draw_statement(rng, template)
         plan += [(statement, True), (statement, False)]
     return [plan[i] for i in rng.permutation(len(plan))[:number]]
@@ -111,8 +122,9 @@ class Search:
         pairs: list[tuple[Scene, Scene]],
         told: list[list[tuple[Statement, bool]]],
         room: int,
+        level: Level = FULL,
     ):
-        self.rng = rng
+        self.rng, self.level = rng, level
         self.told = told
         self.evidence = Evidence(pairs)
         self.logs = np.log(self.evidence.numbers)
@@ -131,7 +143,7 @@ class Search:
     def place(self, statement: Statement, cells: dict[bool, Cell]) -> bool:
         """Give a statement to a pair in its true and to one in its false cell, if there are."""
         label = bool(self.rng.integers(2))
-        drawn = np.log([draw_number(self.rng), draw_number(self.rng)])
+        drawn = np.log([draw_number(self.rng, self.level.most) for _ in range(2)])
         one = self.nearest(statement, cells[label], drawn)
         if one is None:
             return False
@@ -160,18 +172,18 @@ class Search:
 
     def run(self) -> None:
         """Find statements for all pairs; a few may keep room."""
-        templates = spread_templates(self.rng, int(self.room.sum()) // 2)
+        templates = spread_templates(self.rng, int(self.room.sum()) // 2, self.level)
         for template in sorted(templates, key=RAREST_FIRST.index):
             self.find_couple(template)
 
 
 def make_chunk(
-    rng: np.random.Generator, pairs: int, statements_per_pair: int
+    rng: np.random.Generator, pairs: int, statements_per_pair: int, level: Level = FULL
 ) -> list[tuple[Scene, Scene, list[tuple[Statement, bool]]]]:
     """The pairs of a chunk, each with its statements and their labels."""
-    plan = plan_couples(rng, pairs)
-    scenes = [construct(rng, statement, label) for statement, label in plan]
+    plan = plan_couples(rng, pairs, level)
+    scenes = [construct(rng, statement, label, level.most) for statement, label in plan]
     told = [[entry] for entry in plan]
     if statements_per_pair > 1:
-        Search(rng, scenes, told, statements_per_pair - 1).run()
+        Search(rng, scenes, told, statements_per_pair - 1, level).run()
     return [(left, right, entries) for (left, right), entries in zip(scenes, told, strict=True)]

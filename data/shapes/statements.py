@@ -17,6 +17,7 @@ from data.shapes.world import (
     LATTICE,
     SHAPES,
     SIZES,
+    MOST,
     Kind,
     Scene,
     arrange,
@@ -356,10 +357,10 @@ def build_side(
 
 
 def construct(
-    rng: np.random.Generator, statement: Statement, label: bool
+    rng: np.random.Generator, statement: Statement, label: bool, most: int = MOST
 ) -> tuple[Scene, Scene]:
-    """Two scenes of which the statement is true (or false)."""
-    numbers = draw_number(rng), draw_number(rng)
+    """Two scenes of which the statement is true (or false), of about `most` things at most."""
+    numbers = draw_number(rng, most), draw_number(rng, most)
     cell = pick(rng, cell_weights(statement, label))
     left, right = (build_side(rng, statement, i, cell[i], numbers[i]) for i in (0, 1))
     return left, right

@@ -57,9 +57,9 @@ Scene = tuple[Thing, ...]
 KINDS = tuple(Kind(s, c, f) for s in SIZES for c in COLOURS for f in SHAPES)
 
 
-def draw_number(rng: np.random.Generator) -> int:
-    """How many things a picture holds: log-uniform from FEWEST to MOST."""
-    return int(math.exp(rng.uniform(math.log(FEWEST), math.log(MOST + 1))))
+def draw_number(rng: np.random.Generator, most: int = MOST) -> int:
+    """How many things a picture holds: log-uniform from FEWEST to `most`."""
+    return int(math.exp(rng.uniform(math.log(FEWEST), math.log(most + 1))))
 
 
 def place(rng: np.random.Generator, kind: Kind, cell: tuple[int, int]) -> Thing:
@@ -85,9 +85,9 @@ def arrange(
     return tuple(things)
 
 
-def random_scene(rng: np.random.Generator) -> Scene:
+def random_scene(rng: np.random.Generator, most: int = MOST) -> Scene:
     """A scene of things drawn independently."""
-    number = draw_number(rng)
+    number = draw_number(rng, most)
     return arrange(rng, [], [KINDS[i] for i in rng.integers(0, len(KINDS), number)])
 
 

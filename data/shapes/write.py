@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from data.shapes.search import PAIRS_PER_CHUNK, make_chunk
+from data.shapes.search import FULL, PAIRS_PER_CHUNK, Level, make_chunk
 from data.shapes.tasks import answer_list, ask, caption, ten_answers, vocabulary
 from data.shapes.world import Scene, draw, encode, random_scene
 
@@ -45,6 +45,7 @@ class Chunk(NamedTuple):
     number: int
     tasks: tuple[str, ...]
     statements_per_pair: int
+    level: Level
 
     def rng(self, world: int, stream: int, index: int) -> np.random.Generator:
         return np.random.default_rng((self.seed, world, SPLITS.index(self.split), stream, index))
@@ -67,7 +68,7 @@ def write_pairs(chunk: Chunk) -> Rows:
     """Pictures and NLVR2 entries of a chunk of pairs."""
     entries = []
     rng = chunk.rng(PAIRS, CONTENT, chunk.start)
-    pairs = make_chunk(rng, chunk.number, chunk.statements_per_pair)
+    pairs = make_chunk(rng, chunk.number, chunk.statements_per_pair, chunk.level)
     for index, (left, right, told) in enumerate(pairs, chunk.start):
         images = [
             save_picture(chunk, PAIRS, stream, index, scene)
@@ -124,7 +125,7 @@ def write_singles(chunk: Chunk) -> Rows:
     """Pictures of a chunk, with the entries of all tasks on single pictures."""
     rows: Rows = {}
     for index in range(chunk.start, chunk.start + chunk.number):
-        scene = random_scene(chunk.rng(SINGLES, CONTENT, index))
+        scene = random_scene(chunk.rng(SINGLES, CONTENT, index), chunk.level.most)
         image = save_picture(chunk, SINGLES, LEFT, index, scene)
         parts = []
         if "caption" in chunk.tasks or "retrieval" in chunk.tasks:
@@ -201,6 +202,7 @@ def make_shapes(
     statements_per_pair: int = 1,
     eval_size: int = 4000,
     workers: int | None = None,
+    level: Level = FULL,
     progress: Progress = no_progress,
 ) -> None:
     """Write a data set of `size` training pairs (and training pictures) into `out`."""
@@ -208,11 +210,13 @@ def make_shapes(
     unknown = sorted(set(tasks) - set(TASKS))
     if unknown or not tasks:
         raise ValueError(f"tasks must be some of {', '.join(TASKS)}; got {tasks}")
+    if not level.templates or not set(level.templates) <= set(FULL.templates):
+        raise ValueError(f"templates must be some of {', '.join(FULL.templates)}; got {level.templates}")
     if min(size, eval_size, statements_per_pair) < 1:
         raise ValueError("size, eval_size and statements_per_pair must be at least 1")
     workers = workers or os.cpu_count() or 1
     sizes = {"train": size, "val": eval_size, "test": eval_size}
-    template = Chunk(out, seed, "train", 0, 0, tasks, statements_per_pair)
+    template = Chunk(out, seed, "train", 0, 0, tasks, statements_per_pair, level)
     rows: Rows = {}
     if "nlvr" in tasks:
         todo = chunks(template, sizes, PAIRS_PER_CHUNK)

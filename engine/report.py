@@ -1,0 +1,213 @@
+"""The demo's report: one HTML file that needs nothing beside it. What it shows holds for every task.
+
+Numbers come from the runs' result.json and log.txt; curves are embedded as SVG, pictures as PNG.
+"""
+
+import base64
+import html
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, ScalarFormatter
+
+METRICS = {"acc": "accuracy, %"}  # the words for result.json's names; others stand for themselves
+DENSE, COLOURS = "#6b7280", ("#2563a8", "#c2570c", "#2f7d4f", "#8b4a9c")
+BAND = (10, 90)  # percentiles
+
+
+@dataclass(frozen=True)
+class ReportedRun:
+    """A run, as the report shows it.
+
+    result, log: the content of result.json and log.txt; no log for a run that only evaluated
+    images_per_second: on this machine
+    tokens: tower -> (samples, 1 + blocks) tokens entering the first block and leaving each
+    """
+
+    result: Mapping
+    log: Sequence[Mapping]
+    images_per_second: float
+    tokens: Mapping[str, np.ndarray]
+
+    @property
+    def compressed(self) -> bool:
+        return self.result["method"] != "none"
+
+    @property
+    def label(self) -> str:
+        return f"p = {self.result['reduce_ratio']:g}" if self.compressed else "uncompressed"
+
+
+@dataclass(frozen=True)
+class Picture:
+    caption: str
+    png: bytes
+
+
+def table(runs: Sequence[ReportedRun]) -> list[list[str]]:
+    """The comparison, its header first. The first run is the one that the others are compared with."""
+    first = runs[0]
+    metrics = list(first.result["metrics"]["test"])
+    header = ["model", *(f"{METRICS.get(name, name)} ({split})" for name in metrics for split in ("test", "val"))]
+    header += ["GFLOPs", "fewer", "GFLOPs (test)", "temperature", "parameters, M", "images/s", "speed-up"]
+    rows = []
+    for run in runs:
+        result, gflops = run.result, run.result["gflops"]
+        scores = [f"{result['metrics'][split][name]:.2f}" for name in metrics for split in ("test", "val")]
+        strength = "-" if result["temperature"] is None else f"{result['temperature']:.4g}"
+        if result["prune_from"]:
+            strength += f" from block {result['prune_from'] + 1}"
+        fewer = 100 * (1 - gflops["measured"] / gflops["uncompressed"])
+        speed = run.images_per_second
+        rows.append(
+            [run.label, *scores, f"{gflops['measured']:.4f}", f"{fewer:.1f} %", f"{gflops['test']:.4f}", strength]
+            + [f"{result['params']['total'] / 1e6:.2f}", f"{speed:.0f}", f"{speed / first.images_per_second:.2f}x"]
+        )
+    return [header, *rows]
+
+
+def text_table(rows: Sequence[Sequence[str]]) -> str:
+    """Columns as wide as they need to be, the first flush left."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for row in rows:
+        first, *others = (cell.rjust(width) for cell, width in zip(row, widths, strict=True))
+        lines.append("  ".join([first.strip().ljust(widths[0]), *others]))
+    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+
+
+def budget_figure(runs: Sequence[ReportedRun]) -> Figure:
+    """GFLOPs with their target, and the temperature, epoch by epoch."""
+    figure = Figure(figsize=(9.2, 3.1), layout="constrained")
+    gflops, temperature = figure.subplots(1, 2)
+    gflops.axhline(runs[0].result["gflops"]["uncompressed"], color=DENSE, linewidth=1.2, label="uncompressed")
+    for run, colour in _coloured(runs):
+        epochs = [entry["epoch"] + 1 for entry in run.log]
+        measured = [entry["gflops"]["measured"] for entry in run.log]
+        targets = [entry["gflops"]["target"] for entry in run.log]
+        strengths = [entry["temperature"] for entry in run.log]
+        gflops.step(epochs, targets, where="mid", color=colour, linewidth=1, linestyle="--", label=f"{run.label}, target")
+        gflops.plot(epochs, measured, color=colour, marker="o", markersize=5, linestyle="none", label=f"{run.label}, measured")
+        temperature.plot(epochs, strengths, color=colour, marker="o", markersize=4, label=run.label)
+    gflops.set(xlabel="epoch", ylabel="GFLOPs per sample")
+    gflops.set_ylim(bottom=0)
+    temperature.set(xlabel="epoch", ylabel="temperature T", yscale="log")
+    temperature.yaxis.set_major_formatter(ScalarFormatter())
+    temperature.yaxis.set_minor_formatter(ScalarFormatter())
+    for axes in (gflops, temperature):
+        _style(axes)
+    return figure
+
+
+def tokens_figure(runs: Sequence[ReportedRun]) -> Figure:
+    """Tokens after each block: the mean over samples, and the band that holds most of them."""
+    towers = list(runs[0].tokens)
+    figure = Figure(figsize=(9.2, 3.1), layout="constrained")
+    for axes, tower in zip(np.atleast_1d(figure.subplots(1, len(towers))), towers, strict=True):
+        for run, colour in [(run, DENSE) for run in runs if not run.compressed] + _coloured(runs):
+            tokens = run.tokens[tower]
+            blocks = range(tokens.shape[1])
+            if run.compressed:
+                axes.fill_between(blocks, *np.percentile(tokens, BAND, axis=0), color=colour, alpha=0.18, linewidth=0)
+            axes.plot(blocks, tokens.mean(axis=0), color=colour, marker="o", markersize=3.5, label=run.label)
+        axes.set(xlabel="block (0: what enters the first)", ylabel="tokens", title=f"{tower} tower")
+        axes.set_ylim(bottom=0)
+        _style(axes)
+    return figure
+
+
+def _coloured(runs: Sequence[ReportedRun]) -> list[tuple[ReportedRun, str]]:
+    compressed = [run for run in runs if run.compressed]
+    return [(run, COLOURS[i % len(COLOURS)]) for i, run in enumerate(compressed)]
+
+
+def _style(axes) -> None:
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", color="#e5e7eb", linewidth=0.7)
+    axes.set_axisbelow(True)
+    axes.legend(frameon=False, fontsize=8)
+
+
+def write_report(
+    path: Path,
+    title: str,
+    runs: Sequence[ReportedRun],
+    notes: Sequence[str],
+    samples: int,
+    pictures: Sequence[Picture],
+    commands: Sequence[str],
+) -> None:
+    """
+    Args:
+        runs: the uncompressed one first.
+        notes: how the numbers of the table were measured, a sentence each.
+        samples: how many test samples the curve of tokens is over.
+        commands: what was run, to be run again.
+    """
+    header, *rows = table(runs)
+    parts = [
+        f"<h1>{html.escape(title)}</h1>",
+        "<h2>Uncompressed and compressed</h2>",
+        _html_table(header, rows),
+        "<ul class=notes>" + "".join(f"<li>{html.escape(note)}</li>" for note in notes) + "</ul>",
+        "<h2>The GFLOPs budget, epoch by epoch</h2>",
+        _svg(budget_figure(runs), "GFLOPs and temperature per epoch"),
+        "<p>After each epoch the temperature is chosen anew so that the calibration slice meets the target."
+        " The target falls over the first epochs. The uncompressed model is only evaluated.</p>",
+        "<h2>Tokens kept, block by block</h2>",
+        _svg(tokens_figure(runs), "tokens kept per block"),
+        f"<p>Mean over {samples} test samples; the band holds their {BAND[0]} to {BAND[1]} % range."
+        " Class token and merged token are counted, padding is not.</p>",
+        "<h2>Which patches and words survive</h2>",
+        "<p>Pale patches and struck-out words are pruned; the number below a picture is that of its patches left."
+        " [SEP] ends a sentence.</p>",
+        *map(_figure, pictures),
+        "<h2>Commands</h2>",
+        f"<pre>{html.escape(chr(10).join(commands))}</pre>",
+    ]
+    page = (
+        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>\n'
+        f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{STYLE}</style></head>\n<body>\n'
+        + "\n".join(parts)
+        + "\n</body></html>\n"
+    )
+    path.write_text(page, encoding="utf-8")
+
+
+def _html_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    head = "".join(f"<th>{html.escape(cell)}</th>" for cell in header)
+    body = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
+    return f"<div class=wide><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
+
+
+def _figure(picture: Picture) -> str:
+    shown = _image("png", picture.png, picture.caption)
+    return f"<figure><figcaption>{html.escape(picture.caption)}</figcaption>{shown}</figure>"
+
+
+def _svg(figure: Figure, description: str) -> str:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="svg")
+    return _image("svg+xml", buffer.getvalue(), description)
+
+
+def _image(kind: str, content: bytes, description: str) -> str:
+    return f'<img src="data:image/{kind};base64,{base64.b64encode(content).decode()}" alt="{html.escape(description)}">'
+
+
+STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; color: #1a1a1a; background: #fff; }
+body { max-width: 1180px; margin: 2rem auto; padding: 0 1rem; }
+h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2.2rem; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
+th, td { padding: .35rem .7rem; text-align: right; border-bottom: 1px solid #e5e7eb; }
+th { font-weight: 600; font-size: .85rem; vertical-align: bottom; } th:first-child, td:first-child { text-align: left; }
+.wide { overflow-x: auto; } .notes { color: #4b5563; font-size: .9rem; }
+img { max-width: 100%; } figure { margin: 1.4rem 0; } figcaption { font-weight: 600; margin-bottom: .3rem; }
+pre { background: #f3f4f6; padding: .8rem; overflow-x: auto; font-size: .85rem; }
+"""

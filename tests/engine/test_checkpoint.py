@@ -1,0 +1,107 @@
+"""A run that is saved and loaded goes on as if nothing had happened."""
+
+import random
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from engine.checkpoint import load_run, rng_state, save_atomic, save_run, set_rng_state
+from engine.train import CosineSchedule, Trainer
+from utils import Run, UserError
+
+ONE = Run(torch.device("cpu"))
+SCHEDULE = CosineSchedule(0.1, 0.0, 2, 10)
+
+
+def fresh(seed: int) -> Trainer:
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.5), nn.Linear(8, 1))
+    scaler = torch.amp.GradScaler("cpu", enabled=True, init_scale=8.0, growth_interval=2)
+    return Trainer(model, torch.optim.AdamW(model.parameters(), lr=0.1), scaler, SCHEDULE)
+
+
+def steps(trainer: Trainer, number: int) -> list[float]:
+    """Some training with dropout and noise: it depends on weights, optimiser, loss scale and random numbers."""
+    losses = []
+    for _ in range(number):
+        noise = random.random() + float(np.random.rand())
+        loss = (trainer.model(torch.randn(3, 4)) + noise).pow(2).mean()
+        trainer.optimizer.zero_grad()
+        trainer.scaler.scale(loss).backward()
+        trainer.scaler.step(trainer.optimizer)
+        trainer.scaler.update()
+        trainer.step += 1
+        losses.append(float(loss.detach()))
+    return losses
+
+
+def test_a_loaded_run_goes_on_to_the_bit(tmp_path):
+    path, state = tmp_path / "last.pth", {"temperature": 2.5, "prune_from": 1, "epoch": 3, "best_score": float("-inf")}
+    original = fresh(0)
+    steps(original, 5)
+    save_run(path, original, original.model, state, ONE)
+    expected = steps(original, 3)
+    other = fresh(1)
+    assert steps(other, 3) != expected
+    saved = load_run(path, other, other.model, ONE)
+    assert {key: saved[key] for key in state} == state
+    assert other.step == 5 and other.scaler.get_scale() == 32.0
+    assert steps(other, 3) == expected
+    assert all(map(torch.equal, original.model.state_dict().values(), other.model.state_dict().values()))
+
+
+def test_the_random_state_is_restored():
+    def draw():
+        return random.random(), np.random.rand(), float(torch.rand(()))
+
+    state = rng_state()
+    first = draw()
+    assert draw() != first
+    set_rng_state(state)
+    assert draw() == first
+
+
+def test_a_run_that_dies_while_writing_leaves_the_last_good_file(tmp_path, monkeypatch):
+    path = tmp_path / "last.pth"
+    save_atomic({"epoch": 1}, path)
+
+    def die(content, file):
+        file.write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(torch, "save", die)
+    with pytest.raises(KeyboardInterrupt):
+        save_atomic({"epoch": 2}, path)
+    assert torch.load(path) == {"epoch": 1}
+
+
+def test_other_ranks_write_nothing(tmp_path):
+    trainer = fresh(0)
+    save_run(tmp_path / "last.pth", trainer, trainer.model, {}, Run(torch.device("cpu"), rank=1, world_size=2))
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_cannot_be_resumed_is_refused(tmp_path):
+    trainer, path = fresh(0), tmp_path / "last.pth"
+    with pytest.raises(UserError, match="last.pth: no such checkpoint to resume from"):
+        load_run(path, trainer, trainer.model, ONE)
+    save_atomic({"model": trainer.model.state_dict()}, path)
+    with pytest.raises(UserError, match="holds weights, not a run to resume"):
+        load_run(path, trainer, trainer.model, ONE)
+    save_run(path, trainer, trainer.model, {}, ONE)
+    with pytest.raises(UserError, match="a run of 1 processes cannot go on with 2"):
+        load_run(path, trainer, trainer.model, Run(torch.device("cpu"), world_size=2))
+
+
+@pytest.mark.parametrize("damage", ["cut off", "another model"])
+def test_a_damaged_or_foreign_run_is_the_users_to_mend(tmp_path, damage):
+    trainer, path = fresh(0), tmp_path / "last.pth"
+    save_run(path, trainer, trainer.model, {}, ONE)
+    if damage == "cut off":
+        path.write_bytes(path.read_bytes()[:500])
+    else:
+        trainer.model = nn.Linear(3, 3)
+    with pytest.raises(UserError, match="last.pth: "):
+        load_run(path, trainer, trainer.model, ONE)

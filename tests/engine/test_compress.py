@@ -1,0 +1,186 @@
+"""The loop over epochs on a made-up task: what is selected, when test is looked at, how a run goes on."""
+
+import json
+import math
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+from config import NlvrConfig
+from engine import compress as loop
+from engine.compress import Evaluation, Experiment, run_experiment
+from madtp.pruning import OFF
+from utils import Run, UserError
+
+DENSE = 10.0
+
+
+class Toy(nn.Module):
+    """One weight, which counts the epochs it was trained for; its GFLOPs rise with the temperature."""
+
+    depth = 1
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(1))
+
+    def gflops(self, setting) -> float:
+        return DENSE if setting.temperature is None else DENSE * (0.2 + 0.75 * setting.temperature / (10 + setting.temperature))
+
+
+class Batches(list):
+    """A loader: some batches, and the sampler that `set_epoch` sets."""
+
+    def __init__(self):
+        super().__init__([{"x": torch.ones(3)}] * 2)
+        self.sampler = SimpleNamespace()
+
+
+def experiment(folder: Path, scores: list[float], **settings) -> tuple[Experiment, list]:
+    """An experiment whose validation accuracy after epoch i is scores[i]; and the list of what it evaluated."""
+    config = NlvrConfig(output_dir=folder, p=0.5, max_epoch=len(scores), init_lr=0.1, device="cpu").model_copy(update=settings)
+    model, evaluated = Toy(), []
+
+    def losses(model, batch, setting):
+        trained = experiment.loaders["train"].sampler.epoch + 1.0
+        with torch.no_grad():  # what an optimiser might have done: the epoch is the weight
+            model.weight.copy_(torch.tensor([trained]))
+        return {"task": (model.weight * 0).sum()}
+
+    def evaluate(model, loader, setting):
+        assert not model.training
+        split = next(name for name, other in experiment.loaders.items() if other is loader)
+        epoch = round(float(model.weight)) - 1
+        evaluated.append((split, epoch, setting))
+        score = scores[epoch] if split == "val" else 1.0
+        return Evaluation({"acc": score}, model.gflops(setting), {f"{split}-0": {"prediction": True}})
+
+    experiment = Experiment(
+        config,
+        Run(torch.device("cpu")),
+        model,
+        {split: Batches() for split in ("train", "calibration", "val", "test")},
+        losses,
+        evaluate,
+        gflops=lambda model, batch, setting: torch.full((3,), model.gflops(setting)),
+        score="acc",
+        reference=12.5,
+    )
+    return experiment, evaluated
+
+
+def log_of(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "log.txt").read_text().splitlines()]
+
+
+def test_the_best_epoch_within_the_budget_is_selected_on_validation(tmp_path):
+    """Epoch 0 scores best, but is not at p yet. Equals do not replace the earlier one."""
+    task, evaluated = experiment(tmp_path, [99.0, 60.0, 80.0, 80.0], ramp_epochs=2)
+    result = run_experiment(task)
+    assert result["epoch"] == 2 and result["metrics"] == {"val": {"acc": 80.0}, "test": {"acc": 1.0}}
+    assert float(task.model.weight.detach()) == 3
+    assert torch.load(tmp_path / "checkpoint_best.pth")["epoch"] == 2 and torch.load(tmp_path / "checkpoint_last.pth")["epoch"] == 3
+    assert [split for split, *_ in evaluated] == ["val"] * 5 + ["test"]  # test once, at the end
+    assert evaluated[-1][1] == 2 and evaluated[-1][2].temperature == result["temperature"]
+
+
+def test_the_log_tells_which_epochs_were_selected(tmp_path):
+    run_experiment(experiment(tmp_path, [99.0, 60.0, 80.0, 80.0], ramp_epochs=2)[0])
+    assert [entry["selected"] for entry in log_of(tmp_path)] == [False, True, True, False]
+
+
+def test_the_target_is_lowered_while_it_is_ramped_and_met_each_epoch(tmp_path):
+    run_experiment(experiment(tmp_path, [1.0] * 6)[0])
+    log = log_of(tmp_path)
+    assert [entry["gflops"]["target"] for entry in log] == pytest.approx([7.5] + [5.0] * 5)
+    assert all(abs(entry["gflops"]["measured"] / entry["gflops"]["target"] - 1) <= 0.005 for entry in log)
+    assert [entry["lr"] for entry in log] == pytest.approx([0.05 * (1 + math.cos(math.pi * epoch / 6)) for epoch in range(6)])
+
+
+def test_the_result_names_what_it_costs(tmp_path):
+    result = run_experiment(experiment(tmp_path, [50.0])[0])
+    gflops = result["gflops"]
+    assert (gflops["uncompressed"], gflops["target"], gflops["reference"]) == (10.0, 5.0, 12.5)
+    assert gflops["measured"] == gflops["deployment"] == gflops["val"] == gflops["test"] == pytest.approx(5, rel=0.01)
+    assert json.loads((tmp_path / "result.json").read_text()) == result
+    assert json.loads((tmp_path / "predictions_test.json").read_text()) == {"test-0": {"prediction": True}}
+
+
+def test_uncompressed_runs_never_prune(tmp_path):
+    task, evaluated = experiment(tmp_path, [50.0, 60.0], p=0.0)
+    result = run_experiment(task)
+    assert result["temperature"] is None and result["method"] == "none"
+    assert result["gflops"]["measured"] == DENSE and {setting for *_, setting in evaluated} == {OFF}
+
+
+@pytest.mark.parametrize("dies_in", [1, 3])
+def test_a_run_that_died_goes_on_as_if_it_had_not(tmp_path, dies_in):
+    scores = [70.0, 60.0, 80.0, 75.0]
+    expected = run_experiment(experiment(tmp_path / "whole", scores)[0])
+    task, _ = experiment(tmp_path / "parts", scores)
+    original = loop.set_epoch
+
+    def die(loader, epoch):
+        original(loader, epoch)
+        if epoch == dies_in:
+            raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(loop, "set_epoch", die)
+        run_experiment(task)
+    assert not (tmp_path / "parts" / "result.json").exists()
+    assert run_experiment(experiment(tmp_path / "parts", scores, resume="last")[0]) == expected
+    whole, parts = ([{k: v for k, v in entry.items() if k != "seconds"} for entry in log_of(tmp_path / name)] for name in ("whole", "parts"))
+    assert whole == parts
+
+
+@pytest.mark.xfail(strict=True, raises=UserError, reason="checkpoint_best.pth is only looked for in the new folder")
+def test_a_run_goes_on_in_another_folder(tmp_path):
+    run_experiment(experiment(tmp_path / "first", [70.0, 60.0])[0])
+    task, _ = experiment(tmp_path / "second", [70.0, 60.0, 50.0], resume=str(tmp_path / "first" / "checkpoint_last.pth"))
+    assert run_experiment(task)["epoch"] == 0
+
+
+def test_no_epoch_within_the_budget_is_reported(tmp_path):
+    task, _ = experiment(tmp_path, [50.0])
+    task.model.gflops = lambda setting: DENSE * (1 if setting.temperature is None else 0.3 if setting.temperature < 5 else 0.7)
+    with pytest.raises(UserError, match="no epoch came within 1% of the target"):
+        run_experiment(task)
+
+
+def test_a_target_out_of_reach_names_the_range_of_p(tmp_path):
+    with pytest.raises(UserError, match=r"p = 0.9 is out of reach: .* removes 0.051 to 0.793 of the GFLOPs \(1.0000 wanted"):
+        run_experiment(experiment(tmp_path, [50.0], p=0.9)[0])
+
+
+SAVED = {"method": "dtp", "variant": "paper", "keep": "instance", "p": 0.5, "batch_size": 32, "temperature": 3.25, "prune_from": 0, "epoch": 7}
+
+
+@pytest.mark.parametrize(
+    ("difference", "same"),
+    [
+        ({}, True),
+        ({"batch_size": 8}, True),  # under instance it makes no difference
+        ({"keep": "max"}, False),
+        ({"p": 0.4}, False),
+        ({"variant": "released"}, False),
+        ({"temperature": None}, False),
+    ],
+)
+def test_evaluation_uses_the_saved_temperature_only_for_the_rule_it_was_made_for(tmp_path, difference, same):
+    task, evaluated = experiment(tmp_path, [50.0], evaluate=True, keep="instance")
+    task.checkpoint = {**SAVED, **difference}
+    result = run_experiment(task)
+    assert (result["temperature"] == 3.25) == same and result["epoch"] == 7
+    assert same or result["gflops"]["measured"] == pytest.approx(5, rel=0.005)
+    assert [split for split, *_ in evaluated] == ["val", "test"] and not (tmp_path / "log.txt").exists()
+
+
+def test_under_max_the_saved_temperature_belongs_to_a_batch_size(tmp_path):
+    for batch_size, same in ((32, True), (8, False)):
+        task, _ = experiment(tmp_path, [50.0], evaluate=True, keep="max", batch_size_test=batch_size)
+        task.checkpoint = {**SAVED, "keep": "max"}
+        assert (run_experiment(task)["temperature"] == 3.25) == same

@@ -1,0 +1,58 @@
+"""The files of a run: log.txt, TensorBoard scalars, result.json."""
+
+import json
+import math
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import nn
+
+from engine.results import RunLog, count_parameters, write_json
+
+ENTRIES = [
+    {"epoch": epoch, "loss": {"task": 0.5 + epoch, "total": 0.6}, "temperature": None, "selected": True, "gflops": {"val": 3}}
+    for epoch in range(2)
+]
+
+
+def test_the_log_is_a_json_object_a_line_and_scalars_by_path(tmp_path):
+    log = RunLog(tmp_path)
+    for entry in ENTRIES:
+        log.write(entry)
+    assert [json.loads(line) for line in (tmp_path / "log.txt").read_text().splitlines()] == ENTRIES
+    board = EventAccumulator(str(tmp_path / "tensorboard"))
+    board.Reload()
+    assert set(board.Tags()["scalars"]) == {"epoch", "loss/task", "loss/total", "gflops/val"}
+    assert [(event.step, event.value) for event in board.Scalars("loss/task")] == [(0, 0.5), (1, 1.5)]
+
+
+def test_a_new_run_starts_a_new_log_and_a_resumed_one_goes_on(tmp_path):
+    RunLog(tmp_path).write(ENTRIES[0])
+    RunLog(tmp_path, keep=True).write(ENTRIES[1])
+    assert len((tmp_path / "log.txt").read_text().splitlines()) == 2
+    RunLog(tmp_path)
+    assert (tmp_path / "log.txt").read_text() == ""
+
+
+def test_other_ranks_leave_no_log(tmp_path):
+    RunLog(None).write(ENTRIES[0])
+    assert not list(tmp_path.iterdir())
+
+
+def test_json_is_replaced_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "result.json"
+    write_json({"a": [1, 2.5, None]}, path)
+    assert json.loads(path.read_text()) == {"a": [1, 2.5, None]}
+    with pytest.raises(TypeError):
+        write_json({"a": torch.ones(1)}, path)
+    assert json.loads(path.read_text()) == {"a": [1, 2.5, None]} and [p.name for p in tmp_path.iterdir()] == ["result.json"]
+    assert not math.isnan(json.loads(path.read_text())["a"][1])
+
+
+def test_zeros_are_told_from_parameters():
+    model = nn.Linear(3, 2)
+    with torch.no_grad():
+        model.weight.copy_(torch.tensor([[1.0, 0.0, 2.0], [0.0, 0.0, 3.0]]))
+        model.bias.copy_(torch.tensor([0.0, 1.0]))
+    assert count_parameters(model) == {"total": 8, "nonzero": 4}
