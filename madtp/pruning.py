@@ -169,11 +169,15 @@ class TokenPruner(nn.Module):
             columns = paper_columns(tokens, None if valid is None else valid[:, 1:])
         return AttentionStatistics(class_attention(attention[:, :, 0, 1:], head_outputs[:, :, 1:]), columns)
 
-    def align(self, inputs: Tensor, valid: Valid, learnable_tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """Alignment features E_v and raw products of the tokens that ENTER the block. (B, 1 + N, C) -> (B, K, D), (B, K, N)."""
+    def align(
+        self, inputs: Tensor, valid: Valid, learnable_tokens: Tensor, want_features: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """Of the tokens that ENTER the block (B, 1 + N, C): raw products (B, K, N), and E_v (B, K, D) where it is wanted."""
         products, mapped = self.alignment(inputs[:, 1:], learnable_tokens)
+        if not want_features:
+            return products, None
         inside = None if valid is None or self.rule.variant == "released" else valid[:, 1:]
-        return aligned_features(token_attention(products, self.token_dim, inside), mapped), products
+        return products, aligned_features(token_attention(products, self.token_dim, inside), mapped)
 
     @torch.no_grad()
     def choose(

@@ -166,14 +166,16 @@ class Layer(nn.Module):
     ) -> tuple[Tensor, Valid, Tensor | None, Tensor | None]:
         """x (S, L, C) -> x (S, L', C), valid (S, L'), kept (S, L - 1) or None, alignment features (S, K, D) or None."""
         active = self.pruner is not None and temperature is not None
-        features, products = self.pruner.align(x, valid, learnable_tokens) if self.pruner and (active or align) else (None, None)
+        products, features = None, None
+        if self.pruner is not None and (active or align):
+            products, features = self.pruner.align(x, valid, learnable_tokens, align)
         x, statistics = self.attention(x, valid, self.pruner if active else None)
         kept = None
         if active:
             x, valid, kept = self.pruner.prune(x, valid, products, statistics, temperature)
         x = self.crossattention(x, images, images_valid)
         x = self.output(self.intermediate(x), x)
-        return x, valid, kept, features if align else None
+        return x, valid, kept, features
 
     def flops(self, entering: Tensor, leaving: Tensor, images: Sequence[Tensor], active: bool, training: bool) -> Tensor:
         """Multiply-adds of `forward` for samples with these text and image token counts."""

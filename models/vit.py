@@ -50,14 +50,16 @@ class Block(nn.Module):
     ) -> tuple[Tensor, Valid, Tensor | None, Tensor | None]:
         """x (B, N, C) -> x (B, M, C), valid (B, M), kept (B, N - 1) or None, alignment features (B, K, D) or None."""
         active = self.pruner is not None and temperature is not None
-        features, products = self.pruner.align(x, valid, learnable_tokens) if self.pruner and (active or align) else (None, None)
+        products, features = None, None
+        if self.pruner is not None and (active or align):
+            products, features = self.pruner.align(x, valid, learnable_tokens, align)
         attended, statistics = self.attn(self.norm1(x), valid, self.pruner if active else None)
         x = x + self.drop_path(attended)
         kept = None
         if active:
             x, valid, kept = self.pruner.prune(x, valid, products, statistics, temperature)
         x = x + self.drop_path(self.mlp(self.norm2(x)))
-        return x, valid, kept, features if align else None
+        return x, valid, kept, features
 
     def flops(self, entering: Tensor, leaving: Tensor, active: bool, training: bool) -> Tensor:
         """Multiply-adds of `forward` for samples with these token counts before and after pruning."""

@@ -1,0 +1,305 @@
+"""The entry script from the command line to its files, on a tiny Shapes world: alone, twice, interrupted, in two processes."""
+
+import json
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import compress_nlvr_dtp
+from config import NlvrConfig, load_config, parse_command_line
+from data.shapes.write import make_shapes
+from data.text import load_tokenizer
+from engine import compress
+from models.build import nlvr_from_config
+from utils import run_main
+
+ROOT = Path(__file__).parents[1]
+EVAL_SIZE = 31  # two processes with batches of 8 do not share it evenly
+P = 0.5
+TINY = {
+    "vit.depth": 2, "vit.embed_dim": 32, "bert.hidden_size": 32, "bert.num_hidden_layers": 2, "bert.intermediate_size": 64,
+    "sd_num": 8, "sd_dim": 32, "batch_size_train": 8, "batch_size_test": 8, "calibration_size": 16, "num_workers": 0, "amp": "false",
+    "max_epoch": 2, "ramp_epochs": 1,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("world")
+    make_shapes(folder, seed=3, size=40, tasks=("nlvr",), eval_size=EVAL_SIZE, workers=1)
+    return folder
+
+
+def flags(world: Path, out: Path, *more: str, **settings) -> list[str]:
+    """The command line of a tiny run; keys in `settings` go before those of TINY."""
+    files = {"image_root": world / "images", "ann_root": world / "annotations", "tokenizer": world / "annotations" / "vocab.txt"}
+    sets = [f"--set={key}={value}" for key, value in {**files, **TINY, **settings}.items()]
+    config = str(ROOT / "configs/shapes/nlvr.yaml")
+    return ["--config", config, "--output_dir", str(out), "--device", "cpu", "--pretrained", "", "--p", str(P), *sets, *more]
+
+
+def run_here(argv: list[str]) -> None:
+    """The script in this process: starting another costs seconds."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["compress_nlvr_dtp.py", *argv])
+        compress_nlvr_dtp.main()
+
+
+def run_script(argv: list[str], *launcher: str) -> subprocess.CompletedProcess:
+    script = [] if launcher else [str(ROOT / "compress_nlvr_dtp.py")]
+    return subprocess.run([sys.executable, *launcher, *script, *argv], cwd=ROOT, capture_output=True, text=True, timeout=300)
+
+
+def read(folder: Path, name: str):
+    return json.loads((folder / name).read_text())
+
+
+def log_of(folder: Path) -> list[dict]:
+    entries = [json.loads(line) for line in (folder / "log.txt").read_text().splitlines()]
+    return [{key: value for key, value in entry.items() if key != "seconds"} for entry in entries]
+
+
+def assert_same_run(folder: Path, other: Path) -> None:
+    for name in ("result.json", "predictions_val.json", "predictions_test.json"):
+        assert read(folder, name) == read(other, name), name
+    assert log_of(folder) == log_of(other)
+
+
+@pytest.fixture(scope="module")
+def trained(world, tmp_path_factory) -> Path:
+    """The folder of a run from the command line."""
+    out = tmp_path_factory.mktemp("runs") / "trained"
+    done = run_script(flags(world, out))
+    assert done.returncode == 0, done.stderr
+    return out
+
+
+def test_a_run_leaves_its_files(trained):
+    files = {"config.yaml", "log.txt", "checkpoint_last.pth", "checkpoint_best.pth", "predictions_val.json", "predictions_test.json", "result.json"}
+    assert files <= {path.name for path in trained.iterdir()} and not list(trained.glob("*.tmp"))
+    config = load_config(NlvrConfig, trained / "config.yaml")
+    assert config.output_dir == trained and config.p == P and config.vit_sizes.depth == 2
+    assert [entry["epoch"] for entry in log_of(trained)] == [0, 1]
+
+
+def test_the_result_has_every_key_of_the_contract(trained):
+    result = read(trained, "result.json")
+    assert {key: result[key] for key in ("task", "method", "variant", "keep", "reduce_ratio", "seed")} == {
+        "task": "nlvr", "method": "dtp", "variant": "paper", "keep": "instance", "reduce_ratio": P, "seed": 42,
+    }  # fmt: skip
+    assert result["temperature"] > 0 and result["prune_from"] in (0, 1) and result["epoch"] in (0, 1)
+    gflops = result["gflops"]
+    assert set(gflops) == {"uncompressed", "target", "measured", "val", "test", "reference", "deployment"}
+    assert gflops["target"] == pytest.approx((1 - P) * gflops["uncompressed"])
+    assert gflops["measured"] == pytest.approx(gflops["target"], rel=0.01)
+    assert all(gflops[split] == pytest.approx(gflops["target"], rel=0.15) for split in ("val", "test"))  # 16 samples calibrate
+    assert 0 < result["params"]["nonzero"] <= result["params"]["total"]
+    assert set(result["metrics"]) == {"val", "test"}
+    best = torch.load(trained / "checkpoint_best.pth")
+    assert (best["temperature"], best["prune_from"], best["epoch"]) == (result["temperature"], result["prune_from"], result["epoch"])
+    assert result["params"]["total"] == sum(tensor.numel() for tensor in best["model"].values())
+
+
+@pytest.mark.parametrize(("split", "file"), [("val", "nlvr_dev"), ("test", "nlvr_test")])
+def test_the_metrics_are_those_of_the_predictions(trained, world, split, file):
+    result, predictions = read(trained, "result.json"), read(trained, f"predictions_{split}.json")
+    labels = [entry["label"] == "True" for entry in read(world / "annotations", f"{file}.json")]
+    rows = [predictions[f"{file}-{i}"] for i in range(EVAL_SIZE)]
+    assert len(predictions) == EVAL_SIZE
+    assert all(row["prediction"] == (row["score"] > 0.5) and 0 < row["score"] < 1 and row["tokens_kept"] >= 3 for row in rows)
+    correct = sum(row["prediction"] == label for row, label in zip(rows, labels, strict=True))
+    assert result["metrics"][split]["acc"] == pytest.approx(100 * correct / EVAL_SIZE)
+    assert result["gflops"][split] == pytest.approx(sum(row["gflops"] for row in rows) / EVAL_SIZE)
+    assert len({row["tokens_kept"] for row in rows}) > 3  # each sample its own
+
+
+def test_the_same_seed_gives_the_same_run(trained, world, tmp_path):
+    run_here(flags(world, tmp_path))
+    assert_same_run(trained, tmp_path)
+
+
+def test_another_seed_gives_another_run(trained, world, tmp_path):
+    run_here(flags(world, tmp_path, "--seed", "43", "--epoch", "1"))
+    assert log_of(trained)[0]["loss"] != log_of(tmp_path)[0]["loss"]
+
+
+class Interrupted(Exception):
+    pass
+
+
+def test_a_resumed_run_gives_the_same_result_as_one_that_was_not_interrupted(trained, world, tmp_path, monkeypatch):
+    original, epochs = compress.train_epoch, []
+
+    def die_in_the_second_epoch(trainer, loader, *rest):
+        epochs.append(loader.sampler.epoch)
+        if len(epochs) == 2:
+            raise Interrupted
+        return original(trainer, loader, *rest)
+
+    with pytest.raises(Interrupted), monkeypatch.context() as patch:
+        patch.setattr(compress, "train_epoch", die_in_the_second_epoch)
+        run_here(flags(world, tmp_path))
+    assert [entry["epoch"] for entry in log_of(tmp_path)] == [0] and not (tmp_path / "result.json").exists()
+    run_here(flags(world, tmp_path, "--resume"))
+    assert_same_run(trained, tmp_path)
+
+
+@pytest.fixture(scope="module")
+def dense_weights(world, tmp_path_factory) -> Path:
+    """Weights without learnable tokens, for the uncompressed model."""
+    config = parse_command_line("", NlvrConfig, flags(world, Path("unused"), "--p", "0"))
+    path = tmp_path_factory.mktemp("dense") / "dense.pth"
+    torch.manual_seed(1)
+    torch.save({"model": nlvr_from_config(config, len(load_tokenizer(config.tokenizer))).state_dict()}, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def cases(world, trained, dense_weights) -> dict[str, tuple]:
+    """Name -> what the command line adds: for two processes the same, with half the batch where it is for training."""
+    return {
+        "uncompressed": (("--evaluate", "--p", "0", "--pretrained", str(dense_weights)), {}),
+        "pruned": (("--evaluate", "--pretrained", str(trained / "checkpoint_best.pth")), {}),
+        "trained": (("--epoch", "1", "--pretrained", str(trained / "checkpoint_best.pth")), {"lr_schedule": "step", "batch_size_train": 4}),
+    }
+
+
+DRIVER = """
+import json, sys
+sys.path.insert(0, {root!r})
+import compress_nlvr_dtp
+from utils import run_main
+for argv in json.loads({runs!r})[:-1]:
+    sys.argv = ["compress_nlvr_dtp.py", *argv]
+    compress_nlvr_dtp.main()
+sys.argv = ["compress_nlvr_dtp.py", *json.loads({runs!r})[-1]]
+run_main(compress_nlvr_dtp.main)
+"""
+
+
+@pytest.fixture(scope="module")
+def two_processes(world, cases, tmp_path_factory) -> Path:
+    """The folder of the runs of all cases in two processes, started once."""
+    folder = tmp_path_factory.mktemp("two")
+    runs = json.dumps([flags(world, folder / name, *more, **settings) for name, (more, settings) in cases.items()])
+    (folder / "driver.py").write_text(DRIVER.format(root=str(ROOT), runs=runs))
+    done = run_script([str(folder / "driver.py")], "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+@pytest.mark.parametrize("case", ["uncompressed", "pruned"])
+def test_two_processes_evaluate_as_one(two_processes, world, cases, tmp_path, case):
+    more, settings = cases[case]
+    run_here(flags(world, tmp_path, *more, **settings))
+    one, two = read(tmp_path, "result.json"), read(two_processes / case, "result.json")
+    assert two["metrics"] == one["metrics"] and two["temperature"] == one["temperature"]
+    assert two["gflops"] == pytest.approx(one["gflops"])
+    for split in ("val", "test"):
+        alone, shared = (read(folder, f"predictions_{split}.json") for folder in (tmp_path, two_processes / case))
+        assert alone.keys() == shared.keys() and len(shared) == EVAL_SIZE
+        for sample, row in alone.items():
+            assert shared[sample] == {**row, "score": pytest.approx(row["score"], abs=1e-5)}
+    assert (one["temperature"] is None) == (case == "uncompressed")
+
+
+def test_two_processes_with_half_the_batch_train_as_one(two_processes, world, cases, tmp_path):
+    """The gradient is that of the whole batch. Rounding may prune a token more or less: hence the tolerance."""
+    more, settings = cases["trained"]
+    run_here(flags(world, tmp_path, *more, **{**settings, "batch_size_train": 8}))
+    one, two = log_of(tmp_path)[0], log_of(two_processes / "trained")[0]
+    assert two["loss"] == pytest.approx(one["loss"], rel=2e-3)
+    weights, shared = (torch.load(folder / "checkpoint_last.pth")["model"] for folder in (tmp_path, two_processes / "trained"))
+    start = torch.load(more[-1])["model"]
+    moved = {name: (weights[name] - start[name]).norm() for name in weights}
+    apart = {name: (weights[name] - shared[name]).norm() for name in weights}
+    assert sum(apart.values()) < 0.2 * sum(moved.values())
+
+
+def test_the_best_checkpoint_gives_the_result_again(trained, world, cases, tmp_path):
+    run_here(flags(world, tmp_path, *cases["pruned"][0]))
+    expected, result = read(trained, "result.json"), read(tmp_path, "result.json")
+    assert result == expected
+
+
+class Code:
+    def __reduce__(self):
+        return os.system, ("touch ran",)
+
+
+def refusal(capsys, argv: list[str]) -> str:
+    """What a run that the user can mend says: one line on stderr and exit code 2."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as error:
+        run_main(lambda: run_here(argv))
+    said = capsys.readouterr().err
+    assert error.value.code == 2 and said.startswith("error: ") and said.count("\n") == 1, said
+    return said
+
+
+def test_a_refused_run_ends_with_one_line_and_exit_code_2(world, tmp_path):
+    done = run_script(flags(world, tmp_path, "--p", "1.2"))
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "error: command line: key 'p' must be below 1, got '1.2'\n"
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"ann_root": "/nowhere"}, "/nowhere/nlvr_train.json: No such file or directory; set the key 'ann_root'"),
+        ({"image_root": "/nowhere"}, "/nowhere/nlvr/train/00000/0000000a.jpg: no such picture; set the key 'image_root'"),
+        ({"sd_mum": 3}, "unknown key 'sd_mum'; did you mean 'sd_num'?"),
+        ({"p": 1.2}, "key 'p' must be below 1, got 1.2"),
+        ({"pretrained": "/nowhere.pth"}, "/nowhere.pth: no such checkpoint"),
+        ({"tokenizer": "/nowhere"}, "/nowhere: No such file or directory; set the key 'tokenizer'"),
+    ],
+)
+def test_settings_that_cannot_be_are_named(world, tmp_path, capsys, settings, said):
+    argv = [flag for flag in flags(world, tmp_path, **settings)]
+    for key in settings.keys() & {"p", "pretrained"}:  # flags go before --set
+        del argv[argv.index(f"--{key}") : argv.index(f"--{key}") + 2]
+    assert said in refusal(capsys, argv)
+
+
+def test_damaged_data_are_named(world, tmp_path, capsys):
+    broken = tmp_path / "world"
+    shutil.copytree(world, broken)
+    annotations = broken / "annotations" / "nlvr_dev.json"
+    whole = annotations.read_text()
+    annotations.write_text(whole[: len(whole) // 2])
+    assert "nlvr_dev.json: not valid JSON at line 1" in refusal(capsys, flags(broken, tmp_path / "out"))
+    annotations.write_text(whole)
+    picture = broken / "images" / json.loads(whole)[20]["images"][1]
+    picture.write_bytes(picture.read_bytes()[:100])
+    assert f"{picture}: not a readable picture" in refusal(capsys, flags(broken, tmp_path / "out", "--epoch", "1"))
+
+
+def test_a_p_out_of_reach_names_the_range(world, tmp_path, capsys):
+    said = refusal(capsys, flags(world, tmp_path, "--p", "0.99"))
+    low, high = (float(part) for part in said.split("pruning removes ")[1].split(" of the")[0].split(" to "))
+    assert 0 <= low < P < high < 0.99
+
+
+def test_weights_that_do_not_fit_are_named(world, trained, tmp_path, capsys):
+    best = str(trained / "checkpoint_best.pth")
+    said = refusal(capsys, flags(world, tmp_path, "--pretrained", best, **{"vit.embed_dim": 48}))
+    assert f"{best}: shapes do not fit: " in said and "visual_encoder.cls_token is 1x1x32, the model's 1x1x48" in said
+    said = refusal(capsys, flags(world, tmp_path, "--pretrained", best, "--p", "0"))
+    assert f"{best}: holds space_dict" in said
+
+
+def test_weights_that_would_run_code_are_refused(world, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "evil.pth").write_bytes(pickle.dumps({"model": Code()}, protocol=2))
+    assert "could run code" in refusal(capsys, flags(world, tmp_path / "out", "--pretrained", "evil.pth"))
+    assert not (tmp_path / "ran").exists()
+
+
+def test_resuming_from_nothing_is_refused(world, tmp_path, capsys):
+    assert "no such checkpoint to resume from" in refusal(capsys, flags(world, tmp_path, "--resume"))
