@@ -30,7 +30,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from config import NlvrConfig, load_config  # noqa: E402
-from data.shapes.world import KINDS, LATTICE, Scene, draw, random_scene  # noqa: E402
+from data.shapes.world import COLOURS, LATTICE, SHAPES, SIZES, Scene, draw, random_scene  # noqa: E402
 from data.text import load_tokenizer  # noqa: E402
 from models.build import nlvr_from_config  # noqa: E402
 from models.pretrained import read_checkpoint  # noqa: E402
@@ -40,6 +40,7 @@ from utils import UserError, run_main, seed_everything  # noqa: E402
 CONFIG = ROOT / "configs/shapes/nlvr.yaml"
 PATCH = 8  # px, in 12 x 12 patches, two to a cell of the world's lattice
 SIDE = 2 * LATTICE
+ATTRIBUTES = (SIZES, COLOURS, SHAPES)  # in the order of a Kind; named one by one, as words will name them
 VISION = {"steps": 800, "batch": 32, "rate": 1e-3, "warmup": 100}
 GROUND_WEIGHT = 0.2  # most patches show ground
 PLACE_WEIGHT = 0.1
@@ -108,20 +109,21 @@ def run(command: list[str]) -> None:
         raise UserError(f"{command[1]} failed; its message stands above; mend it and start again: finished stages are kept")
 
 
-def patch_kinds(scene: Scene) -> Tensor:
-    """What each patch shows, (SIDE * SIDE,): 0 is ground, else 1 + the index of the kind."""
-    kinds = torch.zeros(SIDE, SIDE, dtype=torch.long)
+def patch_attributes(scene: Scene) -> Tensor:
+    """Size, colour and shape of what each patch shows, (SIDE * SIDE, 3): 0 is ground, else 1 + the index of the attribute."""
+    attributes = torch.zeros(SIDE, SIDE, 3, dtype=torch.long)
     for thing in scene:
-        row, column, kind = 2 * thing.row, 2 * thing.column, 1 + KINDS.index(thing.kind)
+        row, column = 2 * thing.row, 2 * thing.column
+        value = torch.tensor([1 + names.index(name) for names, name in zip(ATTRIBUTES, thing.kind, strict=True)])
         if thing.kind.size == "large":
-            kinds[row : row + 2, column : column + 2] = kind
+            attributes[row : row + 2, column : column + 2] = value
         else:  # world places are in quarters of a pixel
-            kinds[thing.y // (4 * PATCH), thing.x // (4 * PATCH)] = kind
-    return kinds.flatten()
+            attributes[thing.y // (4 * PATCH), thing.x // (4 * PATCH)] = value
+    return attributes.flatten(0, 1)
 
 
 def pictures(seed: int, batch: int, image_size: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Endless fresh pictures (B, 3, H, W) and what their patches show (B, N)."""
+    """Endless fresh pictures (B, 3, H, W) and what their patches show (B, N, 3)."""
     transform = eval_transform(image_size)
     stream = 0
     while True:
@@ -131,7 +133,7 @@ def pictures(seed: int, batch: int, image_size: int) -> Iterator[tuple[Tensor, T
             stream += 1
             scenes.append(random_scene(rng))
             images.append(transform(draw(rng, scenes[-1])))
-        yield torch.stack(images), torch.stack([patch_kinds(scene) for scene in scenes])
+        yield torch.stack(images), torch.stack([patch_attributes(scene) for scene in scenes])
 
 
 def train_vision(path: Path, vocabulary: Path, seed: int) -> None:
@@ -140,33 +142,35 @@ def train_vision(path: Path, vocabulary: Path, seed: int) -> None:
     config = load_config(NlvrConfig, CONFIG, {"p": 0.0})
     model = nlvr_from_config(config, len(load_tokenizer(vocabulary)))
     encoder = model.visual_encoder.train()
-    head = nn.Linear(encoder.embed_dim, 1 + len(KINDS) + SIDE * SIDE)
+    classes = [1 + len(names) for names in ATTRIBUTES]
+    head = nn.Linear(encoder.embed_dim, sum(classes) + SIDE * SIDE)
     parameters = [*encoder.parameters(), *head.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=VISION["rate"], weight_decay=config.weight_decay)
-    weight = torch.ones(1 + len(KINDS))
-    weight[0] = GROUND_WEIGHT
-    places = torch.arange(SIDE * SIDE)
+    places = torch.arange(SIDE * SIDE).repeat(VISION["batch"])
     stream = pictures(seed, VISION["batch"], config.image_size)
     for step in (bar := tqdm(range(VISION["steps"]), desc="vision", disable=None)):
-        images, kinds = next(stream)
+        images, attributes = next(stream)
         cosine = 0.5 * (1 + math.cos(math.pi * step / VISION["steps"]))
         for group in optimizer.param_groups:
             group["lr"] = VISION["rate"] * min(1, (step + 1) / VISION["warmup"]) * cosine
         with torch.autocast("cpu", dtype=torch.bfloat16):
             logits = head(encoder(images)[0][:, 1:]).float()
-        what, where = logits.split([1 + len(KINDS), SIDE * SIDE], dim=-1)
-        loss = F.cross_entropy(what.flatten(0, 1), kinds.flatten(), weight=weight)
-        loss = loss + PLACE_WEIGHT * F.cross_entropy(where.flatten(0, 1), places.repeat(len(images)))
+        *what, where = logits.split([*classes, SIDE * SIDE], dim=-1)
+        loss = PLACE_WEIGHT * F.cross_entropy(where.flatten(0, 1), places)
+        for index, named in enumerate(what):
+            weight = torch.ones(classes[index])
+            weight[0] = GROUND_WEIGHT
+            loss = loss + F.cross_entropy(named.flatten(0, 1), attributes[..., index].flatten(), weight=weight)
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         if step % 50 == 49:
-            shown = kinds > 0
-            named = (what.argmax(-1) == kinds)[shown].float().mean().item()
-            bar.set_postfix(loss=f"{loss.item():.3f}", named=f"{100 * named:.1f} %")
+            named = torch.stack([logits.argmax(-1) for logits in what], dim=-1) == attributes
+            right = named.all(dim=-1)[attributes[..., 0] > 0].float().mean().item()
+            bar.set_postfix(loss=f"{loss.item():.3f}", right=f"{100 * right:.1f} %")
     print(
-        f"vision: {100 * named:.1f} % of the patches that show a thing are named rightly after {VISION['steps']} steps",
+        f"vision: {100 * right:.1f} % of the patches that show a thing are named rightly after {VISION['steps']} steps",
         flush=True,
     )
     torch.save({"model": model.state_dict()}, path)

@@ -97,7 +97,7 @@ class Sample:
         """prune's answer: tokens, valid, kept."""
         pruner = TokenPruner(WIDTH, LEARNABLE, WIDTH, rule)
         with torch.no_grad():
-            _, products = pruner.align(self.inputs, self.valid, self.learnable)
+            products, _ = pruner.align(self.inputs, self.valid, self.learnable, want_features=False)
             statistics = pruner.statistics(self.attention, self.outputs, self.valid)
             return pruner.prune(self.x, self.valid, products, statistics, temperature)
 
@@ -126,7 +126,7 @@ def importance_by_loops(sample: Sample, terms: tuple[str, ...]) -> Tensor:
 def parts(sample: Sample) -> tuple[Tensor, AttentionStatistics]:
     """A_token and the attention's statistics."""
     pruner = TokenPruner(WIDTH, LEARNABLE, WIDTH, PruningRule())
-    _, products = pruner.align(sample.inputs, sample.valid, sample.learnable)
+    products, _ = pruner.align(sample.inputs, sample.valid, sample.learnable, want_features=False)
     return token_attention(products, WIDTH, sample.inside), pruner.statistics(sample.attention, sample.outputs, sample.valid)
 
 
