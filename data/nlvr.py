@@ -30,8 +30,8 @@ class NlvrDataset(Dataset):
 
     `training` exchanges the two pictures half the time, and left and right in the sentences with them.
     `statements_per_pair` > 1 makes entries that share their pictures one item of that many statements, drawn anew each
-    time; the image encoder then runs once for all of them. Pairs with fewer are left out. `images` "left" shows the left picture twice, `text_only`
-    none. An id is the annotation file's name and the entry's index in it.
+    time; the image encoder then runs once for all of them. Pairs with fewer are left out. `images` "left" shows the left
+    picture twice, `text_only` none. An id is the annotation file's name and the entry's index in it.
 
     Raises:
         UserError: for annotations that are not NLVR2's, or when the pictures of the first entries are not there; an item
@@ -50,7 +50,9 @@ class NlvrDataset(Dataset):
         text_only: bool = False,
     ) -> None:
         self.entries = [entry for file in annotation_files for entry in _read_entries(Path(file))]
-        self.items = _group(self.entries, statements_per_pair) if statements_per_pair > 1 else [[i] for i in range(len(self.entries))]
+        self.items = [[index] for index in range(len(self.entries))]
+        if statements_per_pair > 1:
+            self.items = _group(self.entries, statements_per_pair)
         self.image_root = Path(image_root)
         self.transform = transform
         self.training = training

@@ -134,17 +134,20 @@ def compress(experiment: Experiment, dense: float) -> tuple[PruneSetting, int, E
         saved = load_run(config.resume_path, trainer, experiment.model, run)
         setting = PruneSetting(saved["temperature"], saved["prune_from"])
         best_score, first_epoch = saved["best_score"], saved["epoch"] + 1
+    elif run.is_main:
+        (folder / "checkpoint_best.pth").unlink(missing_ok=True)  # an earlier run's must not be taken for this one's
     log = RunLog(folder if run.is_main else None, keep=first_epoch > 0)
     for epoch in range(first_epoch, config.max_epoch):
         started = time.time()
         target = dense * (1 - ramped(config.p, epoch, config.ramp_epochs, config.max_epoch))
         setting = meet(experiment, target, setting)
         set_epoch(experiment.loaders["train"], epoch)
+        train_started = time.time()
         losses = train_epoch(
             trainer, experiment.loaders["train"], experiment.losses, experiment.loss_weights, setting,
             experiment.precision, run, f"epoch {epoch + 1}/{config.max_epoch}",
         )  # fmt: skip
-        train_seconds = time.time() - started
+        train_seconds = time.time() - train_started
         setting = meet(experiment, target, setting)
         measured = experiment.measure(setting)
         val = experiment.evaluated("val", setting)
@@ -227,7 +230,9 @@ def _selected(experiment: Experiment, folder: Path) -> tuple[PruneSetting, int, 
     barrier()
     path = folder / "checkpoint_best.pth"
     if not path.is_file():
-        raise UserError(f"{folder}: no epoch came within {WITHIN_BUDGET:.0%} of the target; train more epochs or raise calibration_size")
+        raise UserError(
+            f"{folder}: no epoch came within {WITHIN_BUDGET:.0%} of the target; train more epochs or raise 'calibration_size'"
+        )
     saved = torch.load(path, map_location=experiment.run.device, weights_only=True)
     experiment.model.load_state_dict(saved["model"])
     setting = PruneSetting(saved["temperature"], saved["prune_from"])

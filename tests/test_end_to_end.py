@@ -24,8 +24,8 @@ EVAL_SIZE = 31  # two processes with batches of 8 do not share it evenly
 P = 0.5
 TINY = {
     "vit.depth": 2, "vit.embed_dim": 32, "bert.hidden_size": 32, "bert.num_hidden_layers": 2, "bert.intermediate_size": 64,
-    "sd_num": 8, "sd_dim": 32, "batch_size_train": 8, "batch_size_test": 8, "calibration_size": 16, "num_workers": 0, "amp": "false",
-    "max_epoch": 2, "ramp_epochs": 1,
+    "sd_num": 8, "sd_dim": 32, "batch_size_train": 8, "batch_size_test": 8, "calibration_size": 16, "num_workers": 0,
+    "amp": "false", "max_epoch": 2, "ramp_epochs": 1,
 }  # fmt: skip
 
 
@@ -81,7 +81,15 @@ def trained(world, tmp_path_factory) -> Path:
 
 
 def test_a_run_leaves_its_files(trained):
-    files = {"config.yaml", "log.txt", "checkpoint_last.pth", "checkpoint_best.pth", "predictions_val.json", "predictions_test.json", "result.json"}
+    files = {
+        "config.yaml",
+        "log.txt",
+        "checkpoint_last.pth",
+        "checkpoint_best.pth",
+        "predictions_val.json",
+        "predictions_test.json",
+        "result.json",
+    }
     assert files <= {path.name for path in trained.iterdir()} and not list(trained.glob("*.tmp"))
     config = load_config(NlvrConfig, trained / "config.yaml")
     assert config.output_dir == trained and config.p == P and config.vit_sizes.depth == 2
@@ -102,7 +110,11 @@ def test_the_result_has_every_key_of_the_contract(trained):
     assert 0 < result["params"]["nonzero"] <= result["params"]["total"]
     assert set(result["metrics"]) == {"val", "test"}
     best = torch.load(trained / "checkpoint_best.pth")
-    assert (best["temperature"], best["prune_from"], best["epoch"]) == (result["temperature"], result["prune_from"], result["epoch"])
+    assert (best["temperature"], best["prune_from"], best["epoch"]) == (
+        result["temperature"],
+        result["prune_from"],
+        result["epoch"],
+    )
     assert result["params"]["total"] == sum(tensor.numel() for tensor in best["model"].values())
 
 
@@ -166,7 +178,10 @@ def cases(world, trained, dense_weights) -> dict[str, tuple]:
     return {
         "uncompressed": (("--evaluate", "--p", "0", "--pretrained", str(dense_weights)), {}),
         "pruned": (("--evaluate", "--pretrained", str(trained / "checkpoint_best.pth")), {}),
-        "trained": (("--epoch", "1", "--pretrained", str(trained / "checkpoint_best.pth")), {"lr_schedule": "step", "batch_size_train": 4}),
+        "trained": (
+            ("--epoch", "1", "--pretrained", str(trained / "checkpoint_best.pth")),
+            {"lr_schedule": "step", "batch_size_train": 4},
+        ),
     }
 
 

@@ -10,6 +10,7 @@ a trained model's counts; the two ways of counting must agree whatever the weigh
 import argparse
 import json
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -86,7 +87,7 @@ def count(model: BlipNlvr, inputs: tuple[torch.Tensor, ...], setting: PruneSetti
     counted = sum(fvcore_gflops(model, inputs, setting).values())
     gflops = {"closed_form": total, "fvcore": counted, "deployment": total}
     params = count_parameters(model)["total"]
-    return {"gflops": gflops, "by_module": by_module, "params": params, "temperature": setting.temperature, "prune_from": setting.prune_from}
+    return {"gflops": gflops, "by_module": by_module, "params": params, **asdict(setting)}
 
 
 @torch.no_grad()

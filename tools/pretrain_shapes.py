@@ -17,6 +17,7 @@ import math
 import subprocess
 import sys
 from collections.abc import Iterator
+from itertools import count, islice
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, IterableDataset
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -41,7 +43,7 @@ CONFIG = ROOT / "configs/shapes/nlvr.yaml"
 PATCH = 8  # px, in 12 x 12 patches, two to a cell of the world's lattice
 SIDE = 2 * LATTICE
 ATTRIBUTES = (SIZES, COLOURS, SHAPES)  # in the order of a Kind; named one by one, as words will name them
-VISION = {"steps": 800, "batch": 32, "rate": 1e-3, "warmup": 100}
+VISION = {"steps": 500, "batch": 32, "rate": 1e-3, "warmup": 100}
 GROUND_WEIGHT = 0.2  # most patches show ground
 PLACE_WEIGHT = 0.1
 
@@ -56,7 +58,8 @@ STAGES = {
     "whole": ("full", {"freeze_vit": False, "init_lr": 4e-4, "max_epoch": 4, "word_weight": 0.5}),
 }
 COMMON = {
-    "batch_size_train": 4, "statements_per_pair": 12, "lr_schedule": "step", "clip_grad": 1.0, "warmup_steps": 200, "method": "none",
+    "batch_size_train": 4, "statements_per_pair": 12, "lr_schedule": "step", "clip_grad": 1.0, "warmup_steps": 200,
+    "method": "none",
 }  # fmt: skip
 
 
@@ -122,18 +125,18 @@ def patch_attributes(scene: Scene) -> Tensor:
     return attributes.flatten(0, 1)
 
 
-def pictures(seed: int, batch: int, image_size: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Endless fresh pictures (B, 3, H, W) and what their patches show (B, N, 3)."""
-    transform = eval_transform(image_size)
-    stream = 0
-    while True:
-        scenes, images = [], []
-        for _ in range(batch):
-            rng = np.random.default_rng((seed, stream))
-            stream += 1
-            scenes.append(random_scene(rng))
-            images.append(transform(draw(rng, scenes[-1])))
-        yield torch.stack(images), torch.stack([patch_attributes(scene) for scene in scenes])
+class Pictures(IterableDataset):
+    """Endless fresh pictures, a batch an item: images (B, 3, H, W) and what their patches show (B, N, 3)."""
+
+    def __init__(self, seed: int, batch: int, image_size: int):
+        self.seed, self.batch, self.transform = seed, batch, eval_transform(image_size)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        for start in count(0, self.batch):
+            streams = [np.random.default_rng((self.seed, start + i)) for i in range(self.batch)]
+            scenes = [random_scene(rng) for rng in streams]
+            images = [self.transform(draw(rng, scene)) for rng, scene in zip(streams, scenes, strict=True)]
+            yield torch.stack(images), torch.stack([patch_attributes(scene) for scene in scenes])
 
 
 def train_vision(path: Path, vocabulary: Path, seed: int) -> None:
@@ -147,9 +150,9 @@ def train_vision(path: Path, vocabulary: Path, seed: int) -> None:
     parameters = [*encoder.parameters(), *head.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=VISION["rate"], weight_decay=config.weight_decay)
     places = torch.arange(SIDE * SIDE).repeat(VISION["batch"])
-    stream = pictures(seed, VISION["batch"], config.image_size)
-    for step in (bar := tqdm(range(VISION["steps"]), desc="vision", disable=None)):
-        images, attributes = next(stream)
+    stream = DataLoader(Pictures(seed, VISION["batch"], config.image_size), batch_size=None, num_workers=1)
+    steps = islice(stream, VISION["steps"])
+    for step, (images, attributes) in enumerate(bar := tqdm(steps, desc="vision", total=VISION["steps"], disable=None)):
         cosine = 0.5 * (1 + math.cos(math.pi * step / VISION["steps"]))
         for group in optimizer.param_groups:
             group["lr"] = VISION["rate"] * min(1, (step + 1) / VISION["warmup"]) * cosine

@@ -41,7 +41,9 @@ class Batches(list):
 
 def experiment(folder: Path, scores: list[float], **settings) -> tuple[Experiment, list]:
     """An experiment whose validation accuracy after epoch i is scores[i]; and the list of what it evaluated."""
-    config = NlvrConfig(output_dir=folder, p=0.5, max_epoch=len(scores), init_lr=0.1, weight_decay=0.0, device="cpu").model_copy(update=settings)
+    config = NlvrConfig(output_dir=folder, p=0.5, max_epoch=len(scores), init_lr=0.1, weight_decay=0.0, device="cpu").model_copy(
+        update=settings
+    )
     model, evaluated = Toy(), []
 
     def losses(model, batch, setting):
@@ -134,7 +136,9 @@ def test_a_run_that_died_goes_on_as_if_it_had_not(tmp_path, dies_in):
         run_experiment(task)
     assert not (tmp_path / "parts" / "result.json").exists()
     assert run_experiment(experiment(tmp_path / "parts", scores, resume="last")[0]) == expected
-    whole, parts = ([{k: v for k, v in entry.items() if k != "seconds"} for entry in log_of(tmp_path / name)] for name in ("whole", "parts"))
+    whole, parts = (
+        [{k: v for k, v in entry.items() if k != "seconds"} for entry in log_of(tmp_path / name)] for name in ("whole", "parts")
+    )
     assert whole == parts
 
 
@@ -157,7 +161,16 @@ def test_a_target_out_of_reach_names_the_range_of_p(tmp_path):
         run_experiment(experiment(tmp_path, [50.0], p=0.9)[0])
 
 
-SAVED = {"method": "dtp", "variant": "paper", "keep": "instance", "p": 0.5, "batch_size": 32, "temperature": 3.25, "prune_from": 0, "epoch": 7}
+SAVED = {
+    "method": "dtp",
+    "variant": "paper",
+    "keep": "instance",
+    "p": 0.5,
+    "batch_size": 32,
+    "temperature": 3.25,
+    "prune_from": 0,
+    "epoch": 7,
+}
 
 
 @pytest.mark.parametrize(

@@ -31,7 +31,10 @@ def test_alignment_by_loops(width, projection):
         weight, bias = alignment.projection.weight.detach(), alignment.projection.bias.detach()
     for b, length in enumerate(LENGTHS):
         for k in range(K):
-            vectors = [[sum(float(weight[d, c] * tokens[b, n, c]) for c in range(width)) + float(bias[d]) for d in range(D)] for n in range(length)]
+            vectors = [
+                [sum(float(weight[d, c] * tokens[b, n, c]) for c in range(width)) + float(bias[d]) for d in range(D)]
+                for n in range(length)
+            ]
             raw = [sum(float(learnable[k, d]) * vector[d] for d in range(D)) for vector in vectors]
             powers = [math.exp(product / math.sqrt(D)) for product in raw]
             shares = [power / sum(powers) for power in powers]

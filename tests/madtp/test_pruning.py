@@ -76,7 +76,9 @@ class Sample:
         self.valid = torch.cat([torch.ones(number, 1, dtype=torch.bool), self.inside], dim=1)
         logits = torch.randn(number, HEADS, 1 + longest, 1 + longest, generator=generator) * 2
         self.attention = logits.masked_fill(~self.valid[:, None, None, :], float("-inf")).softmax(dim=-1)
-        self.x, self.outputs = (torch.randn(number, *shape, generator=generator) for shape in ((1 + longest, WIDTH), (HEADS, 1 + longest, 2)))
+        self.x, self.outputs = (
+            torch.randn(number, *shape, generator=generator) for shape in ((1 + longest, WIDTH), (HEADS, 1 + longest, 2))
+        )
         self.inputs = torch.randn(number, 1 + longest, WIDTH, generator=generator)
         self.learnable = torch.randn(LEARNABLE, WIDTH, generator=generator)
         for tensor in (self.x, self.inputs, self.outputs.transpose(1, 2)):
@@ -87,7 +89,11 @@ class Sample:
         """The same sample as a batch of one without padding."""
         one = object.__new__(Sample)
         number = int(self.valid[index].sum())
-        one.inside, one.valid, one.learnable = self.inside[index : index + 1, : number - 1], self.valid[index : index + 1, :number], self.learnable
+        one.inside, one.valid, one.learnable = (
+            self.inside[index : index + 1, : number - 1],
+            self.valid[index : index + 1, :number],
+            self.learnable,
+        )
         one.x, one.inputs = self.x[index : index + 1, :number], self.inputs[index : index + 1, :number]
         one.outputs = self.outputs[index : index + 1, :, :number]
         one.attention = self.attention[index : index + 1, :, :number, :number]
@@ -207,7 +213,9 @@ def gathered_by_loops(x: Tensor, valid: Tensor, importance: Tensor, kept: Tensor
 
 
 @quick
-@given(st.lists(st.lists(st.sampled_from("kgp"), min_size=5, max_size=5), min_size=1, max_size=4), st.booleans(), st.integers(0, 99))
+@given(
+    st.lists(st.lists(st.sampled_from("kgp"), min_size=5, max_size=5), min_size=1, max_size=4), st.booleans(), st.integers(0, 99)
+)
 def test_kept_tokens_keep_their_order_and_the_merged_one_comes_last(states, merge, seed):
     """k is kept, g goes, p is padding, which may stand anywhere: earlier blocks leave none inside, but nothing relies on it."""
     assume(any("k" in row for row in states))

@@ -108,7 +108,9 @@ def test_padding_and_batch_mates_never_change_an_answer(setting):
     for i, length in enumerate(lengths):
         here = [image[i : i + 1] for image in images]
         masks = (images_valid[0][i : i + 1], None)
-        alone, _, alone_record = model(ids[i : i + 1, :length], mask[i : i + 1, :length], here, masks, LEARNABLE, setting, align=True)
+        alone, _, alone_record = model(
+            ids[i : i + 1, :length], mask[i : i + 1, :length], here, masks, LEARNABLE, setting, align=True
+        )
         torch.testing.assert_close(out[i][valid[i]], alone[0], atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(record.features[i : i + 1], alone_record.features, atol=1e-5, rtol=1e-5)
         assert [int(n[i]) for n in record.leaving] == [int(n[0]) for n in alone_record.leaving]

@@ -101,7 +101,9 @@ def test_one_cross_attention_becomes_two():
         if not any(part in name for part in ("self1", "dense1", "merge_layer", "cls_head"))
     }
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    load_nlvr_weights(model, {**single, "temp": torch.ones(()), "text_decoder.bert.x": torch.ones(1), "itm_head.weight": torch.ones(2)}, "x")
+    load_nlvr_weights(
+        model, {**single, "temp": torch.ones(()), "text_decoder.bert.x": torch.ones(1), "itm_head.weight": torch.ones(2)}, "x"
+    )
     for name, tensor in model.state_dict().items():
         origin = name.replace("self0", "self").replace("self1", "self").replace("dense0", "dense").replace("dense1", "dense")
         new = any(part in name for part in ("space_dict", "pruner", "merge_layer", "cls_head"))

@@ -48,7 +48,13 @@ HF_NAMES = {
 def test_dense_equals_the_vision_model_of_transformers():
     vit = tower()
     config = BlipVisionConfig(
-        hidden_size=24, intermediate_size=96, num_hidden_layers=3, num_attention_heads=3, image_size=32, patch_size=8, layer_norm_eps=1e-6
+        hidden_size=24,
+        intermediate_size=96,
+        num_hidden_layers=3,
+        num_attention_heads=3,
+        image_size=32,
+        patch_size=8,
+        layer_norm_eps=1e-6,
     )
     weights = {}
     for name, tensor in vit.state_dict().items():
