@@ -1,6 +1,7 @@
 """One epoch of training: the only training loop there is."""
 
 import math
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -9,7 +10,10 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from madtp.pruning import PruneSetting
-from utils import Run, UserError, all_reduce_sum
+from utils import Run, UserError, all_reduce_sum, logger
+
+CHECK_EVERY = 50  # steps between looks at the loss, each of which waits for the device
+LOG_EVERY = 500  # steps between lines in the log
 
 Losses = Callable[[nn.Module, dict, PruneSetting], Mapping[str, Tensor]]
 
@@ -107,6 +111,8 @@ def train_epoch(
     """
     trainer.model.train()
     sums: dict[str, float | Tensor] = {}
+    recent: dict[str, Tensor] = {}
+    logged = time.time()
     for batch in (bar := progress(loader, description, run)):
         with precision.autocast():
             named = losses(trainer.model, move(batch, run.device), setting)
@@ -114,9 +120,13 @@ def train_epoch(
         trainer.update(total)
         for name, loss in {**named, "total": total}.items():
             sums[name] = sums.get(name, 0.0) + loss.detach().float()
-        if trainer.step % 50 == 0:
-            value = float(total.detach())
-            bar.set_postfix(loss=f"{value:.3f}")
-            if not math.isfinite(value):
+            recent[name] = loss.detach().float()
+        if trainer.step % CHECK_EVERY == 0:
+            if not math.isfinite(value := float(recent["total"])):
                 raise UserError(f"the loss is {value} at step {trainer.step}; lower 'init_lr' or switch 'amp' off")
+            bar.set_postfix(loss=f"{value:.3f}")
+        if trainer.step % LOG_EVERY == 0:
+            shown = ", ".join(f"{name} {float(loss):.3f}" for name, loss in recent.items())
+            logger.info("%s, step %d: %s; %.1f steps/s", description, trainer.step, shown, LOG_EVERY / (time.time() - logged))
+            logged = time.time()
     return {name: float(all_reduce_sum(value)) / (len(loader) * run.world_size) for name, value in sums.items()}

@@ -69,13 +69,16 @@ def calibrate(
         UnreachableTarget: when no temperature and no `prune_from` brackets the target.
     """
     meter = _Meter(measure)
-    for first in range(prune_from if start is None else start.prune_from, max_prune_from + 1):
+    firsts = list(range(prune_from, max_prune_from + 1))
+    if start is not None and start.prune_from > prune_from:
+        firsts.insert(0, start.prune_from)  # likely to do again, unless the target fell below what it can reach
+    for index, first in enumerate(firsts):
         near = start.temperature if start and start.prune_from == first else None
         bracket = _bracket(lambda t, first=first: meter(t, first), target, tolerance, near)
         if bracket is not None:
             temperature = _bisect(lambda t, first=first: meter(t, first), target, bracket, tolerance, max_bisections)
             return Calibration(PruneSetting(temperature, first), meter(temperature, first), meter.evaluations)
-        if min(meter(t, first) for t in COARSE_GRID) > target:
+        if first not in firsts[index + 1 :] and min(meter(t, first) for t in COARSE_GRID) > target:
             break  # pruning later only costs more
     raise UnreachableTarget(target, *meter.span())
 

@@ -100,7 +100,7 @@ class VisionTransformer(nn.Module):
         trunc_normal_(self.cls_token, std=0.02)
         trunc_normal_(self.pos_embed, std=0.02)
         self.apply(_init_linear)
-        for index in range(depth - checkpoint_blocks, depth):
+        for index in range(max(0, depth - checkpoint_blocks), depth):
             self.blocks[index] = checkpoint_wrapper(self.blocks[index])
 
     @property

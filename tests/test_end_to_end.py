@@ -1,6 +1,7 @@
 """The entry script from the command line to its files, on a tiny Shapes world: alone, twice, interrupted, in two processes."""
 
 import json
+import math
 import os
 import pickle
 import shutil
@@ -141,6 +142,12 @@ def test_another_seed_gives_another_run(trained, world, tmp_path):
     assert log_of(trained)[0]["loss"] != log_of(tmp_path)[0]["loss"]
 
 
+@pytest.mark.xfail(strict=True, raises=AssertionError, reason="batches without a masked or without a whole statement give nan")
+def test_masked_words_give_a_finite_loss_in_small_batches(world, tmp_path):
+    run_here(flags(world, tmp_path, "--p", "0", "--epoch", "1", word_weight=1, batch_size_train=2))
+    assert all(math.isfinite(value) for value in log_of(tmp_path)[0]["loss"].values())
+
+
 class Interrupted(Exception):
     pass
 
@@ -178,6 +185,7 @@ def cases(world, trained, dense_weights) -> dict[str, tuple]:
     return {
         "uncompressed": (("--evaluate", "--p", "0", "--pretrained", str(dense_weights)), {}),
         "pruned": (("--evaluate", "--pretrained", str(trained / "checkpoint_best.pth")), {}),
+        "untrained": (("--evaluate",), {}),
         "trained": (
             ("--epoch", "1", "--pretrained", str(trained / "checkpoint_best.pth")),
             {"lr_schedule": "step", "batch_size_train": 4},
@@ -235,6 +243,15 @@ def test_two_processes_with_half_the_batch_train_as_one(two_processes, world, ca
     moved = {name: (weights[name] - start[name]).norm() for name in weights}
     apart = {name: (weights[name] - shared[name]).norm() for name in weights}
     assert sum(apart.values()) < 0.2 * sum(moved.values())
+
+
+@pytest.mark.xfail(strict=True, raises=AssertionError, reason="processes draw different weights: each has a seed of its own")
+def test_two_processes_draw_the_same_new_weights(two_processes, world, cases, tmp_path):
+    """What a checkpoint lacks: learnable tokens, say, of a model that is evaluated before any training."""
+    more, settings = cases["untrained"]
+    run_here(flags(world, tmp_path, *more, **settings))
+    alone, shared = (read(folder, "predictions_val.json") for folder in (tmp_path, two_processes / "untrained"))
+    assert all(shared[sample]["tokens_kept"] == row["tokens_kept"] for sample, row in alone.items())
 
 
 def test_the_best_checkpoint_gives_the_result_again(trained, world, cases, tmp_path):

@@ -1,6 +1,6 @@
 """Train the uncompressed Shapes model from nothing, by stages, each from the weights of the one before.
 
-    python tools/pretrain_shapes.py --work output/pretrain --out pretrained/shapes/nlvr.safetensors [--processes 2]
+    python tools/pretrain_shapes.py --work output/pretrain --out pretrained/shapes/nlvr.safetensors
 
 1 vision   the image encoder names what each patch shows and where it is, as BLIP's starts from a trained classifier
 2 words    few things in a picture: the text encoder learns what words mean, the image encoder frozen
@@ -53,12 +53,12 @@ DATA = {
     "full": ["--size", "60000", "--eval-size", "2000"],
 }
 STAGES = {
-    "words": ("easy", {"freeze_vit": True, "init_lr": 7e-4, "max_epoch": 3, "word_weight": 2.0}),
+    "words": ("easy", {"freeze_vit": True, "init_lr": 1e-3, "max_epoch": 3, "word_weight": 2.0}),
     "world": ("full", {"freeze_vit": True, "init_lr": 7e-4, "max_epoch": 4, "word_weight": 2.0}),
     "whole": ("full", {"freeze_vit": False, "init_lr": 4e-4, "max_epoch": 4, "word_weight": 0.5}),
 }
 COMMON = {
-    "batch_size_train": 4, "statements_per_pair": 12, "lr_schedule": "step", "clip_grad": 1.0, "warmup_steps": 200,
+    "batch_size_train": 16, "statements_per_pair": 12, "lr_schedule": "step", "clip_grad": 1.0, "warmup_steps": 200,
     "method": "none",
 }  # fmt: skip
 
@@ -67,7 +67,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True, help="folder for data and checkpoints")
     parser.add_argument("--out", type=Path, required=True, help="the weights, .safetensors in half precision")
-    parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--seed", type=int, default=1)
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
@@ -98,8 +97,7 @@ def train_stage(name: str, args: argparse.Namespace, data: Path, weights: Path, 
         **COMMON, **settings,
         "image_root": data / "images", "ann_root": data / "annotations", "tokenizer": data / "annotations" / "vocab.txt",
     }  # fmt: skip
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(args.processes), "compress_nlvr_dtp.py"]
-    command += ["--config", str(CONFIG), "--p", "0", "--pretrained", str(weights), "--output_dir", str(folder)]
+    command = [sys.executable, "compress_nlvr_dtp.py", "--config", str(CONFIG), "--p", "0", "--pretrained", str(weights), "--output_dir", str(folder)]
     command += ["--seed", str(args.seed), "--amp"]
     for key, value in values.items():
         command += ["--set", f"{key}={str(value).lower() if isinstance(value, bool) else value}"]

@@ -28,7 +28,8 @@ class Toy(nn.Module):
         self.weight = nn.Parameter(torch.zeros(1))
 
     def gflops(self, setting) -> float:
-        return DENSE if setting.temperature is None else DENSE * (0.2 + 0.75 * setting.temperature / (10 + setting.temperature))
+        knee = 10 + 3 * float(self.weight)  # training moves it, so that each epoch needs its own temperature
+        return DENSE if setting.temperature is None else DENSE * (0.2 + 0.75 * setting.temperature / (knee + setting.temperature))
 
 
 class Batches(list):

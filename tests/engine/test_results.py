@@ -1,9 +1,8 @@
 """The files of a run: log.txt, TensorBoard scalars, result.json."""
 
 import json
-import math
+import os
 
-import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
@@ -40,14 +39,13 @@ def test_other_ranks_leave_no_log(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_json_is_replaced_whole_or_not_at_all(tmp_path):
+def test_json_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
     path = tmp_path / "result.json"
     write_json({"a": [1, 2.5, None]}, path)
+    assert [file.name for file in tmp_path.iterdir()] == ["result.json"]
+    monkeypatch.setattr(os, "replace", lambda source, target: None)  # the process dies just before
+    write_json({"b": 2}, path)
     assert json.loads(path.read_text()) == {"a": [1, 2.5, None]}
-    with pytest.raises(TypeError):
-        write_json({"a": torch.ones(1)}, path)
-    assert json.loads(path.read_text()) == {"a": [1, 2.5, None]} and [p.name for p in tmp_path.iterdir()] == ["result.json"]
-    assert not math.isnan(json.loads(path.read_text())["a"][1])
 
 
 def test_zeros_are_told_from_parameters():

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from madtp.alignment import token_attention
-from madtp.importance import AttentionStatistics, token_importance
+from madtp.importance import AttentionStatistics, normalise, token_importance
 from madtp.pruning import (
     PruneSetting,
     PruningRule,
@@ -144,6 +144,11 @@ def test_importance_is_the_mean_of_the_normalised_scores_of_the_real_tokens(term
     torch.testing.assert_close(importance, importance_by_loops(sample, terms), atol=1e-6, rtol=1e-5)
     assert importance.sum(dim=1).tolist() == pytest.approx([1, 1, 1], abs=1e-5)
     assert not importance[~sample.inside].any()
+
+
+def test_a_score_is_shared_out_among_the_real_tokens():
+    shares = normalise(torch.tensor([[1.0, 3.0, 99.0], [0.0, 0.0, 0.0]]), torch.tensor([[True, True, False]] * 2))
+    assert shares.tolist() == [pytest.approx([0.25, 0.75, 0]), [0, 0, 0]]
 
 
 def test_the_three_scores_differ():

@@ -61,7 +61,7 @@ class Code:
 def test_a_pickle_that_wants_to_run_code_is_refused_and_does_not(tmp_path, zipped):
     torch.save({"model": WEIGHTS, "x": Code(tmp_path / "ran")}, tmp_path / "evil.pth", _use_new_zipfile_serialization=zipped)
     assert "could run code" in refusal(tmp_path / "evil.pth")
-    (tmp_path / "evil.pkl").write_bytes(pickle.dumps(Code(tmp_path / "ran")))
+    (tmp_path / "evil.pkl").write_bytes(pickle.dumps(Code(tmp_path / "ran"), protocol=2))
     refusal(tmp_path / "evil.pkl")
     assert not (tmp_path / "ran").exists()
     os.system(f"touch {tmp_path / 'ran'}")  # that it would have

@@ -117,10 +117,11 @@ def test_the_features_are_those_of_the_tokens_that_enter_the_blocks():
         torch.testing.assert_close(features.double(), weights @ patches, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("temperature", [None, 6.0])
-def test_activation_checkpointing_changes_neither_loss_nor_gradients(temperature):
+@pytest.mark.parametrize(("temperature", "checkpointed"), [(None, 2), (6.0, 2), (6.0, 9)])
+def test_activation_checkpointing_changes_neither_loss_nor_gradients(temperature, checkpointed):
+    """9: more than there are."""
     rule, results = PruningRule(keep="instance"), []
-    for blocks in (0, 2):
+    for blocks in (0, checkpointed):
         vit = tower(rule, checkpoint_blocks=blocks).train()
         learnable = LEARNABLE.clone().requires_grad_()
         tokens, valid, record = vit(pictures(), learnable, PruneSetting(temperature), align=True)
