@@ -54,7 +54,7 @@ def run_here(argv: list[str]) -> None:
 
 def run_script(argv: list[str], *launcher: str) -> subprocess.CompletedProcess:
     script = [] if launcher else [str(ROOT / "compress_nlvr_dtp.py")]
-    return subprocess.run([sys.executable, *launcher, *script, *argv], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    return subprocess.run([sys.executable, *launcher, *script, *argv], cwd=ROOT, capture_output=True, text=True, timeout=1800)
 
 
 def read(folder: Path, name: str):

@@ -53,12 +53,12 @@ DATA = {
     "full": ["--size", "60000", "--eval-size", "2000"],
 }
 STAGES = {
-    "words": ("easy", {"freeze_vit": True, "init_lr": 1e-3, "max_epoch": 3, "word_weight": 2.0}),
-    "world": ("full", {"freeze_vit": True, "init_lr": 7e-4, "max_epoch": 4, "word_weight": 2.0}),
-    "whole": ("full", {"freeze_vit": False, "init_lr": 4e-4, "max_epoch": 4, "word_weight": 0.5}),
+    "words": ("easy", {"freeze_vit": True, "init_lr": 4e-4, "max_epoch": 3, "word_weight": 2.0}),
+    "world": ("full", {"freeze_vit": True, "init_lr": 4e-4, "max_epoch": 4, "word_weight": 2.0}),
+    "whole": ("full", {"freeze_vit": False, "init_lr": 3e-4, "max_epoch": 4, "word_weight": 0.5}),
 }
 COMMON = {
-    "batch_size_train": 16, "statements_per_pair": 12, "lr_schedule": "step", "clip_grad": 1.0, "warmup_steps": 200,
+    "batch_size_train": 6, "statements_per_pair": 12, "lr_schedule": "step", "clip_grad": 1.0, "warmup_steps": 200,
     "method": "none",
 }  # fmt: skip
 
