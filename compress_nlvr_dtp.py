@@ -49,7 +49,8 @@ def main() -> None:
 
     def losses(model: torch.nn.Module, batch: dict, setting: PruneSetting) -> dict[str, torch.Tensor]:
         align = not config.uncompressed
-        input_ids, masked = mask_words(batch["input_ids"], tokenizer, config.word_rate if config.word_weight else 0.0)
+        rate = config.word_rate if config.word_weight else 0.0
+        input_ids, masked = mask_words(batch["input_ids"], tokenizer, rate, config.word_list)
         output = model(batch["images"], input_ids, batch["attention_mask"], setting, align)
         whole, true = ~masked.any(dim=1), batch["targets"] == 1
         logits, targets = output.logits[whole].float(), batch["targets"][whole]

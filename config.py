@@ -220,6 +220,7 @@ class NlvrConfig(Config):
         0.0, ge=0, description="weight of naming masked words of true statements; teaches words from scratch, where p = 0"
     )
     word_rate: float = Field(0.25, gt=0, lt=1, description="share of the words that are masked in half of the statements")
+    word_list: list[str] = Field([], description="the words that are masked, those that pictures can tell; empty: any word")
     images: Literal["both", "left"] = Field("both", description="left: an ablation that shows the left picture twice")
     text_only: bool = Field(False, description="an ablation that blanks both pictures")
 

@@ -2,6 +2,7 @@
 
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -64,14 +65,18 @@ def enc_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
     return tokenizer.convert_tokens_to_ids(ENC)
 
 
-def mask_words(input_ids: Tensor, tokenizer: PreTrainedTokenizerBase, rate: float) -> tuple[Tensor, Tensor]:
+def mask_words(
+    input_ids: Tensor, tokenizer: PreTrainedTokenizerBase, rate: float, words: Sequence[str] = ()
+) -> tuple[Tensor, Tensor]:
     """Every second text, on average, with a share of its words replaced by [MASK]; the others are left whole.
 
+    Only `words` are replaced; any word, when it is empty.
     input_ids: (S, L) -> input_ids (S, L), and where a word was replaced (S, L) bool; nothing is, with rate 0
     """
     if rate == 0:
         return input_ids, torch.zeros_like(input_ids, dtype=torch.bool)
-    is_word = ~torch.isin(input_ids, torch.tensor(tokenizer.all_special_ids, device=input_ids.device))
+    known = tokenizer.convert_tokens_to_ids(list(words)) if words else tokenizer.all_special_ids
+    listed = torch.isin(input_ids, torch.tensor(known, device=input_ids.device))
     chosen = torch.rand(len(input_ids), 1, device=input_ids.device) < 0.5
-    masked = is_word & chosen & (torch.rand(input_ids.shape, device=input_ids.device) < rate)
+    masked = (listed if words else ~listed) & chosen & (torch.rand(input_ids.shape, device=input_ids.device) < rate)
     return input_ids.masked_fill(masked, tokenizer.mask_token_id), masked

@@ -47,19 +47,25 @@ VISION = {"steps": 500, "batch": 32, "rate": 1e-3, "warmup": 100}
 GROUND_WEIGHT = 0.2  # most patches show ground
 PLACE_WEIGHT = 0.1
 
+# The words that a picture can tell; masking the others teaches grammar instead.
+MASKED = (
+    *SIZES, *COLOURS, *SHAPES, "circles", "squares", "triangles", "stars", "crosses", "thing", "things",
+    "more", "fewer", "higher", "lower", "above", "one", "two", "three", "four",
+)  # fmt: skip
+
 # name: (data set arguments, settings). Statements that share a pair cost little more than one.
 DATA = {
     "easy": ["--size", "20000", "--most-things", "4", "--templates", "both,pair", "--eval-size", "500"],
     "full": ["--size", "60000", "--eval-size", "2000"],
 }
 STAGES = {
-    "words": ("easy", {"freeze_vit": True, "init_lr": 4e-4, "max_epoch": 3, "word_weight": 2.0}),
-    "world": ("full", {"freeze_vit": True, "init_lr": 4e-4, "max_epoch": 4, "word_weight": 2.0}),
+    "words": ("easy", {"freeze_vit": True, "init_lr": 3e-4, "max_epoch": 4, "word_weight": 1.0}),
+    "world": ("full", {"freeze_vit": True, "init_lr": 3e-4, "max_epoch": 6, "word_weight": 1.0}),
     "whole": ("full", {"freeze_vit": False, "init_lr": 3e-4, "max_epoch": 4, "word_weight": 0.5}),
 }
 COMMON = {
-    "batch_size_train": 6, "statements_per_pair": 12, "lr_schedule": "step", "clip_grad": 1.0, "warmup_steps": 200,
-    "method": "none",
+    "batch_size_train": 4, "statements_per_pair": 12, "lr_schedule": "step", "clip_grad": 1.0, "warmup_steps": 200,
+    "method": "none", "word_rate": 0.5, "word_list": list(MASKED),
 }  # fmt: skip
 
 
@@ -97,10 +103,10 @@ def train_stage(name: str, args: argparse.Namespace, data: Path, weights: Path, 
         **COMMON, **settings,
         "image_root": data / "images", "ann_root": data / "annotations", "tokenizer": data / "annotations" / "vocab.txt",
     }  # fmt: skip
-    command = [sys.executable, "compress_nlvr_dtp.py", "--config", str(CONFIG), "--p", "0", "--pretrained", str(weights), "--output_dir", str(folder)]
-    command += ["--seed", str(args.seed), "--amp"]
+    command = [sys.executable, "compress_nlvr_dtp.py", "--config", str(CONFIG), "--p", "0", "--output_dir", str(folder)]
+    command += ["--pretrained", str(weights), "--seed", str(args.seed), "--amp"]
     for key, value in values.items():
-        command += ["--set", f"{key}={str(value).lower() if isinstance(value, bool) else value}"]
+        command += ["--set", f"{key}={json.dumps(value) if isinstance(value, bool | list) else value}"]
     run(command + (["--resume"] if (folder / "checkpoint_last.pth").exists() else []))
 
 
