@@ -54,11 +54,11 @@ def main() -> None:
         output = model(batch["images"], input_ids, batch["attention_mask"], setting, align)
         whole, true = ~masked.any(dim=1), batch["targets"] == 1
         logits, targets = output.logits[whole].float(), batch["targets"][whole]
-        named = {"task": F.cross_entropy(logits, targets, label_smoothing=config.label_smoothing)}
+        named = {"task": mean_cross_entropy(logits, targets, config.label_smoothing)}
         if config.word_weight:
             named_words = masked & true.unsqueeze(1)  # a false statement's words cannot be told from the pictures
             words = bare(model).word_logits(output.text[named_words]).float()
-            named["words"] = F.cross_entropy(words, batch["input_ids"][named_words])
+            named["words"] = mean_cross_entropy(words, batch["input_ids"][named_words])
         if align:
             named["similarity"] = bare(model).similarity(output)
         return named
@@ -90,6 +90,11 @@ def main() -> None:
             checkpoint=checkpoint,
         )
     )  # fmt: skip
+
+
+def mean_cross_entropy(logits: torch.Tensor, targets: torch.Tensor, label_smoothing: float = 0.0) -> torch.Tensor:
+    """The mean over the samples, 0 when there are none (masking may leave a small batch without)."""
+    return F.cross_entropy(logits, targets, label_smoothing=label_smoothing, reduction="sum") / max(1, len(targets))
 
 
 def bare(model: torch.nn.Module) -> torch.nn.Module:

@@ -46,7 +46,7 @@ def init_run(device: str | None = None, seed: int = 42) -> Run:
         device_type = f"cuda:{local_rank}"
     if "RANK" in os.environ and not dist.is_initialized():
         dist.init_process_group("nccl" if device_type.startswith("cuda") else "gloo")
-    seed_everything(seed + rank)
+    seed_everything(seed)  # the same weights on every rank; training gives each rank random numbers of its own
     logging.basicConfig(level=logging.INFO if rank == 0 else logging.WARNING, format="%(message)s", stream=sys.stdout)
     return Run(torch.device(device_type), rank, world_size)
 

@@ -20,7 +20,7 @@ from engine.results import RunLog, count_parameters, write_json
 from engine.train import CosineSchedule, Losses, Precision, Trainer, move, train_epoch
 from madtp.budget import UnreachableTarget, calibrate
 from madtp.pruning import OFF, PruneSetting
-from utils import Run, UserError, all_reduce_sum, barrier, logger
+from utils import Run, UserError, all_reduce_sum, barrier, logger, seed_everything
 
 WITHIN_BUDGET = 0.01  # relative distance from the target at which an epoch may be selected
 
@@ -154,7 +154,8 @@ def compress(experiment: Experiment, dense: float) -> tuple[PruneSetting, int, E
         within = abs(measured - dense * (1 - config.p)) <= WITHIN_BUDGET * dense * (1 - config.p)
         score = val.metrics[experiment.score] if within else float("-inf")
         state = _run_state(config, setting, epoch, max(score, best_score))
-        if score > best_score:
+        selected = score > best_score
+        if selected:
             best_score = score
             if run.is_main:
                 save_atomic({"model": experiment.model.state_dict(), **state}, folder / "checkpoint_best.pth")
@@ -162,7 +163,7 @@ def compress(experiment: Experiment, dense: float) -> tuple[PruneSetting, int, E
         entry = {
             "epoch": epoch, "loss": losses, "lr": trainer.schedule.rate(trainer.step - 1), **asdict(setting),
             "gflops": {"target": target, "measured": measured, "val": val.gflops}, "val": val.metrics,
-            "selected": score == best_score, "seconds": {"train": train_seconds, "all": time.time() - started},
+            "selected": selected, "seconds": {"train": train_seconds, "all": time.time() - started},
         }  # fmt: skip
         log.write(entry)
         logger.info(
@@ -210,6 +211,7 @@ def _trainer(experiment: Experiment) -> Trainer:
     model = experiment.model
     if run.world_size > 1:
         model = DistributedDataParallel(model, device_ids=[run.device.index] if run.device.type == "cuda" else None)
+    seed_everything(config.seed + run.rank)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=config.init_lr, weight_decay=config.weight_decay, fused=True)
     steps = len(experiment.loaders["train"])
