@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from engine.train import Trainer
+from models.pretrained import read_checkpoint
 from utils import Run, UserError, gather_objects
 
 
@@ -60,13 +61,16 @@ def load_run(path: Path, trainer: Trainer, model: torch.nn.Module, run: Run) -> 
     """
     if not path.is_file():
         raise UserError(f"{path}: no such checkpoint to resume from; leave --resume out to start anew")
-    saved = torch.load(path, map_location="cpu", weights_only=True)
+    saved = read_checkpoint(path)
     if "optimizer" not in saved:
         raise UserError(f"{path}: holds weights, not a run to resume; give it as --pretrained instead")
     if len(saved["rng"]) != run.world_size:
         raise UserError(f"{path}: a run of {len(saved['rng'])} processes cannot go on with {run.world_size}; start as many")
-    model.load_state_dict(saved["model"])
-    trainer.optimizer.load_state_dict(saved["optimizer"])
+    try:
+        model.load_state_dict(saved["model"])
+        trainer.optimizer.load_state_dict(saved["optimizer"])
+    except (RuntimeError, ValueError):
+        raise UserError(f"{path}: a run of another model; resume it with its own config.yaml") from None
     trainer.scaler.load_state_dict(saved["scaler"])
     trainer.step = saved["step"]
     set_rng_state(saved["rng"][run.rank])

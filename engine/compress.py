@@ -4,6 +4,7 @@ An experiment says how to compute its losses, its metrics and a batch's GFLOPs; 
 GFLOPs target, epoch by epoch, and selects on the validation split. `run_experiment` is what the entry scripts call.
 """
 
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -134,6 +135,9 @@ def compress(experiment: Experiment, dense: float) -> tuple[PruneSetting, int, E
         saved = load_run(config.resume_path, trainer, experiment.model, run)
         setting = PruneSetting(saved["temperature"], saved["prune_from"])
         best_score, first_epoch = saved["best_score"], saved["epoch"] + 1
+        best = config.resume_path.with_name("checkpoint_best.pth")
+        if run.is_main and best.is_file() and best.parent.resolve() != folder.resolve():
+            shutil.copy(best, folder)  # the run goes on in another folder
     elif run.is_main:
         (folder / "checkpoint_best.pth").unlink(missing_ok=True)  # an earlier run's must not be taken for this one's
     log = RunLog(folder if run.is_main else None, keep=first_epoch > 0)

@@ -142,7 +142,6 @@ def test_a_run_that_died_goes_on_as_if_it_had_not(tmp_path, dies_in):
     assert whole == parts
 
 
-@pytest.mark.xfail(strict=True, raises=UserError, reason="checkpoint_best.pth is only looked for in the new folder")
 def test_a_run_goes_on_in_another_folder(tmp_path):
     run_experiment(experiment(tmp_path / "first", [70.0, 60.0])[0])
     task, _ = experiment(tmp_path / "second", [70.0, 60.0, 50.0], resume=str(tmp_path / "first" / "checkpoint_last.pth"))
