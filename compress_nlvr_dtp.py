@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from config import NlvrConfig, parse_command_line
 from data.loading import build_loader
 from data.nlvr import NlvrCollate, build_datasets
-from data.text import load_tokenizer, mask_words
+from data.text import load_tokenizer
 from engine.compress import Evaluation, Experiment, run_experiment
 from engine.train import move, progress
 from madtp.pruning import PruneSetting
@@ -45,56 +45,48 @@ def main() -> None:
         checkpoint = read_checkpoint(config.pretrained)
         load_nlvr_weights(model, checkpoint["model"], config.pretrained)
     model.to(run.device)
-    model.visual_encoder.requires_grad_(not config.freeze_vit)
+
+    packed = config.variant == "paper"  # the authors' masks do not follow their tokens: they need padding
+    align = not config.uncompressed
 
     def losses(model: torch.nn.Module, batch: dict, setting: PruneSetting) -> dict[str, torch.Tensor]:
-        align = not config.uncompressed
-        rate = config.word_rate if config.word_weight else 0.0
-        input_ids, masked = mask_words(batch["input_ids"], tokenizer, rate, config.word_list)
-        output = model(batch["images"], input_ids, batch["attention_mask"], setting, align)
-        whole, true = ~masked.any(dim=1), batch["targets"] == 1
-        logits, targets = output.logits[whole].float(), batch["targets"][whole]
-        named = {"task": mean_cross_entropy(logits, targets, config.label_smoothing)}
-        if config.word_weight:
-            named_words = masked & true.unsqueeze(1)  # a false statement's words cannot be told from the pictures
-            words = bare(model).word_logits(output.text[named_words]).float()
-            named["words"] = mean_cross_entropy(words, batch["input_ids"][named_words])
+        output = model(batch["images"], batch["input_ids"], batch["attention_mask"], setting, align)
+        task = F.cross_entropy(output.logits.float(), batch["targets"], label_smoothing=config.label_smoothing)
+        named = {"task": task}
         if align:
             named["similarity"] = bare(model).similarity(output)
         return named
 
     def forward(model: torch.nn.Module, batch: dict, setting: PruneSetting):
-        output = model(batch["images"], batch["input_ids"], batch["attention_mask"], setting)
+        output = model(batch["images"], batch["input_ids"], batch["attention_mask"], setting, packed=packed)
         return output, model.gflops(output, setting)
 
     def evaluate(model: torch.nn.Module, loader, setting: PruneSetting) -> Evaluation:
-        rows = {}
+        rows, right = {}, {}
         for batch in progress(loader, "evaluate", run):
             output, gflops = forward(model, move(batch, run.device), setting)
             scores = output.logits.float().softmax(dim=-1)[:, 1].tolist()
             kept = [model.tokens_kept(output).tolist(), gflops.tolist()]
             for sample, target, score, tokens, cost in zip(batch["ids"], batch["targets"].tolist(), scores, *kept, strict=True):
-                rows[sample] = {"prediction": score > 0.5, "score": score, "tokens_kept": tokens, "gflops": cost, "target": target}
-        rows = {sample: row for part in gather_objects(rows) for sample, row in part.items()}
-        correct = [row["prediction"] == bool(row["target"]) for row in rows.values()]
+                rows[sample] = {"prediction": score > 0.5, "score": score, "tokens_kept": tokens, "gflops": cost}
+                right[sample] = rows[sample]["prediction"] == bool(target)
+        gathered = gather_objects((rows, right))
+        rows, right = ({sample: value for part in parts for sample, value in part.items()} for parts in zip(*gathered, strict=True))
         gflops = sum(row["gflops"] for row in rows.values()) / len(rows)
-        return Evaluation({"acc": 100 * sum(correct) / len(correct)}, gflops, rows)
+        accuracy = 100 * sum(right.values()) / len(right)
+        return Evaluation({"acc": accuracy}, gflops, rows)
 
     run_experiment(
         Experiment(
             config, run, model, loaders, losses, evaluate,
             gflops=lambda model, batch, setting: forward(model, batch, setting)[1],
+            inputs=lambda batch: (batch["images"][:1], batch["input_ids"][:1], batch["attention_mask"][:1]),
             score="acc",
             reference=reference_gflops(model),
-            loss_weights={"similarity": config.sim_weight, "words": config.word_weight},
+            loss_weights={"similarity": config.sim_weight},
             checkpoint=checkpoint,
         )
     )  # fmt: skip
-
-
-def mean_cross_entropy(logits: torch.Tensor, targets: torch.Tensor, label_smoothing: float = 0.0) -> torch.Tensor:
-    """The mean over the samples, 0 when there are none (masking may leave a small batch without)."""
-    return F.cross_entropy(logits, targets, label_smoothing=label_smoothing, reduction="sum") / max(1, len(targets))
 
 
 def bare(model: torch.nn.Module) -> torch.nn.Module:

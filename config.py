@@ -59,6 +59,7 @@ class Augment(Section):
     crop_scale: tuple[float, float] = Field((0.5, 1.0), description="share of the area that a random crop keeps; [1, 1] is off")
     flip: bool = Field(True, description="mirror half of the pictures, where no sentence names left or right")
     randaugment: bool = Field(True, description="two random operations of strength 5")
+    swap: bool = Field(True, description="NLVR2: exchange the two pictures half the time, and left and right in the sentence")
 
     @model_validator(mode="after")
     def _ordered(self) -> "Augment":
@@ -87,9 +88,7 @@ def _name_or_sizes(value: Any) -> str:
 Vit = Annotated[
     Annotated[Literal["base", "large"], Tag("<name>")] | Annotated[VitSizes, Tag("<sizes>")], Discriminator(_name_or_sizes)
 ]
-Bert = Annotated[
-    Annotated[Literal["base"], Tag("<name>")] | Annotated[BertSizes, Tag("<sizes>")], Discriminator(_name_or_sizes)
-]
+Bert = Annotated[Annotated[Literal["base"], Tag("<name>")] | Annotated[BertSizes, Tag("<sizes>")], Discriminator(_name_or_sizes)]
 
 
 class Config(Section):
@@ -147,7 +146,6 @@ class Config(Section):
     lr_schedule: Literal["epoch", "step"] = Field("epoch", description="whether the cosine moves once an epoch or at every step")
     warmup_steps: int = Field(0, ge=0, description="steps over which the learning rate rises to init_lr")
     clip_grad: float = Field(0.0, ge=0, description="largest norm of the gradient; 0: no limit; steadies training from scratch")
-    freeze_vit: bool = Field(False, description="keep the image encoder as it is: trains the rest several times as fast")
     label_smoothing: float = Field(0.0, ge=0, lt=1, description="share of the target spread over the wrong answers")
     amp: bool = Field(False, description="mixed precision: faster on a GPU, less exact")
 
@@ -216,17 +214,8 @@ class NlvrConfig(Config):
     statements_per_pair: int = Field(
         1, ge=1, description="training statements that share one encoding of their pictures; more is faster and less random"
     )
-    word_weight: float = Field(
-        0.0, ge=0, description="weight of naming masked words of true statements; teaches words from scratch, where p = 0"
-    )
-    word_rate: float = Field(0.25, gt=0, lt=1, description="share of the words that are masked in half of the statements")
-    word_list: list[str] = Field([], description="the words that are masked, those that pictures can tell; empty: any word")
     images: Literal["both", "left"] = Field("both", description="left: an ablation that shows the left picture twice")
     text_only: bool = Field(False, description="an ablation that blanks both pictures")
-
-    @model_validator(mode="after")
-    def _words_are_named_uncompressed(self) -> "NlvrConfig":
-        return _require(self, self.word_weight == 0 or self.uncompressed, "word_weight needs p = 0: pruning moves the words")
 
 
 ConfigT = TypeVar("ConfigT", bound=Config)

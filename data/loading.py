@@ -98,17 +98,16 @@ def build_loader(
     )
 
 
-def set_epoch(loader: Loader, epoch: int) -> None:
-    """Choose the order and the randomness of an epoch (from 0). To be called before iterating over a training loader."""
-    loader.sampler.epoch = epoch
-
-
 class _Order(Sampler):
     """Yields (epoch, index): persistent workers do not see the epoch change otherwise."""
 
     def __init__(self, length: int, train: bool, run: Run, seed: int) -> None:
         self.length, self.train, self.run, self.seed = length, train, run, seed
         self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the order and the randomness of an epoch (from 0). To be called before iterating over a training loader."""
+        self.epoch = epoch
 
     def __len__(self) -> int:
         if self.train:

@@ -28,7 +28,7 @@ _NAMES_A_PICTURE = re.compile(r"\b(left|right)(?! of\b)(?=most\b|\b)")
 class NlvrDataset(Dataset):
     """An item is a pair of pictures with its statements: left, right (3, H, W), sentences, labels (1 true, 0 false), ids.
 
-    `training` exchanges the two pictures half the time, and left and right in the sentences with them.
+    `swap` exchanges the two pictures half the time, and left and right in the sentences with them.
     `statements_per_pair` > 1 makes entries that share their pictures one item of that many statements, drawn anew each
     time; the image encoder then runs once for all of them. Pairs with fewer are left out. `images` "left" shows the left
     picture twice, `text_only` none. An id is the annotation file's name and the entry's index in it.
@@ -44,7 +44,7 @@ class NlvrDataset(Dataset):
         image_root: str | Path,
         transform: ImageTransform,
         *,
-        training: bool = False,
+        swap: bool = False,
         statements_per_pair: int = 1,
         images: Literal["both", "left"] = "both",
         text_only: bool = False,
@@ -55,7 +55,7 @@ class NlvrDataset(Dataset):
             self.items = _group(self.entries, statements_per_pair)
         self.image_root = Path(image_root)
         self.transform = transform
-        self.training = training
+        self.swap = swap
         self.statements_per_pair = statements_per_pair
         self.images = images
         self.text_only = text_only
@@ -71,7 +71,7 @@ class NlvrDataset(Dataset):
         entries = [self.entries[i] for i in _draw(self.items[index], self.statements_per_pair)]
         sentences = [clean_sentence(entry["sentence"], "caption", MAX_WORDS) for entry in entries]
         names = entries[0]["images"]
-        if self.training and torch.rand(()) < 0.5:
+        if self.swap and torch.rand(()) < 0.5:
             names = names[::-1]
             sentences = [swap_sides(sentence) for sentence in sentences]
         may_flip = all(map(keeps_truth, sentences))
@@ -124,7 +124,7 @@ def build_datasets(config: NlvrConfig) -> dict[str, Dataset]:
             train_files,
             config.image_root,
             train_transform(config.image_size, config.augment),
-            training=True,
+            swap=config.augment.swap,
             statements_per_pair=config.statements_per_pair,
             **shown,
         ),

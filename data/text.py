@@ -2,15 +2,12 @@
 
 import os
 import re
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
 # Loader workers are forked after the tokenizer was used, and its threads do not survive that; it must be set before import.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-import torch  # noqa: E402
-from torch import Tensor  # noqa: E402
 from transformers import BertTokenizerFast, PreTrainedTokenizerBase  # noqa: E402
 
 from utils import UserError  # noqa: E402
@@ -63,20 +60,3 @@ def dec_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
 def enc_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
     """The id of [ENC]: 30523 with bert-base-uncased."""
     return tokenizer.convert_tokens_to_ids(ENC)
-
-
-def mask_words(
-    input_ids: Tensor, tokenizer: PreTrainedTokenizerBase, rate: float, words: Sequence[str] = ()
-) -> tuple[Tensor, Tensor]:
-    """Every second text, on average, with a share of its words replaced by [MASK]; the others are left whole.
-
-    Only `words` are replaced; any word, when it is empty.
-    input_ids: (S, L) -> input_ids (S, L), and where a word was replaced (S, L) bool; nothing is, with rate 0
-    """
-    if rate == 0:
-        return input_ids, torch.zeros_like(input_ids, dtype=torch.bool)
-    known = tokenizer.convert_tokens_to_ids(list(words)) if words else tokenizer.all_special_ids
-    listed = torch.isin(input_ids, torch.tensor(known, device=input_ids.device))
-    chosen = torch.rand(len(input_ids), 1, device=input_ids.device) < 0.5
-    masked = (listed if words else ~listed) & chosen & (torch.rand(input_ids.shape, device=input_ids.device) < rate)
-    return input_ids.masked_fill(masked, tokenizer.mask_token_id), masked

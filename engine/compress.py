@@ -15,8 +15,8 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from config import Config, save_config
-from data.loading import set_epoch
 from engine.checkpoint import load_run, save_atomic, save_run
+from engine.flop_table import flop_table
 from engine.results import RunLog, count_parameters, write_json
 from engine.train import CosineSchedule, Losses, Precision, Trainer, move, train_epoch
 from madtp.budget import UnreachableTarget, calibrate
@@ -43,6 +43,7 @@ class Experiment:
     losses: (model, batch, setting) -> named losses; `loss_weights` scales them by name
     evaluate: (model, loader, setting) -> Evaluation, over all processes; called in evaluation mode, without gradients
     gflops: (model, batch, setting) -> (S,) GFLOPs of each sample of a batch
+    inputs: batch -> what the model's forward takes, of its first sample; for the table that a run prints first
     score: the name of the metric that selects
     reference: GFLOPs of the uncompressed model by the published convention
     checkpoint: what the weights given by `pretrained` came with (a temperature, say)
@@ -59,6 +60,7 @@ class Experiment:
     reference: float
     loss_weights: dict[str, float] = field(default_factory=dict)
     checkpoint: dict = field(default_factory=dict)
+    inputs: Callable[[dict], tuple[torch.Tensor, ...]] | None = None
 
     @property
     def precision(self) -> Precision:
@@ -101,6 +103,9 @@ def run_experiment(experiment: Experiment) -> dict:
     started = time.time()
     dense = experiment.measure(OFF)
     target = dense * (1 - config.p)
+    if run.is_main and experiment.inputs:
+        first = move(experiment.calibration_batches[0], run.device)
+        logger.info("one sample by fvcore, uncompressed:\n%s", flop_table(experiment.model, experiment.inputs(first)))
     logger.info("uncompressed: %.4f GFLOPs per sample; target at p = %g: %.4f", dense, config.p, target)
     if config.evaluate:
         setting, epoch = _setting_of_checkpoint(experiment, target), experiment.checkpoint.get("epoch", 0)
@@ -144,15 +149,16 @@ def compress(experiment: Experiment, dense: float) -> tuple[PruneSetting, int, E
     for epoch in range(first_epoch, config.max_epoch):
         started = time.time()
         target = dense * (1 - ramped(config.p, epoch, config.ramp_epochs, config.max_epoch))
-        setting = meet(experiment, target, setting)
-        set_epoch(experiment.loaders["train"], epoch)
+        ramping = target > dense * (1 - config.p)
+        setting = meet(experiment, target, setting, ramping)
+        experiment.loaders["train"].sampler.set_epoch(epoch)
         train_started = time.time()
         losses = train_epoch(
             trainer, experiment.loaders["train"], experiment.losses, experiment.loss_weights, setting,
             experiment.precision, run, f"epoch {epoch + 1}/{config.max_epoch}",
         )  # fmt: skip
         train_seconds = time.time() - train_started
-        setting = meet(experiment, target, setting)
+        setting = meet(experiment, target, setting, ramping)
         measured = experiment.measure(setting)
         val = experiment.evaluated("val", setting)
         within = abs(measured - dense * (1 - config.p)) <= WITHIN_BUDGET * dense * (1 - config.p)
@@ -184,8 +190,11 @@ def ramped(p: float, epoch: int, ramp_epochs: int | None, epochs: int) -> float:
     return p * min(1.0, (epoch + 1) / ramp)
 
 
-def meet(experiment: Experiment, target: float, start: PruneSetting) -> PruneSetting:
+def meet(experiment: Experiment, target: float, start: PruneSetting, ramping: bool = False) -> PruneSetting:
     """The setting that meets `target` GFLOPs on the calibration slice; OFF for an uncompressed run.
+
+    On the way to p the nearest setting will do: between the gentlest pruning from one block on and the strongest from the next may
+    lie a gap.
 
     Raises:
         UserError: naming the range of p, when the target is out of reach.
@@ -202,6 +211,9 @@ def meet(experiment: Experiment, target: float, start: PruneSetting) -> PruneSet
             max_prune_from=experiment.model.depth - 1,
         ).setting
     except UnreachableTarget as error:
+        if ramping:
+            logger.info("%.4f GFLOPs wanted, %.4f is the nearest on the way", target, error.nearest.gflops)
+            return error.nearest.setting
         dense = experiment.measure(OFF)
         low, high = (max(0.0, 1 - gflops / dense) for gflops in (error.high, error.low))
         raise UserError(
@@ -250,6 +262,8 @@ def _setting_of_checkpoint(experiment: Experiment, target: float) -> PruneSettin
     config, saved = experiment.config, experiment.checkpoint
     if config.uncompressed:
         return OFF
+    if config.variant == "released" and "variant" not in saved and isinstance(saved.get("temperature"), int | float):
+        return PruneSetting(saved["temperature"]) if saved["temperature"] > 0 else OFF  # an authors' checkpoint; T <= 0 is off
     here = _run_state(config, OFF, 0, 0.0)
     same = all(saved.get(key) == here[key] for key in ("method", "variant", "keep", "p"))
     same = same and (config.keep == "instance" or saved.get("batch_size") == here["batch_size"])

@@ -4,7 +4,6 @@ import logging
 import warnings
 
 import torch
-from fvcore.nn import FlopCountAnalysis, flop_count_table
 from torch import Tensor, nn
 
 from madtp.flops import GIGA
@@ -28,8 +27,10 @@ def _fused_attention(inputs: list, outputs: list) -> int:
     return 2 * query[0] * query[1] * query[2] * key[2] * query[3]
 
 
-def analyse(model: nn.Module, inputs: tuple[Tensor, ...], setting: PruneSetting = OFF) -> FlopCountAnalysis:
+def analyse(model: nn.Module, inputs: tuple[Tensor, ...], setting: PruneSetting = OFF):
     """fvcore's analysis of `model(*inputs, setting=setting).logits`; a batch of one has no padding to count."""
+    from fvcore.nn import FlopCountAnalysis  # warns about PyTorch when it is imported
+
     analysis = FlopCountAnalysis(_Logits(model, setting).eval(), inputs)
     analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False).tracer_warnings("none")
     return analysis.set_op_handle("aten::scaled_dot_product_attention", _fused_attention)
@@ -50,4 +51,6 @@ def flop_table(model: nn.Module, inputs: tuple[Tensor, ...], depth: int = 2) -> 
     logging.getLogger("fvcore").setLevel(logging.ERROR)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
+        from fvcore.nn import flop_count_table
+
         return flop_count_table(analyse(model, inputs), max_depth=depth, show_param_shapes=False)

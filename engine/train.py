@@ -112,7 +112,7 @@ def train_epoch(
     trainer.model.train()
     sums: dict[str, float | Tensor] = {}
     recent: dict[str, Tensor] = {}
-    logged = time.time()
+    logged, logged_step = time.time(), trainer.step
     for batch in (bar := progress(loader, description, run)):
         with precision.autocast():
             named = losses(trainer.model, move(batch, run.device), setting)
@@ -127,6 +127,7 @@ def train_epoch(
             bar.set_postfix(loss=f"{value:.3f}")
         if trainer.step % LOG_EVERY == 0:
             shown = ", ".join(f"{name} {float(loss):.3f}" for name, loss in recent.items())
-            logger.info("%s, step %d: %s; %.1f steps/s", description, trainer.step, shown, LOG_EVERY / (time.time() - logged))
-            logged = time.time()
+            rate = (trainer.step - logged_step) / (time.time() - logged)
+            logger.info("%s, step %d: %s; %.1f steps/s", description, trainer.step, shown, rate)
+            logged, logged_step = time.time(), trainer.step
     return {name: float(all_reduce_sum(value)) / (len(loader) * run.world_size) for name, value in sums.items()}

@@ -28,9 +28,9 @@ class Alignment(nn.Module):
         self.projection = nn.Linear(dim, token_dim) if project else nn.Identity()
 
     def forward(self, tokens: Tensor, learnable_tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """tokens (B, N, C), learnable_tokens (K, D) -> raw inner products E V'^T (B, K, N), mapped tokens V' (B, N, D)."""
+        """tokens (..., N, C), learnable_tokens (K, D) -> raw inner products E V'^T (..., K, N), mapped tokens V' (..., N, D)."""
         mapped = self.projection(tokens)
-        return (mapped @ learnable_tokens.t()).transpose(1, 2), mapped
+        return (mapped @ learnable_tokens.t()).transpose(-2, -1), mapped
 
     def flops(self, tokens: Tensor, num_learnable: int) -> Tensor:
         """Multiply-adds of `forward` for token counts of any shape."""

@@ -24,11 +24,15 @@ class Calibration:
 
 
 class UnreachableTarget(ValueError):
-    """No temperature reaches the target; `low` and `high` are the GFLOPs that pruning can reach."""
+    """No setting reaches the target.
 
-    def __init__(self, target: float, low: float, high: float):
+    nearest: the setting that comes nearest; low, high: the GFLOPs that pruning can reach, the target outside them; where it lies in
+    a gap, those that the `prune_from` of the nearest setting can reach
+    """
+
+    def __init__(self, target: float, nearest: Calibration, low: float, high: float):
         super().__init__(f"no temperature reaches {target:.4f} GFLOPs: pruning spans {low:.4f} to {high:.4f}")
-        self.low, self.high = low, high
+        self.nearest, self.low, self.high = nearest, low, high
 
 
 class _Meter:
@@ -44,8 +48,14 @@ class _Meter:
             self.evaluations += 1
         return self._seen[key]
 
-    def span(self) -> tuple[float, float]:
-        return min(self._seen.values()), max(self._seen.values())
+    def unreachable(self, target: float) -> UnreachableTarget:
+        """What to say of what was measured."""
+        (temperature, first), gflops = min(self._seen.items(), key=lambda item: abs(item[1] - target))
+        span = list(self._seen.values())
+        if min(span) < target < max(span):
+            span = [value for (_, prune_from), value in self._seen.items() if prune_from == first]
+        nearest = Calibration(PruneSetting(temperature, first), gflops, self.evaluations)
+        return UnreachableTarget(target, nearest, min(span), max(span))
 
 
 def calibrate(
@@ -80,12 +90,10 @@ def calibrate(
             return Calibration(PruneSetting(temperature, first), meter(temperature, first), meter.evaluations)
         if first not in firsts[index + 1 :] and min(meter(t, first) for t in COARSE_GRID) > target:
             break  # pruning later only costs more
-    raise UnreachableTarget(target, *meter.span())
+    raise meter.unreachable(target)
 
 
-def _bracket(
-    gflops: Callable[[float], float], target: float, tolerance: float, near: float | None
-) -> tuple[float, float] | None:
+def _bracket(gflops: Callable[[float], float], target: float, tolerance: float, near: float | None) -> tuple[float, float] | None:
     """Two temperatures with the target between their GFLOPs; equal ones when a point of the scan already meets it."""
     grids = [COARSE_GRID]
     if near is not None:
@@ -103,9 +111,7 @@ def _bracket(
     return None
 
 
-def _bisect(
-    gflops: Callable[[float], float], target: float, bracket: tuple[float, float], tolerance: float, steps: int
-) -> float:
+def _bisect(gflops: Callable[[float], float], target: float, bracket: tuple[float, float], tolerance: float, steps: int) -> float:
     """Bisection on the logarithm of the temperature; the best temperature seen."""
     low, high = bracket
     rising = gflops(high) >= gflops(low)

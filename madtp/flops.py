@@ -18,9 +18,14 @@ def layer_norm(tokens: Tensor | int, dim: int) -> Tensor | int:
     return tokens * LAYER_NORM_FLOPS * dim
 
 
+def scores(queries: Tensor | int, keys: Tensor | int, dim: int) -> Tensor | int:
+    """QK^T, all heads together `dim` wide."""
+    return queries * keys * dim
+
+
 def attention(queries: Tensor | int, keys: Tensor | int, dim: int) -> Tensor | int:
     """QK^T and AV, all heads together `dim` wide."""
-    return 2 * queries * keys * dim
+    return 2 * scores(queries, keys, dim)
 
 
 def mlp(tokens: Tensor | int, dim: int, hidden: int) -> Tensor | int:

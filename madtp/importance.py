@@ -15,14 +15,14 @@ EPS = 1e-8
 
 @dataclass
 class AttentionStatistics:
-    """What pruning needs of a block's self-attention.
+    """What pruning needs of a block's self-attention; None where no term asks for it.
 
     class_attention: (B, N) the class token's attention to each token, heads weighted by the norm of their output there
     columns: (B, N) one figure for each column of the map (see `paper_columns` and released.`released_columns`)
     """
 
-    class_attention: Tensor
-    columns: Tensor
+    class_attention: Tensor | None
+    columns: Tensor | None
 
 
 def class_attention(class_row: Tensor, head_outputs: Tensor) -> Tensor:
@@ -48,9 +48,7 @@ def normalise(score: Tensor, valid: Valid = None) -> Tensor:
     return score / (score.sum(dim=-1, keepdim=True) + EPS)
 
 
-def token_importance(
-    statistics: AttentionStatistics, attention: Tensor, terms: tuple[str, ...], valid: Valid = None
-) -> Tensor:
+def token_importance(statistics: AttentionStatistics, attention: Tensor, terms: tuple[str, ...], valid: Valid = None) -> Tensor:
     """TIS = mean of S_cls, S_self and S_token, of those that are named in `terms` (Eq. 4).
 
     attention: (B, K, N) A_token -> (B, N), sums to 1 over the valid tokens

@@ -9,14 +9,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from madtp import released
+from madtp import flops, released
 from madtp.alignment import Alignment, Valid, aligned_features, token_attention
+from madtp.columns import class_row, column_statistics
 from madtp.importance import EPS, AttentionStatistics, class_attention, paper_columns, token_importance
+from madtp.packing import Packed
 
 METHODS = ("dtp", "random")
 VARIANTS = ("paper", "released")
 KEEP_RULES = ("max", "mean", "instance")
 TERMS = ("cls", "self", "token")
+
+Layout = Valid | Packed  # how a batch lies in memory: padded with a mask, padded without padding (None), or packed
 
 
 @dataclass(frozen=True)
@@ -28,6 +32,8 @@ class PruningRule:
     keep: "max" and "mean" give every sample of a batch one number of tokens, "instance" each sample its own
     terms: the scores that the importance averages, of "cls", "self" and "token"
     merge: whether the pruned tokens leave one token behind, their mean weighted by importance
+    share: keep the best tokens up to this share instead of those above the threshold, which is computed and left aside: so that
+        methods can be compared at an imposed cost
     """
 
     method: str = "dtp"
@@ -35,6 +41,7 @@ class PruningRule:
     keep: str = "max"
     terms: tuple[str, ...] = ("cls", "self", "token")
     merge: bool = True
+    share: float | None = None
 
     def __post_init__(self):
         for name, allowed in (("method", METHODS), ("variant", VARIANTS), ("keep", KEEP_RULES)):
@@ -44,6 +51,8 @@ class PruningRule:
             raise ValueError(f"terms must name some of {', '.join(TERMS)}, got {self.terms!r}")
         if self.variant == "released" and (self.keep == "instance" or not self.merge or self.method != "dtp"):
             raise ValueError("variant 'released' knows method 'dtp' with merge and keep 'max' or 'mean' only")
+        if self.share is not None and (self.method != "dtp" or self.variant != "paper" or not 0 < self.share <= 1):
+            raise ValueError("share is a number above 0 up to 1, for method 'dtp' of variant 'paper'")
 
 
 @dataclass(frozen=True)
@@ -63,18 +72,35 @@ OFF = PruneSetting()
 def sparsemax(z: Tensor, valid: Valid = None) -> Tensor:
     """Euclidean projection of each row of z onto the probability simplex (Eq. 8; Martins and Astudillo, 2016).
 
-    z: (..., N); valid: broadcastable to z -> (..., N), zero outside `valid`
+    z: (..., N); valid: broadcastable to z -> (..., N), zero outside `valid` (a row without valid entries is uniform)
     """
     if valid is not None:
         z = z.masked_fill(~valid, float("-inf"))
     # With the maximum at 0 nothing at or below -1 can be in the support: -2 stands for padding and keeps the sums finite.
     z = (z - z.amax(dim=-1, keepdim=True)).nan_to_num(nan=-2.0).clamp(min=-2.0)
+    return (z - (_tau_by_newton(z) if z.device.type == "cpu" else _tau_by_sorting(z))).clamp(min=0.0)
+
+
+def _tau_by_sorting(z: Tensor) -> Tensor:
+    """The tau at which max(z - tau, 0) sums to 1, (..., 1). No look at the values: a GPU need not wait."""
     ordered = z.sort(dim=-1, descending=True).values
     rank = torch.arange(1, z.shape[-1] + 1, device=z.device, dtype=z.dtype)
     excess = ordered.cumsum(dim=-1) - 1.0
     support = (rank * ordered > excess).sum(dim=-1, keepdim=True).clamp(min=1)
-    tau = excess.gather(-1, support - 1) / support
-    return (z - tau).clamp(min=0.0)
+    return excess.gather(-1, support - 1) / support
+
+
+def _tau_by_newton(z: Tensor) -> Tensor:
+    """The same from below: the sum is convex and piecewise linear in tau, so Newton's steps end exactly (Michelot, 1986)."""
+    tau = torch.full_like(z[..., :1], -1.0)  # the maximum is 0, so the sum is at least 1 here
+    size = None
+    while True:
+        support = z > tau
+        now = support.sum(dim=-1, keepdim=True)
+        if size is not None and torch.equal(now, size):
+            return tau
+        size = now
+        tau = ((z * support).sum(dim=-1, keepdim=True) - 1.0) / size
 
 
 def threshold(attention: Tensor, importance: Tensor, temperature: float, valid: Valid = None) -> Tensor:
@@ -133,6 +159,26 @@ def gather_and_merge(x: Tensor, valid: Valid, importance: Tensor, kept: Tensor, 
     return out, inside
 
 
+def packed_gather_and_merge(x: Tensor, layout: Packed, importance: Tensor, kept: Tensor, merge: bool) -> tuple[Tensor, Packed]:
+    """The same for packed tokens, class tokens included: x (T, C) -> (T', C), T' known after one look at the counts.
+
+    importance, kept: (B, N - 1), of the tokens behind the class token
+    """
+    tokens = layout.valid[:, 1:]
+    pruned = tokens & ~kept
+    merged = pruned.any(dim=1, keepdim=True) if merge else torch.zeros_like(kept[:, :1])
+    stay = torch.cat([torch.ones_like(merged), kept, merged], dim=1)  # (B, N + 1), the last place for the merged token
+    after = Packed.of(stay.sum(dim=1).tolist(), x.device)
+    source = torch.cat([layout.rows, layout.rows[:, :1]], dim=1)
+    places = torch.nonzero_static(stay.flatten(), size=after.total).flatten()  # of known size: a GPU need not wait again
+    out = x.index_select(0, source.flatten().index_select(0, places))
+    if merge:
+        token = merge_weights(importance, pruned).to(x.dtype).unsqueeze(1) @ layout.pad(x)[:, 1:]
+        last = after.offsets[1:].long() - 1
+        out[last] = torch.where(merged, token.squeeze(1), out[last])
+    return out, after
+
+
 class TokenPruner(nn.Module):
     """The slot of a transformer block: MAG and DTP between self-attention and what follows it."""
 
@@ -157,7 +203,8 @@ class TokenPruner(nn.Module):
         self.mask_follows = mask_follows
 
     @property
-    def needs_statistics(self) -> bool:
+    def needs_scores(self) -> bool:
+        """Whether it looks at the tokens at all; a random choice does not."""
         return self.rule.method == "dtp"
 
     def statistics(self, attention: Tensor, head_outputs: Tensor, valid: Valid) -> AttentionStatistics:
@@ -169,14 +216,53 @@ class TokenPruner(nn.Module):
             columns = paper_columns(tokens, None if valid is None else valid[:, 1:])
         return AttentionStatistics(class_attention(attention[:, :, 0, 1:], head_outputs[:, :, 1:]), columns)
 
+    @torch.no_grad()
+    def statistics_without_map(
+        self, query: Tensor, key: Tensor, head_outputs: Tensor, log_norm: Tensor, valid: Valid
+    ) -> AttentionStatistics:
+        """The same from queries, keys (B, H, 1 + N, D) and the log-sum-exp of each row of the map, (B, H, 1 + N)."""
+        importance, columns = None, None
+        if "cls" in self.rule.terms:
+            importance = class_attention(class_row(query, key, log_norm), head_outputs[:, :, 1:])
+        if "self" in self.rule.terms:
+            columns = column_statistics(query, key, log_norm, valid, summed=self.rule.variant == "released")
+        return AttentionStatistics(importance, columns)
+
+    @torch.no_grad()
+    def packed_statistics(
+        self, query: Tensor, key: Tensor, head_outputs: Tensor, log_norm: Tensor, layout: Packed
+    ) -> AttentionStatistics:
+        """The same of packed tokens on a GPU: queries, keys and outputs (T, H, D), log_norm (T, H)."""
+        importance, columns = None, None
+        if "cls" in self.rule.terms:
+            queries, keys, outputs = (layout.pad(part).transpose(1, 2) for part in (query, key, head_outputs))
+            row = class_row(queries, keys, layout.pad(log_norm).transpose(1, 2))
+            importance = class_attention(row, outputs[:, :, 1:])
+        if "self" in self.rule.terms:
+            from madtp.kernels import packed_column_statistics  # needs Triton
+
+            columns = packed_column_statistics(query, key, log_norm, layout, summed=self.rule.variant == "released")
+        return AttentionStatistics(importance, columns)
+
     def align(
-        self, inputs: Tensor, valid: Valid, learnable_tokens: Tensor, want_features: bool
-    ) -> tuple[Tensor, Tensor | None]:
-        """Of the tokens that ENTER the block (B, 1 + N, C): raw products (B, K, N), and E_v (B, K, D) where it is wanted."""
-        products, mapped = self.alignment(inputs[:, 1:], learnable_tokens)
+        self, inputs: Tensor, layout: Layout, learnable_tokens: Tensor, want_features: bool
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Of the tokens that ENTER the block: raw products (B, K, N), and E_v (B, K, D) where it is wanted; else None.
+
+        inputs: (B, 1 + N, C), or packed (T, C)
+        """
+        if not (self.needs_scores or want_features):
+            return None, None
+        if isinstance(layout, Packed):
+            products, mapped = self.alignment(inputs, learnable_tokens)  # the class tokens' cost little and are dropped
+            products = layout.pad(products.t())[:, 1:].transpose(1, 2)
+            mapped = layout.pad(mapped)[:, 1:] if want_features else None
+            layout = layout.valid
+        else:
+            products, mapped = self.alignment(inputs[:, 1:], learnable_tokens)
         if not want_features:
             return products, None
-        inside = None if valid is None or self.rule.variant == "released" else valid[:, 1:]
+        inside = None if layout is None or self.rule.variant == "released" else layout[:, 1:]
         return products, aligned_features(token_attention(products, self.token_dim, inside), mapped)
 
     @torch.no_grad()
@@ -193,15 +279,20 @@ class TokenPruner(nn.Module):
         importance = token_importance(statistics, attention, self.rule.terms, valid)
         theta = threshold(attention, importance, temperature, valid)
         wanted = ((importance > theta.unsqueeze(1)) & valid).sum(dim=1)
+        if self.rule.share is not None:
+            wanted = (valid.sum(dim=1) * self.rule.share).round().long()
         return importance, best_tokens(importance, keep_counts(wanted, valid.sum(dim=1), self.rule.keep), valid)
 
     def prune(
-        self, x: Tensor, valid: Valid, products: Tensor | None, statistics: AttentionStatistics | None, temperature: float
-    ) -> tuple[Tensor, Valid, Tensor]:
-        """x (B, 1 + N, C) after self-attention -> x (B, 1 + M, C), valid (B, 1 + M), kept (B, N) bool."""
+        self, x: Tensor, layout: Layout, products: Tensor | None, statistics: AttentionStatistics | None, temperature: float
+    ) -> tuple[Tensor, Layout, Tensor]:
+        """x after self-attention, (B, 1 + N, C) or packed -> the fewer tokens, where they lie, kept (B, N) bool."""
         if self.rule.variant == "released":
-            return self._prune_released(x, valid, products, statistics, temperature)
-        inside = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)[:, 1:] if valid is None else valid[:, 1:]
+            return self._prune_released(x, layout, products, statistics, temperature)
+        if isinstance(layout, Packed):
+            importance, kept = self.choose(products, statistics, layout.valid[:, 1:], temperature)
+            return *packed_gather_and_merge(x, layout, importance, kept, self.rule.merge), kept
+        inside = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)[:, 1:] if layout is None else layout[:, 1:]
         importance, kept = self.choose(products, statistics, inside, temperature)
         tokens, tokens_valid = gather_and_merge(x[:, 1:], inside, importance, kept, self.rule.merge)
         return torch.cat([x[:, :1], tokens], dim=1), torch.cat([inside.new_ones(len(x), 1), tokens_valid], dim=1), kept
@@ -217,20 +308,24 @@ class TokenPruner(nn.Module):
             return x, valid, kept
         return released_gather(x, valid, importance, kept, count, self.mask_follows) + (kept,)
 
-    def flops(self, entering: Tensor, active: bool, training: bool) -> Tensor:
+    def flops(self, entering: Tensor, active: bool, training: bool, without_map: bool) -> Tensor:
         """Multiply-adds that pruning adds to a block which (B,) tokens enter, class token included.
 
-        `training` adds the alignment features E_v, which only L_sim needs.
+        `training` adds the alignment features E_v, which only L_sim needs. `without_map` is the packed form: a second Q K^T for
+        the scores, and products with the class tokens too, which lie among the others.
         """
         tokens = entering - 1
+        scored = active and self.needs_scores
         total = torch.zeros_like(tokens)
-        uses_products = training or (active and self.rule.method == "dtp")
-        if uses_products:
-            total = total + self.alignment.flops(tokens, self.num_learnable)
+        if training or scored:
+            total = total + self.alignment.flops(entering if without_map else tokens, self.num_learnable)
         if training:
             total = total + tokens * self.num_learnable * self.token_dim
-        if active and self.rule.method == "dtp":
+        if scored:
             total = total + tokens * self.num_learnable  # theta
+        if scored and without_map:
+            queries = tokens * ("self" in self.rule.terms) + ("cls" in self.rule.terms)
+            total = total + flops.scores(queries, tokens, self.dim)
         if active and self.rule.merge:
             total = total + tokens * self.dim
         return total

@@ -1,7 +1,9 @@
 """Multi-head attention on projected heads, with the statistics that a pruner asks for.
 
-Shapes: B batch, H heads, Q queries, N keys, D width of a head.
+Shapes: B batch, H heads, Q queries, N keys, D width of a head, C = H * D.
 """
+
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -9,7 +11,34 @@ from torch import Tensor
 
 from madtp.alignment import Valid
 from madtp.importance import AttentionStatistics
-from madtp.pruning import TokenPruner
+from madtp.packing import Groups, Packed
+from madtp.pruning import Layout, TokenPruner
+from models import varlen
+
+
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    num_heads: int,
+    queries: Layout,
+    keys: Layout,
+    dropout: float = 0.0,
+    pruner: TokenPruner | None = None,
+) -> tuple[Tensor, AttentionStatistics | None]:
+    """softmax(Q K^T / sqrt(D)) V over the valid keys; with a pruner also the statistics that it needs of a self-attention.
+
+    query (B, Q, C), key and value (B, N, C) with `keys` their mask or None -> (B, Q, C), statistics or None; or all of them
+    packed, (T, C), where `queries` and `keys` say where the same number of samples lie. Without gradients, packed keeps no map.
+    """
+    pruner = pruner if pruner is not None and pruner.needs_scores else None
+    if isinstance(keys, Packed):
+        if varlen.usable(query) and not dropout:
+            return _attend_varlen(query, key, value, num_heads, queries, keys, pruner)
+        return _attend_groups(query, key, value, num_heads, queries, keys, dropout, pruner)
+    heads = [split_heads(part, num_heads) for part in (query, key, value)]
+    out, statistics = _attend_padded(*heads, keys, dropout, pruner)
+    return merge_heads(out), statistics
 
 
 def split_heads(x: Tensor, num_heads: int) -> Tensor:
@@ -22,13 +51,10 @@ def merge_heads(x: Tensor) -> Tensor:
     return x.transpose(1, 2).flatten(2)
 
 
-def attend(
-    query: Tensor, key: Tensor, value: Tensor, valid: Valid = None, dropout: float = 0.0, pruner: TokenPruner | None = None
+def _attend_padded(
+    query: Tensor, key: Tensor, value: Tensor, valid: Valid, dropout: float, pruner: TokenPruner | None
 ) -> tuple[Tensor, AttentionStatistics | None]:
-    """softmax(Q K^T / sqrt(D)) V over the valid keys; with a pruner also the statistics that it needs of a self-attention.
-
-    query (B, H, Q, D), key and value (B, H, N, D), valid (B, N) bool or None -> (B, H, Q, D), statistics or None
-    """
+    """The form for training: (B, H, Q, D) and so on; a pruner looks at the map, which the backward pass keeps in any case."""
     mask = None if valid is None else valid[:, None, None, :]
     # Fused attention keeps no map. Its backward pass in bf16 on a CPU takes several times as long as the plain products.
     fused = pruner is None and not (torch.is_grad_enabled() and query.device.type == "cpu")
@@ -43,3 +69,79 @@ def attend(
         return out, None
     with torch.no_grad():
         return out, pruner.statistics(attention, out, valid)
+
+
+def _attend_varlen(
+    query: Tensor, key: Tensor, value: Tensor, num_heads: int, queries: Packed, keys: Packed, pruner: TokenPruner | None
+) -> tuple[Tensor, AttentionStatistics | None]:
+    """One kernel for all samples."""
+    parts = [part.unflatten(-1, (num_heads, -1)) for part in (query, key, value)]
+    out, log_norm = varlen.attention(*parts, queries, keys)
+    statistics = None if pruner is None else pruner.packed_statistics(*parts[:2], out, log_norm, keys)
+    return out.flatten(1), statistics
+
+
+def _attend_groups(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    num_heads: int,
+    queries: Packed,
+    keys: Packed,
+    dropout: float,
+    pruner: TokenPruner | None,
+) -> tuple[Tensor, AttentionStatistics | None]:
+    """Samples of about equal length are padded to one another and go together, so a short sample costs little more than its due."""
+    members = list(similar(queries.lengths, keys.lengths))
+    in_queries, in_keys = Groups(queries, members), Groups(keys, members)
+    outs, figures = [], query.new_zeros(2, len(keys.lengths), keys.longest - 1, dtype=torch.float32)
+    parts = zip(members, in_keys.layouts, in_queries.split(query), in_keys.split(key), in_keys.split(value), strict=True)
+    for group, layout, *projected in parts:
+        heads = [split_heads(part, num_heads) for part in projected]
+        out, statistics = _attend_group(*heads, None if layout.uniform else layout.valid, dropout, pruner)
+        outs.append(merge_heads(out))
+        for figure, found in zip(figures, statistics, strict=True):
+            if found is not None:
+                figure[group, : found.shape[1]] = found
+    return in_queries.join(outs), None if pruner is None else AttentionStatistics(*figures)
+
+
+def _attend_group(
+    query: Tensor, key: Tensor, value: Tensor, valid: Valid, dropout: float, pruner: TokenPruner | None
+) -> tuple[Tensor, tuple[Tensor | None, Tensor | None]]:
+    """Outputs, class attention and columns of one group; with the map where a backward pass will want it."""
+    if torch.is_grad_enabled():
+        out, found = _attend_padded(query, key, value, valid, dropout, pruner)
+    else:
+        out, log_norm = _fused(query, key, value, valid)
+        found = None if pruner is None else pruner.statistics_without_map(query, key, out, log_norm, valid)
+    return out, (None, None) if found is None else (found.class_attention, found.columns)
+
+
+def similar(*lengths: Sequence[int]) -> Iterator[list[int]]:
+    """Samples that may be padded to one another, longest first: none is much shorter than the first of its group.
+
+    lengths: of each sample, in one or more tensors that are to be padded together
+    """
+    order = sorted(range(len(lengths[0])), key=lambda i: tuple(-each[i] for each in lengths))
+    group = order[:1]
+    for sample in order[1:]:
+        if all(each[sample] >= 0.8 * max(each[i] for i in group) - 8 and each[sample] <= each[group[0]] + 8 for each in lengths):
+            group.append(sample)
+        else:
+            yield group
+            group = [sample]
+    yield group
+
+
+def _fused(query: Tensor, key: Tensor, value: Tensor, valid: Valid) -> tuple[Tensor, Tensor]:
+    """Attention (B, H, Q, D) and the log-sum-exp of each row of its map (B, H, Q) float32, by the CPU's fused kernel or plainly."""
+    mask = None
+    if valid is not None:
+        mask = torch.zeros_like(valid, dtype=query.dtype).masked_fill(~valid, float("-inf"))[:, None, None, :]
+        mask = mask.expand(-1, 1, query.shape[2], -1)
+    if query.device.type == "cpu":
+        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, attn_mask=mask)
+    logits = ((query * query.shape[-1] ** -0.5) @ key.transpose(-2, -1)).float()
+    log_norm = (logits if mask is None else logits + mask).logsumexp(dim=-1)
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask), log_norm

@@ -1,7 +1,8 @@
 """BERT text encoder with cross-attention to images and a pruner slot in every layer. Parameter names are those of BLIP.
 
 Shapes: S texts, L text tokens with [ENC]/[CLS] first, C width; B images, M image tokens, V their width. S is a multiple of B:
-the first S / B texts are about the first image, and so on.
+the first S / B texts are about the first image, and so on. Instead of padded with a mask, texts and images may be packed: (T, C)
+with the T tokens of all samples and their `madtp.packing.Packed`.
 """
 
 from collections.abc import Callable, Sequence
@@ -12,9 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from madtp import flops
-from madtp.alignment import Valid
-from madtp.pruning import OFF, PruneSetting, TokenPruner
-from models.attention import attend, merge_heads, split_heads
+from madtp.packing import Packed, pack
+from madtp.pruning import OFF, Layout, PruneSetting, TokenPruner
+from models.attention import attend
 from models.tower import TowerRecord, count_tokens
 
 NORM_EPS = 1e-12
@@ -42,15 +43,19 @@ class Heads(nn.Module):
         self.key = nn.Linear(key_width, size.hidden_size)
         self.value = nn.Linear(key_width, size.hidden_size)
 
-    def forward(self, x: Tensor, source: Tensor, valid: Valid, pruner: TokenPruner | None = None):
-        """x (S, L, C), source (B, M, V), valid (B, M) -> (S, L, C), statistics or None.
+    def forward(self, x: Tensor, source: Tensor, layout: Layout, source_layout: Layout, pruner: TokenPruner | None = None):
+        """x (S, L, C), source (B, M, V) -> (S, L, C), statistics or None.
 
         S is a multiple of B: neighbouring texts share a source, whose keys and values are then computed once.
         """
-        query = self.query(x).reshape(len(source), -1, x.shape[-1])
-        query, key, value = (split_heads(part, self.num_heads) for part in (query, self.key(source), self.value(source)))
-        out, statistics = attend(query, key, value, valid, self.dropout if self.training else 0.0, pruner)
-        return merge_heads(out).reshape(x.shape), statistics
+        query, key, value = self.query(x), self.key(source), self.value(source)
+        if isinstance(layout, Packed):
+            layout = layout.joined(len(source_layout.lengths))
+        else:
+            query = query.reshape(len(source), -1, query.shape[-1])
+        dropout = self.dropout if self.training else 0.0
+        out, statistics = attend(query, key, value, self.num_heads, layout, source_layout, dropout, pruner)
+        return out.reshape(x.shape), statistics
 
     def flops(self, queries: Tensor, keys: Tensor) -> Tensor:
         width = self.query.out_features
@@ -82,8 +87,8 @@ class Attention(nn.Module):
         self.self = Heads(size, size.hidden_size)
         self.output = ResidualOutput(size.hidden_size, size)
 
-    def forward(self, x: Tensor, valid: Valid, pruner: TokenPruner | None):
-        attended, statistics = self.self(x, x, valid, pruner)
+    def forward(self, x: Tensor, layout: Layout, pruner: TokenPruner | None):
+        attended, statistics = self.self(x, x, layout, layout, pruner)
         return self.output(attended, x), statistics
 
     def flops(self, tokens: Tensor) -> Tensor:
@@ -125,9 +130,11 @@ class PairedCrossAttention(nn.Module):
         self.self1 = Heads(size, image_width)
         self.output = PairedOutput(size, merge)
 
-    def forward(self, x: Tensor, images: Sequence[Tensor], images_valid: Sequence[Valid]) -> Tensor:
-        first, _ = self.self0(x, images[0], images_valid[0])
-        second, _ = self.self1(x, images[1], images_valid[1])
+    def forward(self, x: Tensor, layout: Layout, images: Sequence[tuple[Tensor, Layout]]) -> Tensor:
+        """images: the tokens of the left and of the right ones, each with its layout."""
+        (left, left_layout), (right, right_layout) = images
+        first, _ = self.self0(x, left, layout, left_layout)
+        second, _ = self.self1(x, right, layout, right_layout)
         return self.output(first, second, x)
 
     def flops(self, tokens: Tensor, images: Sequence[Tensor]) -> Tensor:
@@ -157,33 +164,34 @@ class Layer(nn.Module):
     def forward(
         self,
         x: Tensor,
-        valid: Valid,
-        images: Sequence[Tensor],
-        images_valid: Sequence[Valid],
+        layout: Layout,
+        images: Sequence[tuple[Tensor, Layout]],
         learnable_tokens: Tensor | None,
         temperature: float | None,
         align: bool,
-    ) -> tuple[Tensor, Valid, Tensor | None, Tensor | None]:
-        """x (S, L, C) -> x (S, L', C), valid (S, L'), kept (S, L - 1) or None, alignment features (S, K, D) or None."""
+    ) -> tuple[Tensor, Layout, Tensor | None, Tensor | None]:
+        """x (S, L, C) -> x (S, L', C), its layout, kept (S, L - 1) or None, alignment features (S, K, D) or None."""
         active = self.pruner is not None and temperature is not None
         products, features = None, None
         if self.pruner is not None and (active or align):
-            products, features = self.pruner.align(x, valid, learnable_tokens, align)
-        x, statistics = self.attention(x, valid, self.pruner if active else None)
+            products, features = self.pruner.align(x, layout, learnable_tokens, align)
+        x, statistics = self.attention(x, layout, self.pruner if active else None)
         kept = None
         if active:
-            x, valid, kept = self.pruner.prune(x, valid, products, statistics, temperature)
-        x = self.crossattention(x, images, images_valid)
+            x, layout, kept = self.pruner.prune(x, layout, products, statistics, temperature)
+        x = self.crossattention(x, layout, images)
         x = self.output(self.intermediate(x), x)
-        return x, valid, kept, features
+        return x, layout, kept, features
 
-    def flops(self, entering: Tensor, leaving: Tensor, images: Sequence[Tensor], active: bool, training: bool) -> Tensor:
+    def flops(
+        self, entering: Tensor, leaving: Tensor, images: Sequence[Tensor], active: bool, training: bool, without_map: bool
+    ) -> Tensor:
         """Multiply-adds of `forward` for samples with these text and image token counts."""
         dense = self.intermediate.dense
         total = self.attention.flops(entering) + self.crossattention.flops(leaving, images)
         total = total + flops.linear(leaving, dense.in_features, dense.out_features) + self.output.flops(leaving)
         if self.pruner is not None:
-            total = total + self.pruner.flops(entering, active, training)
+            total = total + self.pruner.flops(entering, active, training, without_map)
         return total
 
 
@@ -236,27 +244,35 @@ class TextEncoder(nn.Module):
         self,
         input_ids: Tensor,
         attention_mask: Tensor,
-        images: Sequence[Tensor],
-        images_valid: Sequence[Valid],
+        images: Sequence[tuple[Tensor, Layout]],
         learnable_tokens: Tensor | None = None,
         setting: PruneSetting = OFF,
         align: bool = False,
-    ) -> tuple[Tensor, Valid, TowerRecord]:
-        """input_ids, attention_mask (S, L); images: one (B, M, V) a cross-attention -> (S, L', C), valid (S, L'), record."""
-        x = self.embeddings(input_ids)
-        valid, record = attention_mask.bool(), TowerRecord()
+    ) -> tuple[Tensor, Layout, TowerRecord]:
+        """Text tokens, their layout and the record of all layers.
+
+        Args:
+            input_ids, attention_mask: (S, L).
+            images: the tokens that each cross-attention reads, (B, M, V), with their layout. Packed ones make the text packed.
+        """
+        x, layout = self.embeddings(input_ids), attention_mask.bool()
+        packed = any(isinstance(image_layout, Packed) for _, image_layout in images)
+        if packed:
+            x, layout = pack(x, layout)
+        record = TowerRecord(without_map=packed)
         for index, layer in enumerate(self.encoder.layer):
-            before = count_tokens(x, valid)
-            x, valid, kept, features = layer(x, valid, images, images_valid, learnable_tokens, setting.at(index), align)
-            record.add(before, count_tokens(x, valid), kept, features)
-        return x, valid, record
+            before = count_tokens(x, layout)
+            x, layout, kept, features = layer(x, layout, images, learnable_tokens, setting.at(index), align)
+            record.add(before, count_tokens(x, layout), kept, features)
+        return x, layout, record
 
     def flops(self, record: TowerRecord, images: Sequence[Tensor], setting: PruneSetting, training: bool = False) -> Tensor:
         """Multiply-adds of `forward` per text (S,), with `images` the (S,) image token counts of each cross-attention."""
         total = flops.layer_norm(record.entering[0], self.hidden_size)
         for index, layer in enumerate(self.encoder.layer):
             active = setting.at(index) is not None
-            total = total + layer.flops(record.entering[index], record.leaving[index], images, active, training)
+            entering, leaving = record.entering[index], record.leaving[index]
+            total = total + layer.flops(entering, leaving, images, active, training, record.without_map)
         return total
 
 

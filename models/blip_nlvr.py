@@ -12,13 +12,13 @@ from madtp.alignment import similarity_loss
 from madtp.flops import GIGA, linear
 from madtp.pruning import OFF, PruneSetting
 from models.bert import TextEncoder
-from models.tower import TowerRecord, dense_record
+from models.tower import TowerRecord, class_tokens, dense_record, halves
 from models.vit import VisionTransformer
 
 
 @dataclass
 class NlvrOutput:
-    """logits (S, 2), class 1 is True; text (S, L', C), the last layer; one record a tower (images: 2 * B, left first)."""
+    """logits (S, 2), class 1 is True; text (S, L', C) or packed, the last layer; one record a tower (images: 2 * B, left first)."""
 
     logits: Tensor
     text: Tensor
@@ -63,6 +63,7 @@ class BlipNlvr(nn.Module):
         attention_mask: Tensor,
         setting: PruneSetting = OFF,
         align: bool = False,
+        packed: bool = False,
     ) -> NlvrOutput:
         """
         Args:
@@ -70,15 +71,15 @@ class BlipNlvr(nn.Module):
             input_ids, attention_mask: (S, L), [ENC] first.
             setting: how hard to prune.
             align: whether to collect the alignment features that `similarity` compares.
+            packed: without padding and attention maps, for inference; the same answer, sooner.
         """
-        tokens, valid, vision = self.visual_encoder(
-            images.transpose(0, 1).flatten(0, 1), self.learnable_tokens, setting, align
+        tokens, layout, vision = self.visual_encoder(
+            images.transpose(0, 1).flatten(0, 1), self.learnable_tokens, setting, align, packed
         )
-        valid = (None, None) if valid is None else valid.chunk(2)
-        text, _, language = self.text_encoder(
-            input_ids, attention_mask, tokens.chunk(2), valid, self.learnable_tokens, setting, align
+        text, layout, language = self.text_encoder(
+            input_ids, attention_mask, halves(tokens, layout), self.learnable_tokens, setting, align
         )
-        return NlvrOutput(self.cls_head(text[:, 0]), text, vision, language)
+        return NlvrOutput(self.cls_head(class_tokens(text, layout)), text, vision, language)
 
     def similarity(self, output: NlvrOutput) -> Tensor:
         """L_sim between the mean of the two images' alignment features and the sentence's."""
@@ -86,10 +87,6 @@ class BlipNlvr(nn.Module):
         language = output.language.features
         vision = per_sentence((left + right) / 2, len(language))
         return similarity_loss(vision, language)
-
-    def word_logits(self, text: Tensor) -> Tensor:
-        """Which word each text token stands for: (..., C) -> (..., vocabulary), by the input embeddings. For masked words."""
-        return text @ self.text_encoder.embeddings.word_embeddings.weight.t()
 
     def tokens_kept(self, output: NlvrOutput) -> Tensor:
         """Tokens of both images and the sentence after the last block, (S,)."""
@@ -101,9 +98,7 @@ class BlipNlvr(nn.Module):
         """GFLOPs of each sentence with its two images, (S,) float64, closed form at true lengths."""
         return sum(self.gflops_by_module(output, setting, training).values())
 
-    def gflops_by_module(
-        self, output: NlvrOutput, setting: PruneSetting = OFF, training: bool = False
-    ) -> dict[str, Tensor]:
+    def gflops_by_module(self, output: NlvrOutput, setting: PruneSetting = OFF, training: bool = False) -> dict[str, Tensor]:
         left, right = self.visual_encoder.flops(output.vision, setting, training).chunk(2)
         sentences = len(output.language.entering[0])
         both = per_sentence(left + right, sentences)

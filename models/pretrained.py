@@ -21,6 +21,9 @@ BLIP_MAY_IGNORE = (
     "text_proj_m.", "temp", "image_queue", "text_queue", "queue_ptr", "ptr_queue", "idx_queue", "embeddings.position_ids",
 )  # fmt: skip
 
+LFS_POINTER = b"version https://git-lfs"
+CHECKPOINT_HEADS = (b"PK", b"\x80")  # a zip archive; a bare pickle, as older versions of PyTorch wrote
+
 
 def read_checkpoint(path: str | Path) -> dict:
     """A checkpoint as a dict with at least "model", a state dict. Reads .safetensors, and .pth without running code from it.
@@ -31,6 +34,12 @@ def read_checkpoint(path: str | Path) -> dict:
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path}: no such checkpoint; set the key 'pretrained' (or --pretrained) to the file")
+    with open(path, "rb") as file:
+        head = file.read(len(LFS_POINTER))
+    if head == LFS_POINTER:
+        raise UserError(f"{path}: a Git LFS pointer, not the weights themselves; fetch them with 'git lfs pull'")
+    if path.suffix != ".safetensors" and not head.startswith(CHECKPOINT_HEADS):
+        raise UserError(f"{path}: not a PyTorch checkpoint (it begins with {head[:12]!r}); fetch it again")
     try:
         content = load_file(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:

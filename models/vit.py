@@ -1,25 +1,26 @@
 """Vision transformer with a pruner slot in every block. Parameter names are those of BLIP and timm.
 
-Shapes: B batch, N tokens with the class token first, C width, K learnable tokens, D their width.
+Shapes: B batch, N tokens with the class token first, C width, K learnable tokens, D their width. Wherever tokens are (B, N, C) with
+a mask, they may also be packed, (T, C) with the T tokens of all samples and their `madtp.packing.Packed`.
 """
 
 from collections.abc import Callable
 
 import torch
-from timm.layers import DropPath, Mlp, PatchEmbed, trunc_normal_
+from timm.layers import Mlp, PatchEmbed, trunc_normal_
 from torch import Tensor, nn
 
 from madtp import flops
-from madtp.alignment import Valid
-from madtp.pruning import OFF, PruneSetting, TokenPruner
-from models.attention import attend, merge_heads, split_heads
-from models.tower import TowerRecord, count_tokens
+from madtp.packing import pack
+from madtp.pruning import OFF, Layout, PruneSetting, TokenPruner
+from models.attention import attend
+from models.tower import DropPath, TowerRecord, count_tokens
 
 NORM_EPS = 1e-6
 
 
 class SelfAttention(nn.Module):
-    """Multi-head self-attention over x (B, N, C)."""
+    """Multi-head self-attention over x (B, N, C) or packed."""
 
     def __init__(self, dim: int, num_heads: int):
         super().__init__()
@@ -27,10 +28,9 @@ class SelfAttention(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
 
-    def forward(self, x: Tensor, valid: Valid, pruner: TokenPruner | None):
-        query, key, value = (split_heads(part, self.num_heads) for part in self.qkv(x).chunk(3, dim=-1))
-        out, statistics = attend(query, key, value, valid, pruner=pruner)
-        return self.proj(merge_heads(out)), statistics
+    def forward(self, x: Tensor, layout: Layout, pruner: TokenPruner | None):
+        out, statistics = attend(*self.qkv(x).chunk(3, dim=-1), self.num_heads, layout, layout, pruner=pruner)
+        return self.proj(out), statistics
 
 
 class Block(nn.Module):
@@ -40,34 +40,34 @@ class Block(nn.Module):
         super().__init__()
         self.norm1 = nn.LayerNorm(dim, eps=NORM_EPS)
         self.attn = SelfAttention(dim, num_heads)
-        self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
+        self.drop_path = DropPath(drop_path)
         self.norm2 = nn.LayerNorm(dim, eps=NORM_EPS)
         self.mlp = Mlp(dim, int(dim * mlp_ratio))
         self.pruner = pruner
 
     def forward(
-        self, x: Tensor, valid: Valid, learnable_tokens: Tensor | None, temperature: float | None, align: bool
-    ) -> tuple[Tensor, Valid, Tensor | None, Tensor | None]:
-        """x (B, N, C) -> x (B, M, C), valid (B, M), kept (B, N - 1) or None, alignment features (B, K, D) or None."""
+        self, x: Tensor, layout: Layout, learnable_tokens: Tensor | None, temperature: float | None, align: bool
+    ) -> tuple[Tensor, Layout, Tensor | None, Tensor | None]:
+        """x (B, N, C) -> x (B, M, C), its layout, kept (B, N - 1) or None, alignment features (B, K, D) or None."""
         active = self.pruner is not None and temperature is not None
         products, features = None, None
         if self.pruner is not None and (active or align):
-            products, features = self.pruner.align(x, valid, learnable_tokens, align)
-        attended, statistics = self.attn(self.norm1(x), valid, self.pruner if active else None)
-        x = x + self.drop_path(attended)
+            products, features = self.pruner.align(x, layout, learnable_tokens, align)
+        attended, statistics = self.attn(self.norm1(x), layout, self.pruner if active else None)
+        x = x + self.drop_path(attended, layout)
         kept = None
         if active:
-            x, valid, kept = self.pruner.prune(x, valid, products, statistics, temperature)
-        x = x + self.drop_path(self.mlp(self.norm2(x)))
-        return x, valid, kept, features
+            x, layout, kept = self.pruner.prune(x, layout, products, statistics, temperature)
+        x = x + self.drop_path(self.mlp(self.norm2(x)), layout)
+        return x, layout, kept, features
 
-    def flops(self, entering: Tensor, leaving: Tensor, active: bool, training: bool) -> Tensor:
+    def flops(self, entering: Tensor, leaving: Tensor, active: bool, training: bool, without_map: bool) -> Tensor:
         """Multiply-adds of `forward` for samples with these token counts before and after pruning."""
         dim, hidden = self.norm1.normalized_shape[0], self.mlp.fc1.out_features
         total = flops.layer_norm(entering, dim) + flops.linear(entering, dim, 4 * dim) + flops.attention(entering, entering, dim)
         total = total + flops.layer_norm(leaving, dim) + flops.mlp(leaving, dim, hidden)
         if self.pruner is not None:
-            total = total + self.pruner.flops(entering, active, training)
+            total = total + self.pruner.flops(entering, active, training, without_map)
         return total
 
 
@@ -108,17 +108,26 @@ class VisionTransformer(nn.Module):
         return len(self.blocks)
 
     def forward(
-        self, images: Tensor, learnable_tokens: Tensor | None = None, setting: PruneSetting = OFF, align: bool = False
-    ) -> tuple[Tensor, Valid, TowerRecord]:
-        """images (B, 3, H, W) -> tokens (B, M, C), valid (B, M) or None, record. `align` collects the alignment features."""
+        self,
+        images: Tensor,
+        learnable_tokens: Tensor | None = None,
+        setting: PruneSetting = OFF,
+        align: bool = False,
+        packed: bool = False,
+    ) -> tuple[Tensor, Layout, TowerRecord]:
+        """images (B, 3, H, W) -> tokens (B, M, C), their mask or None, record; `packed`: tokens (T, C), where they lie, record.
+
+        `align` collects the alignment features.
+        """
         x = self.patch_embed(images)
         x = torch.cat([self.cls_token.expand(len(x), -1, -1).to(x.dtype), x], dim=1) + self.pos_embed
-        valid, record = None, TowerRecord()
+        x, layout = pack(x, None) if packed else (x, None)
+        record = TowerRecord(without_map=packed)
         for index, block in enumerate(self.blocks):
-            before = count_tokens(x, valid)
-            x, valid, kept, features = block(x, valid, learnable_tokens, setting.at(index), align)
-            record.add(before, count_tokens(x, valid), kept, features)
-        return self.norm(x), valid, record
+            before = count_tokens(x, layout)
+            x, layout, kept, features = block(x, layout, learnable_tokens, setting.at(index), align)
+            record.add(before, count_tokens(x, layout), kept, features)
+        return self.norm(x), layout, record
 
     def flops(self, record: TowerRecord, setting: PruneSetting, training: bool = False) -> Tensor:
         """Multiply-adds of `forward` per image, (B,)."""
@@ -127,7 +136,7 @@ class VisionTransformer(nn.Module):
         total = flops.linear(first - 1, patch.weight[0].numel(), self.embed_dim) + flops.layer_norm(last, self.embed_dim)
         for index, block in enumerate(self.blocks):
             active = setting.at(index) is not None
-            total = total + block.flops(record.entering[index], record.leaving[index], active, training)
+            total = total + block.flops(record.entering[index], record.leaving[index], active, training, record.without_map)
         return total
 
 

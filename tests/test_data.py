@@ -10,7 +10,7 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from config import Augment, NlvrConfig
-from data.loading import Loader, build_loader, load_image, read_json, set_epoch
+from data.loading import Loader, build_loader, load_image, read_json
 from data.nlvr import NlvrCollate, NlvrDataset, build_datasets, calibration_subset, find_image, swap_sides
 from data.text import enc_token_id, load_tokenizer
 from transform.images import eval_transform, train_transform
@@ -73,7 +73,7 @@ class Broken(Numbers):
 def epochs_of(loader: Loader, epochs: list[int]) -> list[list[tuple[int, float]]]:
     passes = []
     for epoch in epochs:
-        set_epoch(loader, epoch)
+        loader.sampler.set_epoch(epoch)
         passes.append([item for batch in loader for item in batch])
     return passes
 
@@ -97,7 +97,7 @@ def test_a_text_longer_than_the_model_reads_is_cut(world: Path) -> None:
 
 
 def test_training_exchanges_pictures_and_words_together(world: Path) -> None:
-    dataset = dataset_of(world, training=True)
+    dataset = dataset_of(world, swap=True)
     items = [dataset[0] for _ in range(40)]
     assert {is_red(item["left"]) for item in items} == {True, False}
     assert all(item["sentences"][0] == f"the {'left' if is_red(item['left']) else 'right'} image is red" for item in items)
@@ -211,7 +211,7 @@ def test_a_config_becomes_its_datasets(world: Path) -> None:
     config = NlvrConfig(image_root=world / "images", ann_root=world, image_size=16, calibration_size=4, statements_per_pair=2)
     datasets = build_datasets(config)
     assert {name: len(dataset) for name, dataset in datasets.items()} == {"train": 5, "calibration": 4, "val": 10, "test": 10}
-    assert datasets["train"].training and not datasets["calibration"].dataset.training
+    assert datasets["train"].swap and not datasets["calibration"].dataset.swap
     assert datasets["train"][0]["left"].shape == (3, 16, 16)
 
 

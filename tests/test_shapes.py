@@ -123,10 +123,7 @@ def test_templates_keep_their_shares(chunk):
 
 def test_one_picture_tells_little():
     rng = np.random.default_rng(2)
-    accuracy = {
-        template: np.mean([one_sided_accuracy(draw_statement(rng, template)) for _ in range(50)])
-        for template in MIXTURE
-    }
+    accuracy = {template: np.mean([one_sided_accuracy(draw_statement(rng, template)) for _ in range(50)]) for template in MIXTURE}
     assert sum(MIXTURE[name] * value for name, value in accuracy.items()) <= 0.64
 
 

@@ -37,7 +37,7 @@ OUTPUT = Path("output/demo")
 
 # The data. Another seed than pretraining's: its pictures have not been seen.
 SHAPES = Path("datasets/shapes")
-SEED, SIZE, STATEMENTS_PER_PAIR, EVAL_SIZE = 7, 10_000, 4, 4_000
+SEED, SIZE, STATEMENTS_PER_PAIR, VAL_SIZE, TEST_SIZE = 7, 6_000, 8, 1_000, 4_000
 
 # What is measured for the report.
 TIMED_BATCHES, TIMED_ROUNDS = 2, 9
@@ -97,7 +97,7 @@ def make_data(task: Task) -> list[str]:
         UserError: when there are data that this program did not write.
     """
     command = ["tools/make_shapes.py", "--out", str(SHAPES), "--seed", str(SEED), "--size", str(SIZE), "--tasks", task.shapes]
-    command += ["--statements-per-pair", str(STATEMENTS_PER_PAIR), "--eval-size", str(EVAL_SIZE)]
+    command += ["--statements-per-pair", str(STATEMENTS_PER_PAIR), "--eval-size", str(TEST_SIZE), "--val-size", str(VAL_SIZE)]
     stamp = {"command": shlex.join(command), "generator": digest(Path("data/shapes")), "complete": True}
     path = SHAPES / f"demo_{task.shapes}.json"
     found = json.loads(path.read_text()) if path.is_file() else None

@@ -1,6 +1,6 @@
 """Write a Shapes data set in the published formats.
 
-    python tools/make_shapes.py --out shapes --seed 1 --size 20000 --statements-per-pair 4
+python tools/make_shapes.py --out shapes --seed 1 --size 20000 --statements-per-pair 4
 """
 
 import argparse
@@ -29,6 +29,7 @@ def main() -> None:
     parser.add_argument("--tasks", default=",".join(TASKS), help="some of " + ",".join(TASKS))
     parser.add_argument("--statements-per-pair", type=int, default=1, help="in training (NLVR2)")
     parser.add_argument("--eval-size", type=int, default=4000, help="pairs, and pictures, a split")
+    parser.add_argument("--val-size", type=int, help="of the validation split, where it is another")
     parser.add_argument("--workers", type=int, help="processes; all cores by default")
     parser.add_argument("--most-things", type=int, default=FULL.most, help="in a picture; fewer is easier")
     parser.add_argument("--templates", default=",".join(FULL.templates), help="some of " + ",".join(FULL.templates))
@@ -43,6 +44,7 @@ def main() -> None:
         args.workers,
         Level(args.most_things, tuple(args.templates.split(","))),
         show_progress,
+        args.val_size,
     )
 
 

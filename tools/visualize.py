@@ -112,7 +112,8 @@ class NlvrView:
     def forward(self, batch: dict) -> NlvrOutput:
         batch = move(batch, self.run.device)
         with self.precision.autocast():
-            return self.model(batch["images"], batch["input_ids"], batch["attention_mask"], self.setting)
+            packed = self.config.variant == "paper"
+            return self.model(batch["images"], batch["input_ids"], batch["attention_mask"], self.setting, packed=packed)
 
     def tokens(self, output: NlvrOutput) -> dict[str, Tensor]:
         """Tokens by block, one row an image or a sentence, by the name of the tower."""

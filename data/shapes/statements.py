@@ -110,11 +110,7 @@ class Statement(NamedTuple):
         return form.format(*names, number=NUMBERS[self.number], be=be)
 
 
-DESCRIPTIONS = tuple(
-    Description(*choice)
-    for choice in product((None, *SIZES), (None, *COLOURS), (None, *SHAPES))
-    if any(choice)
-)
+DESCRIPTIONS = tuple(Description(*choice) for choice in product((None, *SIZES), (None, *COLOURS), (None, *SHAPES)) if any(choice))
 
 
 def pick(rng: np.random.Generator, weights: dict):
@@ -321,9 +317,7 @@ def populate(
     return arrange(rng, fixed, others + extra)
 
 
-def place_relation(
-    rng: np.random.Generator, statement: Statement, holds: bool
-) -> list[tuple[Kind, int, int]]:
+def place_relation(rng: np.random.Generator, statement: Statement, holds: bool) -> list[tuple[Kind, int, int]]:
     """One thing for each description of an "above" statement, at cells where it holds or not."""
     step = pick(rng, {1: 0.5, 2: 0.3, 3: 0.2})
     low = int(rng.integers(LATTICE - step))
@@ -334,9 +328,7 @@ def place_relation(
     return list(zip(kinds, rows, columns, strict=True))
 
 
-def build_side(
-    rng: np.random.Generator, statement: Statement, side: int, value: int, number: int
-) -> Scene:
+def build_side(rng: np.random.Generator, statement: Statement, side: int, value: int, number: int) -> Scene:
     """A scene that gives the evidence `value` on one side (0 left, 1 right)."""
     template, _, first, second, _ = statement
     if template == "things":
@@ -356,9 +348,7 @@ def build_side(
     return populate(rng, number, wanted, (described,), lure)
 
 
-def construct(
-    rng: np.random.Generator, statement: Statement, label: bool, most: int = MOST
-) -> tuple[Scene, Scene]:
+def construct(rng: np.random.Generator, statement: Statement, label: bool, most: int = MOST) -> tuple[Scene, Scene]:
     """Two scenes of which the statement is true (or false), of about `most` things at most."""
     numbers = draw_number(rng, most), draw_number(rng, most)
     cell = pick(rng, cell_weights(statement, label))

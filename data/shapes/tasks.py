@@ -100,9 +100,7 @@ def ask_count(rng: np.random.Generator, scene: Scene) -> tuple[Description, str]
     return None
 
 
-def ask_attribute(
-    rng: np.random.Generator, scene: Scene, attribute: str
-) -> tuple[Description, str] | None:
+def ask_attribute(rng: np.random.Generator, scene: Scene, attribute: str) -> tuple[Description, str] | None:
     """The colour or shape of the only thing that fits a description without it."""
     for _ in range(ATTEMPTS):
         thing = scene[rng.integers(len(scene))]

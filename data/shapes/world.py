@@ -73,9 +73,7 @@ def place(rng: np.random.Generator, kind: Kind, cell: tuple[int, int]) -> Thing:
     return Thing(kind, row, column, int(y) + 4 * CELL * row, int(x) + 4 * CELL * column, light)
 
 
-def arrange(
-    rng: np.random.Generator, fixed: list[tuple[Kind, int, int]], others: list[Kind]
-) -> Scene:
+def arrange(rng: np.random.Generator, fixed: list[tuple[Kind, int, int]], others: list[Kind]) -> Scene:
     """A scene of things at given (row, column) cells and of others in random free cells."""
     taken = {(row, column) for _, row, column in fixed}
     free = [(i // LATTICE, i % LATTICE) for i in rng.permutation(LATTICE * LATTICE).tolist()]

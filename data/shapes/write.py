@@ -70,14 +70,8 @@ def write_pairs(chunk: Chunk) -> Rows:
     rng = chunk.rng(PAIRS, CONTENT, chunk.start)
     pairs = make_chunk(rng, chunk.number, chunk.statements_per_pair, chunk.level)
     for index, (left, right, told) in enumerate(pairs, chunk.start):
-        images = [
-            save_picture(chunk, PAIRS, stream, index, scene)
-            for stream, scene in ((LEFT, left), (RIGHT, right))
-        ]
-        entries += [
-            {"sentence": statement.text(), "label": str(label), "images": images}
-            for statement, label in told
-        ]
+        images = [save_picture(chunk, PAIRS, stream, index, scene) for stream, scene in ((LEFT, left), (RIGHT, right))]
+        entries += [{"sentence": statement.text(), "label": str(label), "images": images} for statement, label in told]
     return {f"nlvr_{'dev' if chunk.split == 'val' else chunk.split}.json": entries}
 
 
@@ -166,9 +160,7 @@ def chunks(template: Chunk, sizes: dict[str, int], per_chunk: int) -> list[Chunk
     ]
 
 
-def run_chunks(
-    work: Callable[[Chunk], Rows], todo: list[Chunk], workers: int, progress: Progress, label: str
-) -> Rows:
+def run_chunks(work: Callable[[Chunk], Rows], todo: list[Chunk], workers: int, progress: Progress, label: str) -> Rows:
     """Do chunks in some processes; the entries come in the order of the chunks."""
     rows: Rows = {}
 
@@ -204,18 +196,20 @@ def make_shapes(
     workers: int | None = None,
     level: Level = FULL,
     progress: Progress = no_progress,
+    val_size: int | None = None,
 ) -> None:
-    """Write a data set of `size` training pairs (and training pictures) into `out`."""
+    """Write a data set of `size` training pairs (and pictures); `val_size` for validation is `eval_size` where not given."""
     out, tasks = Path(out), tuple(tasks)
     unknown = sorted(set(tasks) - set(TASKS))
     if unknown or not tasks:
         raise ValueError(f"tasks must be some of {', '.join(TASKS)}; got {tasks}")
     if not level.templates or not set(level.templates) <= set(FULL.templates):
         raise ValueError(f"templates must be some of {', '.join(FULL.templates)}; got {level.templates}")
-    if min(size, eval_size, statements_per_pair) < 1:
-        raise ValueError("size, eval_size and statements_per_pair must be at least 1")
+    val_size = eval_size if val_size is None else val_size
+    if min(size, eval_size, val_size, statements_per_pair) < 1:
+        raise ValueError("size, eval_size, val_size and statements_per_pair must be at least 1")
     workers = workers or os.cpu_count() or 1
-    sizes = {"train": size, "val": eval_size, "test": eval_size}
+    sizes = {"train": size, "val": val_size, "test": eval_size}
     template = Chunk(out, seed, "train", 0, 0, tasks, statements_per_pair, level)
     rows: Rows = {}
     if "nlvr" in tasks:

@@ -3,14 +3,12 @@
 import json
 import math
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
 from config import NlvrConfig
-from engine import compress as loop
 from engine.compress import Evaluation, Experiment, run_experiment
 from madtp.pruning import OFF
 from utils import Run, UserError
@@ -32,12 +30,19 @@ class Toy(nn.Module):
         return DENSE if setting.temperature is None else DENSE * (0.2 + 0.75 * setting.temperature / (knee + setting.temperature))
 
 
+class Sampler:
+    """What a loop tells the epoch to."""
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+
 class Batches(list):
-    """A loader: some batches, and the sampler that `set_epoch` sets."""
+    """A loader: some batches, and a sampler."""
 
     def __init__(self):
         super().__init__([{"x": torch.ones(3)}] * 2)
-        self.sampler = SimpleNamespace()
+        self.sampler = Sampler()
 
 
 def experiment(folder: Path, scores: list[float], **settings) -> tuple[Experiment, list]:
@@ -124,15 +129,15 @@ def test_a_run_that_died_goes_on_as_if_it_had_not(tmp_path, dies_in):
     scores = [70.0, 60.0, 80.0, 75.0]
     expected = run_experiment(experiment(tmp_path / "whole", scores)[0])
     task, _ = experiment(tmp_path / "parts", scores)
-    original = loop.set_epoch
 
-    def die(loader, epoch):
-        original(loader, epoch)
-        if epoch == dies_in:
-            raise KeyboardInterrupt
+    class DyingSampler(Sampler):
+        def set_epoch(self, epoch: int) -> None:
+            super().set_epoch(epoch)
+            if epoch == dies_in:
+                raise KeyboardInterrupt
 
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(loop, "set_epoch", die)
+    task.loaders["train"].sampler = DyingSampler()
+    with pytest.raises(KeyboardInterrupt):
         run_experiment(task)
     assert not (tmp_path / "parts" / "result.json").exists()
     assert run_experiment(experiment(tmp_path / "parts", scores, resume="last")[0]) == expected
@@ -197,3 +202,11 @@ def test_under_max_the_saved_temperature_belongs_to_a_batch_size(tmp_path):
         task, _ = experiment(tmp_path, [50.0], evaluate=True, keep="max", batch_size_test=batch_size)
         task.checkpoint = {**SAVED, "keep": "max"}
         assert (run_experiment(task)["temperature"] == 3.25) == same
+
+
+@pytest.mark.parametrize(("temperature", "used"), [(500.0, 500.0), (0.0, None)])
+def test_an_authors_checkpoint_brings_its_temperature_and_none_is_off(tmp_path, temperature, used):
+    task, evaluated = experiment(tmp_path, [50.0], evaluate=True, variant="released", keep="max")
+    task.checkpoint = {"model": {}, "temperature": temperature, "epoch": 3}
+    assert run_experiment(task)["temperature"] == used
+    assert {setting.temperature for *_, setting in evaluated} == {used}

@@ -56,7 +56,10 @@ def test_imports_run_downwards_only(layer):
 def test_the_method_needs_torch_alone():
     for path in FILES:
         if path.parts[0] == "madtp":
-            assert imported(path) <= {"torch", "madtp"} | sys.stdlib_module_names, path
+            allowed = {"torch", "madtp"} | sys.stdlib_module_names
+            if path.name == "kernels.py":
+                allowed |= {"triton"}  # PyTorch brings it along; nothing else needs it
+            assert imported(path) <= allowed, path
 
 
 def test_no_file_and_no_function_is_too_long():

@@ -33,6 +33,11 @@ def pictures(number: int = 4, tokens: int = 6) -> list[torch.Tensor]:
     return list(torch.randn(2, number, tokens, IMAGE_WIDTH, generator=torch.Generator().manual_seed(2)))
 
 
+def whole(images: list[torch.Tensor]) -> list[tuple[torch.Tensor, None]]:
+    """Image tokens without padding, as the encoder wants them."""
+    return [(image, None) for image in images]
+
+
 @torch.no_grad()
 def test_without_cross_attention_it_is_bert():
     ours = encoder()
@@ -45,7 +50,7 @@ def test_without_cross_attention_it_is_bert():
     assert loaded.missing_keys == ["embeddings.token_type_embeddings.weight"] and not loaded.unexpected_keys
     ids, mask = text(LENGTHS)
     expected = bert(ids, mask).last_hidden_state
-    out, valid, _ = ours(ids, mask, [], [])
+    out, valid, _ = ours(ids, mask, [])
     assert torch.equal(valid, mask.bool())
     torch.testing.assert_close(out[valid], expected[valid], atol=1e-5, rtol=1e-5)
 
@@ -64,7 +69,7 @@ def test_attention_to_a_picture_is_torchs_and_honours_its_mask():
     expected = other(x, picture, picture, key_padding_mask=~valid)[0]
     for enabled in (False, True):  # fused attention, and products
         with torch.set_grad_enabled(enabled):
-            torch.testing.assert_close(heads(x, picture, valid)[0].detach(), expected, atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(heads(x, picture, None, valid)[0].detach(), expected, atol=1e-5, rtol=1e-5)
 
 
 @torch.no_grad()
@@ -72,18 +77,18 @@ def test_the_attentions_to_two_pictures_meet_in_their_mean_or_in_a_linear_layer(
     x, images = torch.randn(4, 5, 24), pictures()
     for merge in (False, True):
         cross = with_lively_weights(paired(merge)).eval()
-        first, second = (heads(x, image, None)[0] for heads, image in zip((cross.self0, cross.self1), images, strict=True))
+        first, second = (heads(x, image, None, None)[0] for heads, image in zip((cross.self0, cross.self1), images, strict=True))
         first, second = cross.output.dense0(first), cross.output.dense1(second)
         joined = cross.output.merge_layer(torch.cat([first, second], dim=-1)) if merge else (first + second) / 2
         expected = nn.functional.layer_norm(joined + x, (24,), cross.output.LayerNorm.weight, cross.output.LayerNorm.bias, 1e-12)
-        torch.testing.assert_close(cross(x, images, (None, None)), expected, atol=1e-5, rtol=1e-5)
-        assert not torch.allclose(cross(x, images[::-1], (None, None)), expected, atol=1e-3)  # the pictures are told apart
+        torch.testing.assert_close(cross(x, None, whole(images)), expected, atol=1e-5, rtol=1e-5)
+        assert not torch.allclose(cross(x, None, whole(images[::-1])), expected, atol=1e-3)  # the pictures are told apart
 
 
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
 def test_switched_off_pruners_change_not_one_number(training):
     ids, mask = text(LENGTHS)
-    inputs = ids, mask, pictures(), (None, None)
+    inputs = ids, mask, whole(pictures())
     dense, sparse = encoder(cross_attention=paired).train(training), encoder(PruningRule(), paired).train(training)
     expected = dense(*inputs)[0]
     assert torch.equal(sparse(*inputs, LEARNABLE)[0], expected)
@@ -101,16 +106,13 @@ def test_padding_and_batch_mates_never_change_an_answer(setting):
     ids, mask = text(lengths, width=15)  # longer than any: padding for everyone
     images = pictures(8)
     images_valid = (torch.arange(6) < torch.tensor([6, 2, 4, 1, 3, 6, 5, 2])[:, None], None)
-    out, valid, record = model(ids, mask, images, images_valid, LEARNABLE, setting, align=True)
+    out, valid, record = model(ids, mask, list(zip(images, images_valid, strict=True)), LEARNABLE, setting, align=True)
     if setting.temperature is not None:
         full = [int(record.leaving[-1][i]) for i, length in enumerate(lengths) if length == 12]
         assert len(set(full)) > 1, "texts of one length differ in what is kept"
     for i, length in enumerate(lengths):
-        here = [image[i : i + 1] for image in images]
-        masks = (images_valid[0][i : i + 1], None)
-        alone, _, alone_record = model(
-            ids[i : i + 1, :length], mask[i : i + 1, :length], here, masks, LEARNABLE, setting, align=True
-        )
+        here = [(images[0][i : i + 1], images_valid[0][i : i + 1]), (images[1][i : i + 1], None)]
+        alone, _, alone_record = model(ids[i : i + 1, :length], mask[i : i + 1, :length], here, LEARNABLE, setting, align=True)
         torch.testing.assert_close(out[i][valid[i]], alone[0], atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(record.features[i : i + 1], alone_record.features, atol=1e-5, rtol=1e-5)
         assert [int(n[i]) for n in record.leaving] == [int(n[0]) for n in alone_record.leaving]
@@ -120,8 +122,8 @@ def test_padding_and_batch_mates_never_change_an_answer(setting):
 def test_padded_image_tokens_are_never_read():
     model, (ids, mask), images = encoder(cross_attention=paired), text(LENGTHS), pictures()
     short = torch.arange(6) < torch.tensor([3, 3, 3, 3])[:, None]
-    out = model(ids, mask, images, (short, short))[0]
-    torch.testing.assert_close(out, model(ids, mask, [image[:, :3] for image in images], (None, None))[0], atol=1e-5, rtol=1e-5)
+    out = model(ids, mask, [(image, short) for image in images])[0]
+    torch.testing.assert_close(out, model(ids, mask, whole([image[:, :3] for image in images]))[0], atol=1e-5, rtol=1e-5)
     for image in images:
         image[:, 3:] = 1e4
-    assert torch.equal(model(ids, mask, images, (short, short))[0], out)
+    assert torch.equal(model(ids, mask, [(image, short) for image in images])[0], out)

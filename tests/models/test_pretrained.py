@@ -163,3 +163,17 @@ def test_shapes_that_do_not_fit_are_named():
 def test_of_many_names_the_first_three_are_shown():
     with pytest.raises(UserError, match=r"holds k0, k1, k2 and 4 more, which"):
         load_weights(Plain(), {**WEIGHTS, **{f"k{i}": torch.ones(1) for i in range(7)}}, "x.pth")
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n", "Git LFS pointer"),
+        ("<!DOCTYPE html>\n<html>not found</html>\n", "not a PyTorch checkpoint"),
+    ],
+    ids=["pointer", "web page"],
+)
+def test_what_a_download_left_instead_of_weights_is_named(tmp_path, content, said):
+    (tmp_path / "model.pth").write_text(content)
+    with pytest.raises(UserError, match=said):
+        read_checkpoint(tmp_path / "model.pth")

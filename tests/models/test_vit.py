@@ -137,4 +137,4 @@ def test_activation_checkpointing_changes_neither_loss_nor_gradients(temperature
 
 def test_stochastic_depth_rises_to_the_last_block():
     vit = tower(drop_path=0.2)
-    assert [getattr(block.drop_path, "drop_prob", 0.0) for block in vit.blocks] == pytest.approx([0.0, 0.1, 0.2])
+    assert [block.drop_path.rate for block in vit.blocks] == pytest.approx([0.0, 0.1, 0.2])

@@ -1,0 +1,125 @@
+"""The packed layout of a batch: no padding, the tokens of one sample behind those of the one before.
+
+Shapes: B samples, N tokens of the longest, T tokens of all together. A sample's first token is its class token.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Packed:
+    """Where the samples of a flat (T, ...) tensor lie. `lengths` is known to the host: whoever packs waits for the device once."""
+
+    lengths: tuple[int, ...]
+    device: torch.device
+
+    @classmethod
+    def of(cls, lengths: Iterable[int], device: torch.device) -> "Packed":
+        return cls(tuple(lengths), device)
+
+    @cached_property
+    def starts(self) -> tuple[int, ...]:
+        """The first row of each sample, and T."""
+        return tuple(accumulate(self.lengths, initial=0))
+
+    @property
+    def total(self) -> int:
+        return self.starts[-1]
+
+    @property
+    def longest(self) -> int:
+        return max(self.lengths)
+
+    @property
+    def uniform(self) -> bool:
+        return min(self.lengths) == self.longest
+
+    @cached_property
+    def offsets(self) -> Tensor:
+        """`starts` on the device, (B + 1,) int32."""
+        return torch.tensor(self.starts, dtype=torch.int32, device=self.device)
+
+    @cached_property
+    def valid(self) -> Tensor:
+        """(B, N) bool, False is padding."""
+        lengths = self.offsets.diff()
+        return torch.arange(self.longest, device=self.device) < lengths.unsqueeze(1)
+
+    @cached_property
+    def rows(self) -> Tensor:
+        """(B, N) the row of each token; of padding, some row of the tensor."""
+        rows = self.offsets[:-1].long().unsqueeze(1) + torch.arange(self.longest, device=self.device)
+        return rows.clamp(max=self.total - 1)
+
+    def pad(self, values: Tensor) -> Tensor:
+        """(T, ...) -> (B, N, ...). Padding holds the values of other samples."""
+        if self.uniform:
+            return values.unflatten(0, (len(self.lengths), -1))
+        return values.index_select(0, self.rows.flatten()).unflatten(0, self.rows.shape)
+
+    def unpad(self, values: Tensor) -> Tensor:
+        """(B, N, ...) -> (T, ...)."""
+        return values.flatten(0, 1) if self.uniform else _select(values, self.valid, self.total)
+
+    def class_tokens(self, x: Tensor) -> Tensor:
+        """(T, C) -> (B, C)."""
+        return x[self.offsets[:-1]]
+
+    def joined(self, number: int) -> "Packed":
+        """The same rows as `number` samples: neighbours become one."""
+        each = len(self.lengths) // number
+        return Packed.of((sum(self.lengths[i * each : (i + 1) * each]) for i in range(number)), self.device)
+
+    def chunk(self, x: Tensor, parts: int) -> list[tuple[Tensor, "Packed"]]:
+        """The batch in `parts` of equally many samples."""
+        each = len(self.lengths) // parts
+        bounds = [(i * each, (i + 1) * each) for i in range(parts)]
+        return [(x[self.starts[a] : self.starts[b]], Packed.of(self.lengths[a:b], self.device)) for a, b in bounds]
+
+
+def pack(x: Tensor, valid: Tensor | None) -> tuple[Tensor, Packed]:
+    """(B, N, ...) and its (B, N) mask, None where nothing is padded -> (T, ...) and where its samples lie."""
+    if valid is None:
+        return x.flatten(0, 1), Packed.of([x.shape[1]] * len(x), x.device)
+    layout = Packed.of(valid.sum(dim=1).tolist(), x.device)
+    return _select(x, valid, layout.total), layout
+
+
+def _select(x: Tensor, mask: Tensor, number: int) -> Tensor:
+    """x[mask], of a known number of entries: a GPU need not wait for it, and the backward pass is a plain scatter."""
+    return x.flatten(0, 1).index_select(0, torch.nonzero_static(mask.flatten(), size=number).flatten())
+
+
+class Groups:
+    """Samples of about equal length together, so that padding them to one another costs little.
+
+    members: the numbers of the samples of each group
+    """
+
+    def __init__(self, layout: Packed, members: list[list[int]]):
+        self.layouts = [Packed.of([layout.lengths[i] for i in group], layout.device) for group in members]
+        order = [i for group in members for i in group]
+        self._rows = None
+        if order != list(range(len(order))):
+            places = torch.tensor(order, device=layout.device)
+            self._rows = _select(layout.rows[places], layout.valid[places], layout.total)
+
+    def split(self, x: Tensor) -> list[Tensor]:
+        """(T, C) -> (G, N, C) of each group, padded."""
+        x = x if self._rows is None else x.index_select(0, self._rows)
+        parts = x.split([layout.total for layout in self.layouts])
+        return [layout.pad(part) for layout, part in zip(self.layouts, parts, strict=True)]
+
+    def join(self, parts: list[Tensor]) -> Tensor:
+        """(G, N, C) of each group -> (T, C)."""
+        x = torch.cat([layout.unpad(part) for layout, part in zip(self.layouts, parts, strict=True)])
+        if self._rows is None:
+            return x
+        back = torch.empty_like(self._rows).scatter_(0, self._rows, torch.arange(len(x), device=x.device))
+        return x.index_select(0, back)
