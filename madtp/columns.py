@@ -6,12 +6,14 @@ The maximum commutes with the exponential, so only one exponential a column is l
 Shapes: B batch, H heads, N tokens with the class token first, D width of a head. The class token's row and column are left out.
 """
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
 from madtp.alignment import Valid
 
-CHUNK = 2**20  # entries of the map at a time: 4 MB
+CHUNK = {"cpu": 2**19, "cuda": 2**26}  # entries of the map at a time: on a CPU they stay in its cache
 
 
 def column_statistics(query: Tensor, key: Tensor, log_norm: Tensor, valid: Valid, summed: bool) -> Tensor:
@@ -26,23 +28,40 @@ def column_statistics(query: Tensor, key: Tensor, log_norm: Tensor, valid: Valid
     Returns:
         (B, N - 1) float32.
     """
-    query, key, norm = query[:, :, 1:] * query.shape[-1] ** -0.5, key[:, :, 1:].transpose(-2, -1), log_norm[:, :, 1:]
+    parts = query[:, :, 1:], key[:, :, 1:], log_norm[:, :, 1:, None]
     if valid is not None:
-        norm = norm.masked_fill(~valid[:, None, 1:], float("inf"))
-    batch, heads, tokens = norm.shape
-    result = query.new_full((batch, tokens), 0.0 if summed else float("-inf"), dtype=torch.float32)
-    step = max(1, CHUNK // max(1, batch * heads * tokens))
-    for start in range(0, tokens, step):
-        rows = slice(start, start + step)
-        logits = (query[:, :, rows] @ key).sub_(norm[:, :, rows, None])
-        if summed:
-            result += logits.amax(dim=1).float().exp().sum(dim=1)
-        else:
-            torch.maximum(result, logits.amax(dim=(1, 2)).float(), out=result)
-    return result if summed else result.exp()
+        parts = *parts[:2], parts[2].masked_fill(~valid[:, None, 1:, None], float("inf"))
+    chunk, (heads, tokens) = CHUNK[query.device.type], parts[2].shape[1:3]
+    samples = 1 if summed else max(1, chunk // max(1, heads * tokens**2))
+    figures = _sums_of_largest if summed else _largest
+    return torch.cat([figures(*part, chunk) for part in zip(*(part.split(samples) for part in parts), strict=True)])
+
+
+def _largest(query: Tensor, key: Tensor, norm: Tensor, chunk: int) -> Tensor:
+    """query, key (B, H, N, D), norm (B, H, N, 1) -> (B, N)."""
+    heads = [part.flatten(0, 1) for part in (query, key, norm)]
+    together = max(1, chunk // max(1, norm.shape[2] ** 2))
+    largest = [
+        torch.stack([logits.amax(dim=1) for logits in _logits(*part, chunk)]).amax(dim=0)
+        for part in zip(*(part.split(together) for part in heads), strict=True)
+    ]
+    return torch.cat(largest).unflatten(0, norm.shape[:2]).amax(dim=1).float().exp()
+
+
+def _sums_of_largest(query: Tensor, key: Tensor, norm: Tensor, chunk: int) -> Tensor:
+    """The same of one sample, for the form of the authors' code."""
+    return sum(logits.amax(dim=0).float().exp().sum(dim=0) for logits in _logits(query[0], key[0], norm[0], chunk)).unsqueeze(0)
+
+
+def _logits(query: Tensor, key: Tensor, norm: Tensor, chunk: int) -> Iterator[Tensor]:
+    """log A (H, R, N) of R queries at a time. query, key (H, N, D), norm (H, N, 1)."""
+    query, key = query * query.shape[-1] ** -0.5, key.transpose(1, 2)
+    step = max(1, chunk // max(1, len(query) * key.shape[2]))
+    for queries, norms in zip(query.split(step, dim=1), norm.split(step, dim=1), strict=True):
+        yield (queries @ key).sub_(norms)
 
 
 def class_row(query: Tensor, key: Tensor, log_norm: Tensor) -> Tensor:
     """The class token's attention to each token, (B, H, N - 1) float32."""
-    logits = (query[:, :, :1] * query.shape[-1] ** -0.5) @ key[:, :, 1:].transpose(-2, -1)
-    return (logits.float().squeeze(2) - log_norm[:, :, :1]).exp()
+    logits = key[:, :, 1:] @ (query[:, :, :1] * query.shape[-1] ** -0.5).transpose(-2, -1)
+    return (logits.float().squeeze(3) - log_norm[:, :, :1]).exp()

@@ -30,7 +30,7 @@ def class_attention(class_row: Tensor, head_outputs: Tensor) -> Tensor:
 
     class_row: (B, H, N) attention from the class token; head_outputs: (B, H, N, D) outputs before the projection -> (B, N)
     """
-    norms = head_outputs.float().norm(dim=-1)  # (B, H, N)
+    norms = head_outputs.float().transpose(1, 2).norm(dim=-1).transpose(1, 2)  # (B, H, N), read as it lies in memory
     return (class_row.float() * norms / (norms.sum(dim=1, keepdim=True) + EPS)).sum(dim=1)
 
 

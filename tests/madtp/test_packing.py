@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from madtp.columns import class_row, column_statistics
+from madtp.columns import CHUNK, class_row, column_statistics
 from madtp.importance import paper_columns
 from madtp.packing import pack
 from madtp.pruning import gather_and_merge, packed_gather_and_merge
@@ -82,7 +82,7 @@ class Attention:
 @pytest.mark.parametrize("chunk", [1, 40, 10**6])
 @pytest.mark.parametrize("summed", [False, True], ids=["largest", "summed"])
 def test_columns_without_the_map_are_those_of_the_map(summed, chunk, monkeypatch):
-    monkeypatch.setattr("madtp.columns.CHUNK", chunk)
+    monkeypatch.setitem(CHUNK, "cpu", chunk)
     case = Attention([7, 4, 2])
     found = column_statistics(case.query, case.key, case.log_norm, case.valid, summed)
     inside = case.valid[:, 1:]
