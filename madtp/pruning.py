@@ -100,7 +100,8 @@ def _tau_by_newton(z: Tensor) -> Tensor:
         if size is not None and torch.equal(now, size):
             return tau
         size = now
-        tau = ((z * support).sum(dim=-1, keepdim=True) - 1.0) / size
+        # Rounding may step back, and so to and fro for ever: tau only rises, the support only shrinks.
+        tau = torch.maximum(tau, ((z * support).sum(dim=-1, keepdim=True) - 1.0) / size)
 
 
 def threshold(attention: Tensor, importance: Tensor, temperature: float, valid: Valid = None) -> Tensor:

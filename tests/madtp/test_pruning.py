@@ -61,6 +61,11 @@ def test_sparsemax_of_two(a, b):
     assert sparsemax(torch.tensor([[a, b]])).tolist()[0] == pytest.approx([first, 1 - first], abs=1e-5)
 
 
+def test_sparsemax_ends_where_rounding_would_step_to_and_fro():
+    row = (torch.tensor([-6, -1, -6, 0, -3, -5, -5, 0, 0, 0, -1, -6, -2, -1, 0]) * 3 - 4) / 15  # some entries lie on tau, almost
+    assert sparsemax(row).tolist() == pytest.approx([0.2 if value == row.max() else 0.0 for value in row], abs=1e-6)
+
+
 def test_sparsemax_of_equals_is_uniform_and_of_one_is_one():
     assert sparsemax(torch.full((2, 4), 7.0)).tolist() == [[0.25] * 4] * 2
     assert sparsemax(torch.tensor([[-1e30]])).tolist() == [[1.0]]
