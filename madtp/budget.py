@@ -1,17 +1,21 @@
-"""The prune setting that meets a GFLOPs target: a scan over temperatures, then bisection inside the bracket.
+"""The prune setting that meets a GFLOPs target: a scan over temperatures, then interpolation inside the bracket.
 
 GFLOPs as a function of the temperature is a black box: nearly monotone for trained models, rising in `variant: paper` and falling
 in `released`, not always monotone at random weights. So nothing is assumed but that a bracket on the scan holds a crossing.
 """
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import chain
 
 from madtp.pruning import PruneSetting
 
 Measure = Callable[[PruneSetting], float]  # mean GFLOPs per sample on the calibration slice
 
 COARSE_GRID = tuple(10.0 ** (k / 2) for k in range(-2, 9))  # 0.1 ... 1e4
+WALK, STRIDE = 5, math.log(4)  # secant steps from an earlier answer, and the longest of them
 
 
 @dataclass(frozen=True)
@@ -66,61 +70,90 @@ def calibrate(
     prune_from: int = 0,
     max_prune_from: int = 0,
     tolerance: float = 0.005,
-    max_bisections: int = 20,
+    max_evaluations: int = 20,
 ) -> Calibration:
     """The setting whose GFLOPs come within `tolerance` (relative) of `target`.
 
     Args:
         measure: mean GFLOPs per sample at a setting; called 2 to about 30 times.
         target: GFLOPs per sample, as `measure` gives them.
-        start: an earlier answer, around which a bracket is tried first.
+        start: an earlier answer, from which the search walks first.
         prune_from: the first block that prunes; raised up to `max_prune_from` while even the gentlest pruning is below `target`.
     Raises:
         UnreachableTarget: when no temperature and no `prune_from` brackets the target.
     """
     meter = _Meter(measure)
-    firsts = list(range(prune_from, max_prune_from + 1))
-    if start is not None and start.prune_from > prune_from:
-        firsts.insert(0, start.prune_from)  # likely to do again, unless the target fell below what it can reach
-    for index, first in enumerate(firsts):
-        near = start.temperature if start and start.prune_from == first else None
-        bracket = _bracket(lambda t, first=first: meter(t, first), target, tolerance, near)
+    firsts = range(prune_from, max_prune_from + 1)
+    near = start.prune_from if start is not None and start.prune_from in firsts else None
+    for first in chain([] if near is None else [near], _likely_first(meter, target, firsts, tolerance)):
+        gflops = partial(meter, prune_from=first)
+        if near is not None:
+            bracket, near = _walk(gflops, start.temperature, target, tolerance), None
+        else:
+            bracket = _scan(gflops, target, tolerance)
         if bracket is not None:
-            temperature = _bisect(lambda t, first=first: meter(t, first), target, bracket, tolerance, max_bisections)
-            return Calibration(PruneSetting(temperature, first), meter(temperature, first), meter.evaluations)
-        if first not in firsts[index + 1 :] and min(meter(t, first) for t in COARSE_GRID) > target:
-            break  # pruning later only costs more
+            temperature = _narrow(gflops, target, bracket, tolerance, max_evaluations)
+            return Calibration(PruneSetting(temperature, first), gflops(temperature), meter.evaluations)
     raise meter.unreachable(target)
 
 
-def _bracket(gflops: Callable[[float], float], target: float, tolerance: float, near: float | None) -> tuple[float, float] | None:
-    """Two temperatures with the target between their GFLOPs; equal ones when a point of the scan already meets it."""
-    grids = [COARSE_GRID]
-    if near is not None:
-        grids.insert(0, (near, near * 1.15, near / 1.15, near * 1.6, near / 1.6))
-    for grid in grids:
-        scanned: list[tuple[float, float]] = []
-        for temperature in grid:
-            value = gflops(temperature)
-            if abs(value - target) <= tolerance * target:
-                return temperature, temperature
-            scanned = sorted([*scanned, (temperature, value)])
-            for (low, a), (high, b) in zip(scanned, scanned[1:], strict=False):
-                if (a - target) * (b - target) < 0:
-                    return low, high
+def _likely_first(meter: _Meter, target: float, firsts: Sequence[int], tolerance: float) -> Iterator[int]:
+    """First blocks to prune in: those that seem to reach as much as `target` in order, then the others."""
+    unlikely = []
+    for first in firsts:
+        ends = [meter(temperature, first) for temperature in (COARSE_GRID[0], COARSE_GRID[-1])]
+        if max(ends) < target * (1 - tolerance):
+            unlikely.append(first)
+            continue
+        yield first
+        if min(meter(temperature, first) for temperature in COARSE_GRID) > target:
+            break  # pruning later only costs more
+    yield from unlikely
+
+
+def _scan(gflops: Callable[[float], float], target: float, tolerance: float) -> tuple[float, float] | None:
+    """Two temperatures with the target between their GFLOPs; equal ones when a point of the grid already meets it."""
+    scanned: list[tuple[float, float]] = []
+    for temperature in COARSE_GRID:
+        value = gflops(temperature)
+        if abs(value - target) <= tolerance * target:
+            return temperature, temperature
+        scanned = sorted([*scanned, (temperature, value)])
+        for (low, a), (high, b) in zip(scanned, scanned[1:], strict=False):
+            if (a - target) * (b - target) < 0:
+                return low, high
     return None
 
 
-def _bisect(gflops: Callable[[float], float], target: float, bracket: tuple[float, float], tolerance: float, steps: int) -> float:
-    """Bisection on the logarithm of the temperature; the best temperature seen."""
+def _walk(gflops: Callable[[float], float], start: float, target: float, tolerance: float) -> tuple[float, float] | None:
+    """The same by secant steps on the logarithm of the temperature, from an earlier answer."""
+    here, there = start, start * 1.2
+    if abs(gflops(here) - target) <= tolerance * target:
+        return here, here
+    for _ in range(WALK):
+        a, b = gflops(here), gflops(there)
+        if abs(b - target) <= tolerance * target:
+            return there, there
+        if (a - target) * (b - target) < 0:
+            return min(here, there), max(here, there)
+        if a == b:
+            return None
+        step = (target - b) / (b - a) * math.log(there / here)
+        here, there = there, there * math.exp(max(-STRIDE, min(STRIDE, step)))
+    return None
+
+
+def _narrow(gflops: Callable[[float], float], target: float, bracket: tuple[float, float], tolerance: float, steps: int) -> float:
+    """The best temperature seen while the bracket shrinks, by interpolation well inside it, on the logarithm of the temperature."""
     low, high = bracket
-    rising = gflops(high) >= gflops(low)
     best = min(bracket, key=lambda t: abs(gflops(t) - target))
     for _ in range(steps):
+        a, b = gflops(low), gflops(high)
         if abs(gflops(best) - target) <= tolerance * target:
             break
-        middle = (low * high) ** 0.5
-        if (gflops(middle) < target) == rising:
+        share = max(0.15, min(0.85, (target - a) / (b - a)))
+        middle = low * (high / low) ** share
+        if (gflops(middle) < target) == (a < target):
             low = middle
         else:
             high = middle

@@ -36,9 +36,10 @@ def class_attention(class_row: Tensor, head_outputs: Tensor) -> Tensor:
 
 def paper_columns(attention: Tensor, valid: Valid = None) -> Tensor:
     """The largest attention that any query pays to token k in any head (Eq. 5). (B, H, N, N) -> (B, N)."""
+    largest = attention.amax(dim=1)  # one dimension at a time: far faster than both at once
     if valid is not None:
-        attention = attention * valid[:, None, :, None]
-    return attention.amax(dim=(1, 2)).float()
+        largest = largest * valid.unsqueeze(2)
+    return largest.amax(dim=1).float()
 
 
 def normalise(score: Tensor, valid: Valid = None) -> Tensor:

@@ -15,6 +15,8 @@ from madtp.packing import Groups, Packed
 from madtp.pruning import Layout, TokenPruner
 from models import varlen
 
+GROUP_COST = 2**24  # multiply-adds that take about as long as the calls for one more group of samples
+
 
 def attend(
     query: Tensor,
@@ -92,7 +94,7 @@ def _attend_groups(
     pruner: TokenPruner | None,
 ) -> tuple[Tensor, AttentionStatistics | None]:
     """Samples of about equal length are padded to one another and go together, so a short sample costs little more than its due."""
-    members = list(similar(queries.lengths, keys.lengths))
+    members = list(similar(queries.lengths, keys.lengths, query.shape[-1]))
     in_queries, in_keys = Groups(queries, members), Groups(keys, members)
     outs, figures = [], query.new_zeros(2, len(keys.lengths), keys.longest - 1, dtype=torch.float32)
     parts = zip(members, in_keys.layouts, in_queries.split(query), in_keys.split(key), in_keys.split(value), strict=True)
@@ -118,19 +120,22 @@ def _attend_group(
     return out, (None, None) if found is None else (found.class_attention, found.columns)
 
 
-def similar(*lengths: Sequence[int]) -> Iterator[list[int]]:
-    """Samples that may be padded to one another, longest first: none is much shorter than the first of its group.
+def similar(queries: Sequence[int], keys: Sequence[int], width: int) -> Iterator[list[int]]:
+    """Samples that may be padded to one another, most keys first: a group ends where padding costs more than one more group.
 
-    lengths: of each sample, in one or more tensors that are to be padded together
+    queries, keys: tokens of each sample
     """
-    order = sorted(range(len(lengths[0])), key=lambda i: tuple(-each[i] for each in lengths))
-    group = order[:1]
-    for sample in order[1:]:
-        if all(each[sample] >= 0.8 * max(each[i] for i in group) - 8 and each[sample] <= each[group[0]] + 8 for each in lengths):
-            group.append(sample)
-        else:
+    order = sorted(range(len(keys)), key=lambda i: (-keys[i], -queries[i]))
+    group: list[int] = []
+    longest, area = 0, 0  # queries of the longest, and entries of the map that are not padding
+    for sample in order:
+        stretched = max(longest, queries[sample])
+        wasted = (len(group) + 1) * stretched * keys[(group or [sample])[0]] - area - queries[sample] * keys[sample]
+        if 2 * wasted * width > GROUP_COST:
             yield group
-            group = [sample]
+            group, area, stretched = [], 0, queries[sample]
+        group.append(sample)
+        longest, area = stretched, area + queries[sample] * keys[sample]
     yield group
 
 

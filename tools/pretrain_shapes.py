@@ -4,7 +4,8 @@
 
 1 vision   the image encoder names what each patch shows and where it is, the class token counts, as BLIP's image encoder
            starts from a trained classifier
-2 reading  the text encoder tells what either picture holds of a statement (how many, in which row), the image encoder frozen
+2 reading  the text encoder tells what either picture holds of a statement (how many, in which row), the image encoder frozen;
+           of the ground it sees a random share, so that how much is shown says nothing (PatchDropout, Liu et al., 2023)
 
 A stage that has left its weights is not run again. The logs are gathered beside the weights, with the accuracy on fresh test data.
 """
@@ -37,9 +38,11 @@ from data.shapes.statements import evidence  # noqa: E402
 from data.shapes.tasks import vocabulary  # noqa: E402
 from data.shapes.world import COLOURS, LATTICE, SHAPES, SIZES, Scene, draw, random_scene  # noqa: E402
 from data.text import load_tokenizer  # noqa: E402
+from madtp.packing import pack  # noqa: E402
 from models.blip_nlvr import BlipNlvr  # noqa: E402
 from models.build import nlvr_from_config  # noqa: E402
 from models.pretrained import read_checkpoint  # noqa: E402
+from models.tower import class_tokens, halves  # noqa: E402
 from transform.images import eval_transform  # noqa: E402
 from utils import UserError, run_main, seed_everything  # noqa: E402
 
@@ -198,7 +201,8 @@ def train_vision(model: BlipNlvr, config: NlvrConfig, seed: int, log: Path) -> N
 
 
 class Pairs(IterableDataset):
-    """Endless fresh pairs with STATEMENTS each, a batch an item: NLVR2's batch, and "evidence" (S, 2) of left and right."""
+    """Endless fresh pairs with STATEMENTS each, a batch an item: NLVR2's batch, "evidence" (S, 2) of left and right, and
+    "shown" (2 B, 1 + N), left first: which tokens are read, the class token, all things and a share of the ground."""
 
     def __init__(self, seed: int, config: NlvrConfig):
         self.seed, self.batch, self.transform = seed, READING.batch, eval_transform(config.image_size)
@@ -213,14 +217,19 @@ class Pairs(IterableDataset):
                 yield self.batch_of(rng, pairs[start : start + self.batch])
 
     def batch_of(self, rng: np.random.Generator, pairs: list[tuple[Scene, Scene, list]]) -> dict:
-        items, found = [], []
+        items, found, things = [], [], ([], [])
         for left, right, told in pairs:
             told = told[:STATEMENTS]
             found += [evidence(statement, left, right) for statement, _ in told]
             images = {side: self.transform(draw(rng, scene)) for side, scene in (("left", left), ("right", right))}
             sentences, labels = [statement.text() for statement, _ in told], [int(label) for _, label in told]
             items.append({**images, "sentences": sentences, "labels": labels, "ids": labels})
-        return {**self.collate(items), "evidence": torch.tensor(found).long()}
+            for side, scene in zip(things, (left, right), strict=True):
+                side.append(patch_attributes(scene)[:, 0] > 0)
+        things = torch.stack([*things[0], *things[1]])
+        ground = torch.from_numpy(rng.random(things.shape) < rng.random((len(things), 1)))
+        shown = F.pad(things | ground, (1, 0), value=True)
+        return {**self.collate(items), "evidence": torch.tensor(found).long(), "shown": shown}
 
 
 def train_reading(model: BlipNlvr, config: NlvrConfig, seed: int, log: Path) -> None:
@@ -231,9 +240,13 @@ def train_reading(model: BlipNlvr, config: NlvrConfig, seed: int, log: Path) -> 
 
     def losses(batch: dict) -> tuple[Tensor, dict[str, float]]:
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            output = model(batch["images"], batch["input_ids"], batch["attention_mask"])
-            found = evidence_head(output.text[:, 0]).float().unflatten(-1, (2, EVIDENCE))
-        logits = output.logits.float()
+            with torch.no_grad():
+                tokens, _, _ = model.visual_encoder(batch["images"].transpose(0, 1).flatten(0, 1))
+            images = halves(*pack(tokens, batch["shown"]))
+            text, layout, _ = model.text_encoder(batch["input_ids"], batch["attention_mask"], images)
+            told = class_tokens(text, layout)
+            found = evidence_head(told).float().unflatten(-1, (2, EVIDENCE))
+            logits = model.cls_head(told).float()
         reading = F.cross_entropy(found.flatten(0, 1), batch["evidence"].flatten())
         loss = 2 * reading + F.cross_entropy(logits, batch["targets"])
         right = (found.argmax(dim=-1) == batch["evidence"]).float().mean().item()

@@ -60,7 +60,9 @@ def mention(rng: np.random.Generator, thing: Thing, scene: Scene) -> str:
 
 
 def caption(rng: np.random.Generator, scene: Scene, mentions: int) -> str:
-    """A relation between two things, then up to `mentions` others with their number."""
+    """A relation between two things, then up to `mentions` others with their number; of a single thing, its name."""
+    if len(scene) == 1:
+        return f"a {name(rng, scene[0]).phrase()}"
     salience = np.array([MENTION_LARGE if t.kind.size == "large" else 1.0 for t in scene])
     chosen = min(2 + mentions, len(scene))
     order = rng.choice(len(scene), chosen, replace=False, p=salience / salience.sum())

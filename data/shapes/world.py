@@ -19,7 +19,7 @@ SHAPES = ("circle", "square", "triangle", "star", "cross")
 PICTURE = 96  # px
 CELL = 16  # px
 LATTICE = PICTURE // CELL
-FEWEST, MOST = 2, 24  # things in a picture
+FEWEST, MOST = 1, 12  # things in a picture
 JPEG = {"format": "JPEG", "quality": 92, "subsampling": 0}
 
 RGB = {

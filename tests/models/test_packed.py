@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from madtp.flops import GIGA
 from madtp.packing import Packed
 from madtp.pruning import OFF, PruneSetting, PruningRule
-from models.attention import similar
+from models.attention import GROUP_COST, similar
 from models.tower import DropPath
 from tests import tiny
 
@@ -95,16 +95,17 @@ def test_the_closed_form_is_what_runs_packed(rule):
     assert (counter.get_total_flops() / 2 + 5 * norms) / GIGA == pytest.approx(float(model.gflops(out, SETTING)), rel=1e-9)
 
 
-@given(st.lists(st.tuples(st.integers(1, 600), st.integers(1, 600)), min_size=1, max_size=20))
+@given(st.lists(st.tuples(st.integers(1, 600), st.integers(1, 600)), min_size=1, max_size=20), st.sampled_from([8, 128, 768]))
 @settings(max_examples=50, deadline=None, derandomize=True, database=None)
-def test_groups_hold_every_sample_once_and_none_much_shorter_than_another(lengths):
-    first, second = zip(*lengths, strict=True)
-    groups = list(similar(first, second))
+def test_groups_hold_every_sample_once_and_pad_no_more_than_a_group_costs(lengths, width):
+    queries, keys = zip(*lengths, strict=True)
+    groups = list(similar(queries, keys, width))
     assert sorted(sample for group in groups for sample in group) == list(range(len(lengths)))
     for group in groups:
-        for each in (first, second):
-            values = [each[i] for i in group]
-            assert min(values) >= 0.8 * max(values) - 16
+        area = len(group) * max(queries[i] for i in group) * max(keys[i] for i in group)
+        assert 2 * width * (area - sum(queries[i] * keys[i] for i in group)) <= GROUP_COST
+    largest = [max(keys[i] for i in group) for group in groups]
+    assert largest == sorted(largest, reverse=True)
 
 
 def test_stochastic_depth_drops_whole_samples():
