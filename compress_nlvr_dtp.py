@@ -36,6 +36,7 @@ def main() -> None:
             num_workers=config.num_workers,
             seed=config.seed,
             collate=collate,
+            epoch_steps=config.epoch_steps if split == "train" else None,
         )
         for split, dataset in build_datasets(config).items()
     }

@@ -143,6 +143,9 @@ class Config(Section):
     min_lr: float = Field(0.0, ge=0, description="where the cosine schedule ends")
     weight_decay: float = Field(0.05, ge=0, description="higher keeps weights smaller")
     max_epoch: int = Field(5, ge=1, description="epochs")
+    epoch_steps: int | None = Field(
+        None, ge=1, description="end an epoch after so many steps: calibrate, validate and save more often; none: all samples"
+    )
     lr_schedule: Literal["epoch", "step"] = Field("epoch", description="whether the cosine moves once an epoch or at every step")
     warmup_steps: int = Field(0, ge=0, description="steps over which the learning rate rises to init_lr")
     clip_grad: float = Field(0.0, ge=0, description="largest norm of the gradient; 0: no limit; steadies training from scratch")

@@ -69,11 +69,13 @@ def build_loader(
     num_workers: int,
     seed: int,
     collate: Callable[[list], Any],
+    epoch_steps: int | None = None,
 ) -> Loader:
     """Batches of `collate`d items, `batch_size` of them per process.
 
-    Training: an order per epoch (see `set_epoch`), the same number of whole batches on every process. Evaluation: every
-    item exactly once over all processes, in order, so the last batch may be smaller and processes may differ by one item.
+    Training: an order per epoch (see `set_epoch`), the same number of whole batches on every process, `epoch_steps` at most.
+    Evaluation: every item exactly once over all processes, in order, so the last batch may be smaller and processes may differ
+    by one item.
     A sample's randomness depends on seed, epoch and index alone: not on workers, processes or where a run was resumed.
 
     Raises:
@@ -88,7 +90,7 @@ def build_loader(
     return Loader(
         _Reproducible(dataset, seed),
         batch_size,
-        sampler=_Order(len(dataset), train, run, seed),
+        sampler=_Order(len(dataset), train, run, seed, epoch_steps and epoch_steps * batch_size),
         drop_last=train,
         num_workers=workers,
         persistent_workers=workers > 0,
@@ -101,8 +103,8 @@ def build_loader(
 class _Order(Sampler):
     """Yields (epoch, index): persistent workers do not see the epoch change otherwise."""
 
-    def __init__(self, length: int, train: bool, run: Run, seed: int) -> None:
-        self.length, self.train, self.run, self.seed = length, train, run, seed
+    def __init__(self, length: int, train: bool, run: Run, seed: int, most: int | None = None) -> None:
+        self.length, self.train, self.run, self.seed, self.most = length, train, run, seed, most
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
@@ -111,7 +113,7 @@ class _Order(Sampler):
 
     def __len__(self) -> int:
         if self.train:
-            return self.length // self.run.world_size
+            return min(self.length // self.run.world_size, self.most or self.length)
         return len(range(self.run.rank, self.length, self.run.world_size))
 
     def __iter__(self) -> Iterator[tuple[int, int]]:

@@ -132,7 +132,10 @@ def run_experiment(experiment: Experiment) -> dict:
 
 
 def compress(experiment: Experiment, dense: float) -> tuple[PruneSetting, int, Evaluation]:
-    """All epochs. Leaves the model with the selected weights; returns their setting, epoch and validation result."""
+    """All epochs. Leaves the model with the selected weights; returns their setting, epoch and validation result.
+
+    The temperature is calibrated before an epoch that lowers the target, and after an epoch at p, whose result may be selected.
+    """
     config, run, folder = experiment.config, experiment.run, Path(experiment.config.output_dir)
     trainer = _trainer(experiment)
     setting, best_score, first_epoch = OFF, float("-inf"), 0
@@ -148,9 +151,10 @@ def compress(experiment: Experiment, dense: float) -> tuple[PruneSetting, int, E
     log = RunLog(folder if run.is_main else None, keep=first_epoch > 0)
     for epoch in range(first_epoch, config.max_epoch):
         started = time.time()
-        target = dense * (1 - ramped(config.p, epoch, config.ramp_epochs, config.max_epoch))
-        ramping = target > dense * (1 - config.p)
-        setting = meet(experiment, target, setting, ramping)
+        goals = [ramped(config.p, number, config.ramp_epochs, config.max_epoch) for number in (epoch - 1, epoch)]
+        target, ramping = dense * (1 - goals[1]), goals[1] < config.p
+        if epoch == 0 or goals[0] < goals[1]:
+            setting, _ = meet(experiment, target, setting, ramping)
         experiment.loaders["train"].sampler.set_epoch(epoch)
         train_started = time.time()
         losses = train_epoch(
@@ -158,8 +162,10 @@ def compress(experiment: Experiment, dense: float) -> tuple[PruneSetting, int, E
             experiment.precision, run, f"epoch {epoch + 1}/{config.max_epoch}",
         )  # fmt: skip
         train_seconds = time.time() - train_started
-        setting = meet(experiment, target, setting, ramping)
-        measured = experiment.measure(setting)
+        if ramping:
+            measured = experiment.measure(setting)
+        else:
+            setting, measured = meet(experiment, target, setting)
         val = experiment.evaluated("val", setting)
         within = abs(measured - dense * (1 - config.p)) <= WITHIN_BUDGET * dense * (1 - config.p)
         score = val.metrics[experiment.score] if within else float("-inf")
@@ -190,8 +196,8 @@ def ramped(p: float, epoch: int, ramp_epochs: int | None, epochs: int) -> float:
     return p * min(1.0, (epoch + 1) / ramp)
 
 
-def meet(experiment: Experiment, target: float, start: PruneSetting, ramping: bool = False) -> PruneSetting:
-    """The setting that meets `target` GFLOPs on the calibration slice; OFF for an uncompressed run.
+def meet(experiment: Experiment, target: float, start: PruneSetting, ramping: bool = False) -> tuple[PruneSetting, float]:
+    """The setting that meets `target` GFLOPs on the calibration slice, and its GFLOPs; OFF for an uncompressed run.
 
     On the way to p the nearest setting will do: between the gentlest pruning from one block on and the strongest from the next may
     lie a gap.
@@ -201,19 +207,20 @@ def meet(experiment: Experiment, target: float, start: PruneSetting, ramping: bo
     """
     config = experiment.config
     if config.uncompressed:
-        return OFF
+        return OFF, experiment.measure(OFF)
     try:
-        return calibrate(
+        found = calibrate(
             experiment.measure,
             target,
             start=start if start.temperature is not None else None,
             prune_from=config.prune_from,
             max_prune_from=experiment.model.depth - 1,
-        ).setting
+        )
+        return found.setting, found.gflops
     except UnreachableTarget as error:
         if ramping:
             logger.info("%.4f GFLOPs wanted, %.4f is the nearest on the way", target, error.nearest.gflops)
-            return error.nearest.setting
+            return error.nearest.setting, error.nearest.gflops
         dense = experiment.measure(OFF)
         low, high = (max(0.0, 1 - gflops / dense) for gflops in (error.high, error.low))
         raise UserError(
@@ -270,7 +277,7 @@ def _setting_of_checkpoint(experiment: Experiment, target: float) -> PruneSettin
     if same and saved.get("temperature") is not None:
         return PruneSetting(saved["temperature"], saved["prune_from"])
     logger.info("no temperature was saved for this rule, p and batch size: calibrating")
-    return meet(experiment, target, OFF)
+    return meet(experiment, target, OFF)[0]
 
 
 def _result(

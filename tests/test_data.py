@@ -43,9 +43,9 @@ def dataset_of(world: Path, **settings: Any) -> NlvrDataset:
     return NlvrDataset([world / "nlvr_train.json"], world / "images", eval_transform(SIZE), **settings)
 
 
-def loader_of(dataset: Dataset, workers: int = 0, run: Run | None = None, train: bool = True) -> Loader:
+def loader_of(dataset: Dataset, workers: int = 0, run: Run | None = None, train: bool = True, **options) -> Loader:
     run = run or Run(torch.device("cpu"))
-    return build_loader(dataset, 4, train=train, run=run, num_workers=workers, seed=1, collate=list)
+    return build_loader(dataset, 4, train=train, run=run, num_workers=workers, seed=1, collate=list, **options)
 
 
 def is_red(picture: torch.Tensor) -> bool:
@@ -174,6 +174,14 @@ def test_training_gives_every_process_the_same_number_of_batches_and_shares_noth
     assert [len(batches) for batches in passes] == [2, 2] == [len(loader_of(Numbers(19), run=run)) for run in runs]
     seen = [index for batches in passes for batch in batches for index, _ in batch]
     assert len(set(seen)) == len(seen) == 16
+
+
+def test_a_short_epoch_draws_its_samples_anew() -> None:
+    loader = loader_of(Numbers(40), epoch_steps=3)
+    short = epochs_of(loader, [0, 1])
+    assert len(loader) == 3 and [len(items) for items in short] == [12, 12]
+    assert [index for index, _ in short[0]] == [index for index, _ in epochs_of(loader_of(Numbers(40)), [0])[0]][:12]
+    assert {index for index, _ in short[0]} != {index for index, _ in short[1]}
 
 
 def test_samples_depend_on_seed_and_epoch_not_on_workers_or_resuming() -> None:

@@ -100,11 +100,12 @@ def test_the_log_tells_which_epochs_were_selected(tmp_path):
     assert [entry["selected"] for entry in log_of(tmp_path)] == [False, True, True, False]
 
 
-def test_the_target_is_lowered_while_it_is_ramped_and_met_each_epoch(tmp_path):
+def test_the_target_is_lowered_while_it_is_ramped_and_met(tmp_path):
     run_experiment(experiment(tmp_path, [1.0] * 6)[0])
     log = log_of(tmp_path)
     assert [entry["gflops"]["target"] for entry in log] == pytest.approx([7.5] + [5.0] * 5)
-    assert all(abs(entry["gflops"]["measured"] / entry["gflops"]["target"] - 1) <= 0.005 for entry in log)
+    distance = [abs(entry["gflops"]["measured"] / entry["gflops"]["target"] - 1) for entry in log]
+    assert distance[0] <= 0.1 and max(distance[1:]) <= 0.005  # on the way it is met before the epoch's training, then after it
     assert [entry["lr"] for entry in log] == pytest.approx([0.05 * (1 + math.cos(math.pi * epoch / 6)) for epoch in range(6)])
 
 
