@@ -39,6 +39,7 @@ def main() -> None:
             epoch_steps=config.epoch_steps if split == "train" else None,
         )
         for split, dataset in build_datasets(config).items()
+        if not (config.evaluate and split == "train")
     }
     model = nlvr_from_config(config, len(tokenizer))
     checkpoint = {}

@@ -39,7 +39,7 @@ class Evaluation:
 class Experiment:
     """A task, as the loop sees it.
 
-    loaders: "train", "calibration", "val", "test"
+    loaders: "train" (not for an evaluation), "calibration", "val", "test"
     losses: (model, batch, setting) -> named losses; `loss_weights` scales them by name
     evaluate: (model, loader, setting) -> Evaluation, over all processes; called in evaluation mode, without gradients
     gflops: (model, batch, setting) -> (S,) GFLOPs of each sample of a batch

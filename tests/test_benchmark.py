@@ -60,6 +60,13 @@ def test_a_keep_schedule_is_imposed_block_by_block(run):
     ]  # 1 + 64; then half of 64, a quarter of 33, and a merged one
 
 
+@pytest.mark.parametrize("task", ["nlvr", "vit"])
+def test_training_is_timed_with_the_cost_of_inference(run, task):
+    rows = run("--task", task, "--p", "0.3", "--train")
+    assert [(row["method"], row["batch_size"]) for row in rows] == [("dense", 1), ("madtp", 1), ("dense", 3), ("madtp", 3)]
+    assert [row["gflops"] for row in rows] == [row["gflops"] for row in run("--task", task, "--p", "0.3")]
+
+
 def test_other_libraries_are_timed_beside(run):
     rows = run("--task", "vit", "--p", "0.3", "--against", "timm,transformers")
     assert [row["method"] for row in rows[:4]] == ["dense", "timm", "transformers", "madtp"]
@@ -67,7 +74,12 @@ def test_other_libraries_are_timed_beside(run):
 
 @pytest.mark.parametrize(
     ("arguments", "said"),
-    [(["--against", "jax"], "jax"), (["--against", "timm"], "--task vit"), (["--task", "vit", "--keep-schedule", "1"], "3 blocks")],
+    [
+        (["--against", "jax"], "jax"),
+        (["--against", "timm"], "--task vit"),
+        (["--task", "vit", "--keep-schedule", "1"], "3 blocks"),
+        (["--train", "--task", "block"], "--train"),
+    ],
 )
 def test_what_cannot_be_compared_is_refused(run, arguments, said):
     with pytest.raises(UserError, match=said):
