@@ -154,7 +154,7 @@ def compress(experiment: Experiment, dense: float) -> tuple[PruneSetting, int, E
         goals = [ramped(config.p, number, config.ramp_epochs, config.max_epoch) for number in (epoch - 1, epoch)]
         target, ramping = dense * (1 - goals[1]), goals[1] < config.p
         if epoch == 0 or goals[0] < goals[1]:
-            setting, _ = meet(experiment, target, setting, ramping)
+            setting, _ = meet(experiment, target, setting, ramping, moved=True)
         experiment.loaders["train"].sampler.set_epoch(epoch)
         train_started = time.time()
         losses = train_epoch(
@@ -196,8 +196,12 @@ def ramped(p: float, epoch: int, ramp_epochs: int | None, epochs: int) -> float:
     return p * min(1.0, (epoch + 1) / ramp)
 
 
-def meet(experiment: Experiment, target: float, start: PruneSetting, ramping: bool = False) -> tuple[PruneSetting, float]:
+def meet(
+    experiment: Experiment, target: float, start: PruneSetting, ramping: bool = False, moved: bool = False
+) -> tuple[PruneSetting, float]:
     """The setting that meets `target` GFLOPs on the calibration slice, and its GFLOPs; OFF for an uncompressed run.
+
+    The search sets out from `start`; when the target `moved`, not from one that prunes late, since it may now prune earlier.
 
     On the way to p the nearest setting will do: between the gentlest pruning from one block on and the strongest from the next may
     lie a gap.
@@ -212,7 +216,7 @@ def meet(experiment: Experiment, target: float, start: PruneSetting, ramping: bo
         found = calibrate(
             experiment.measure,
             target,
-            start=start if start.temperature is not None else None,
+            start=start if start.temperature is not None and (start.prune_from == config.prune_from or not moved) else None,
             prune_from=config.prune_from,
             max_prune_from=experiment.model.depth - 1,
         )

@@ -112,7 +112,13 @@ def _likely_first(meter: _Meter, target: float, firsts: Sequence[int], tolerance
 
 
 def _scan(gflops: Callable[[float], float], target: float, tolerance: float) -> tuple[float, float] | None:
-    """Two temperatures with the target between their GFLOPs; equal ones when a point of the grid already meets it."""
+    """Two temperatures with the target between their GFLOPs; equal ones when a point of the grid already meets it.
+
+    The ends of the grid do, where they can; the points between are looked at for a curve that is not monotone.
+    """
+    ends = COARSE_GRID[0], COARSE_GRID[-1]
+    if (gflops(ends[0]) - target) * (gflops(ends[1]) - target) < 0:
+        return ends
     scanned: list[tuple[float, float]] = []
     for temperature in COARSE_GRID:
         value = gflops(temperature)
