@@ -6,6 +6,7 @@
            starts from a trained classifier
 2 reading  the text encoder tells what either picture holds of a statement (how many, in which row), the image encoder frozen;
            of the ground it sees a random share, so that how much is shown says nothing (PatchDropout, Liu et al., 2023)
+3 joint    both encoders together, on what is true alone, as they will be compressed
 
 A stage that has left its weights is not run again. The logs are gathered beside the weights, with the accuracy on fresh test data.
 """
@@ -15,7 +16,7 @@ import logging
 import math
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import count, islice
 from pathlib import Path
 from typing import NamedTuple
@@ -54,7 +55,7 @@ GROUND_WEIGHT = 0.1
 PLACE_WEIGHT = 0.3  # of things alone; places are easy, and would drown what the patches show
 LOOK = 2.0  # how sharply words look for their patches at first
 EVIDENCE = 32  # counts and rows are smaller
-LEVELS = (Level(most=6), FULL)  # in turn: words are easier to tell apart where there is little to see
+EASIER_TOO = (Level(most=6), FULL)  # in turn: words are easier to tell apart where there is little to see
 LOG_EVERY = 250
 
 
@@ -69,6 +70,7 @@ class Plan(NamedTuple):
 
 VISION = Plan(steps=600, batch=32, rate=1e-3, warmup=100)
 READING = Plan(steps=6_000, batch=8, rate=3e-4)
+JOINT = Plan(steps=1_200, batch=8, rate=1e-4, warmup=50)
 STATEMENTS = 12  # a pair; those that share one cost little more than a single one
 TEST_SIZE = 4_000
 
@@ -87,7 +89,7 @@ def main() -> None:
     seed_everything(args.seed)
     config = load_config(NlvrConfig, CONFIG, {"p": 0.0, "tokenizer": words})
     model = nlvr_from_config(config, len(load_tokenizer(words)))
-    for name, train in (("vision", train_vision), ("reading", train_reading)):
+    for name, train in STAGES.items():
         weights = args.work / f"{name}.pth"
         if weights.exists():
             model.load_state_dict(read_checkpoint(weights)["model"])
@@ -97,7 +99,7 @@ def main() -> None:
     save_file({name: tensor.half().contiguous() for name, tensor in model.state_dict().items()}, args.out)
     test(args, words)
     lines = [f"# python {' '.join(sys.argv)}"]
-    for log in (args.work / "vision.log", args.work / "reading.log", args.work / "test" / "result.json"):
+    for log in (*(args.work / f"{name}.log" for name in STAGES), args.work / "test" / "result.json"):
         lines += [f"# {log.relative_to(args.work)}", *log.read_text().splitlines()]
     args.out.with_suffix(".log").write_text("\n".join(lines) + "\n", encoding="utf-8")
     (args.out.parent / "vocab.txt").write_text(words.read_text(), encoding="utf-8")
@@ -204,17 +206,17 @@ class Pairs(IterableDataset):
     """Endless fresh pairs with STATEMENTS each, a batch an item: NLVR2's batch, "evidence" (S, 2) of left and right, and
     "shown" (2 B, 1 + N), left first: which tokens are read, the class token, all things and a share of the ground."""
 
-    def __init__(self, seed: int, config: NlvrConfig):
-        self.seed, self.batch, self.transform = seed, READING.batch, eval_transform(config.image_size)
+    def __init__(self, seed: int, config: NlvrConfig, plan: Plan, levels: Sequence[Level]):
+        self.seed, self.plan, self.levels, self.transform = seed, plan, levels, eval_transform(config.image_size)
         self.collate = NlvrCollate(load_tokenizer(config.tokenizer), config.bert_sizes.max_position_embeddings)
 
     def __iter__(self) -> Iterator[dict]:
         for number in count():
-            rng = np.random.default_rng((self.seed, READING.steps, number))
-            chunk = make_chunk(rng, PAIRS_PER_CHUNK, STATEMENTS + 2, LEVELS[number % len(LEVELS)])
+            rng = np.random.default_rng((self.seed, self.plan.steps, number))
+            chunk = make_chunk(rng, PAIRS_PER_CHUNK, STATEMENTS + 2, self.levels[number % len(self.levels)])
             pairs = [pair for pair in chunk if len(pair[2]) >= STATEMENTS]
-            for start in range(0, len(pairs) - self.batch, self.batch):
-                yield self.batch_of(rng, pairs[start : start + self.batch])
+            for start in range(0, len(pairs) - self.plan.batch, self.plan.batch):
+                yield self.batch_of(rng, pairs[start : start + self.plan.batch])
 
     def batch_of(self, rng: np.random.Generator, pairs: list[tuple[Scene, Scene, list]]) -> dict:
         items, found, things = [], [], ([], [])
@@ -253,10 +255,28 @@ def train_reading(model: BlipNlvr, config: NlvrConfig, seed: int, log: Path) -> 
         true = (logits.argmax(dim=-1) == batch["targets"]).float().mean().item()
         return loss, {"reading": reading.item(), "read rightly": right, "judged rightly": true}
 
-    stream = DataLoader(Pairs(seed, config), batch_size=None, num_workers=1)
+    stream = DataLoader(Pairs(seed, config, READING, EASIER_TOO), batch_size=None, num_workers=1)
     parameters = [p for p in [*model.parameters(), *evidence_head.parameters()] if p.requires_grad]
     fit(parameters, READING, iter(stream), losses, log)
     model.visual_encoder.requires_grad_(True)
+
+
+def train_joint(model: BlipNlvr, config: NlvrConfig, seed: int, log: Path) -> None:
+    """Stage 3."""
+    model.train()
+
+    def losses(batch: dict) -> tuple[Tensor, dict[str, float]]:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            output = model(batch["images"], batch["input_ids"], batch["attention_mask"], packed=True)
+        loss = F.cross_entropy(output.logits.float(), batch["targets"])
+        true = (output.logits.argmax(dim=-1) == batch["targets"]).float().mean().item()
+        return loss, {"loss": loss.item(), "judged rightly": true}
+
+    stream = DataLoader(Pairs(seed, config, JOINT, (FULL,)), batch_size=None, num_workers=1)
+    fit(list(model.parameters()), JOINT, iter(stream), losses, log)
+
+
+STAGES = {"vision": train_vision, "reading": train_reading, "joint": train_joint}
 
 
 def word_directions(model: BlipNlvr, vocabulary: Path) -> list[Tensor]:
