@@ -70,7 +70,7 @@ class Plan(NamedTuple):
 
 VISION = Plan(steps=600, batch=32, rate=1e-3, warmup=100)
 READING = Plan(steps=6_000, batch=8, rate=3e-4)
-JOINT = Plan(steps=1_200, batch=8, rate=1e-4, warmup=50)
+JOINT = Plan(steps=2_400, batch=8, rate=1.5e-4, warmup=100)
 STATEMENTS = 12  # a pair; those that share one cost little more than a single one
 TEST_SIZE = 4_000
 
