@@ -98,17 +98,20 @@ def calibrate(
 
 
 def _likely_first(meter: _Meter, target: float, firsts: Sequence[int], tolerance: float) -> Iterator[int]:
-    """First blocks to prune in: those that seem to reach as much as `target` in order, then the others."""
-    unlikely = []
-    for first in firsts:
-        ends = [meter(temperature, first) for temperature in (COARSE_GRID[0], COARSE_GRID[-1])]
-        if max(ends) < target * (1 - tolerance):
-            unlikely.append(first)
-            continue
+    """First blocks to prune in: from the earliest that seems to reach as much as `target`, found by bisection; then the others."""
+
+    def reaches(first: int) -> bool:
+        return max(meter(temperature, first) for temperature in (COARSE_GRID[0], COARSE_GRID[-1])) >= target * (1 - tolerance)
+
+    low, high = 0, 0 if reaches(firsts[0]) else len(firsts)
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if reaches(firsts[middle]) else (middle + 1, high)
+    for first in firsts[low:]:
         yield first
         if min(meter(temperature, first) for temperature in COARSE_GRID) > target:
             break  # pruning later only costs more
-    yield from unlikely
+    yield from firsts[:low]
 
 
 def _scan(gflops: Callable[[float], float], target: float, tolerance: float) -> tuple[float, float] | None:
