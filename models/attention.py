@@ -4,6 +4,7 @@ Shapes: B batch, H heads, Q queries, N keys, D width of a head, C = H * D.
 """
 
 from collections.abc import Iterator, Sequence
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +15,9 @@ from madtp.importance import AttentionStatistics
 from madtp.packing import Groups, Packed
 from madtp.pruning import Layout, TokenPruner
 from models import varlen
+
+# Where the class token of a causal sequence stands in its order; in memory it is the first token in any case.
+Causal = Literal["class_first", "class_last"] | None
 
 GROUP_COST = 2**24  # multiply-adds that take about as long as the calls for one more group of samples
 
@@ -27,19 +31,21 @@ def attend(
     keys: Layout,
     dropout: float = 0.0,
     pruner: TokenPruner | None = None,
+    causal: Causal = None,
 ) -> tuple[Tensor, AttentionStatistics | None]:
     """softmax(Q K^T / sqrt(D)) V over the valid keys; with a pruner also the statistics that it needs of a self-attention.
 
     query (B, Q, C), key and value (B, N, C) with `keys` their mask or None -> (B, Q, C), statistics or None; or all of them
-    packed, (T, C), where `queries` and `keys` say where the same number of samples lie. Without gradients, packed keeps no map.
+    packed, (T, C), where `queries` and `keys` say where the same number of samples lie. Without gradients, packed keeps no map,
+    but for a `causal` self-attention: texts are short.
     """
     pruner = pruner if pruner is not None and pruner.needs_scores else None
     if isinstance(keys, Packed):
-        if varlen.usable(query) and not dropout:
+        if varlen.usable(query) and not dropout and causal is None:
             return _attend_varlen(query, key, value, num_heads, queries, keys, pruner)
-        return _attend_groups(query, key, value, num_heads, queries, keys, dropout, pruner)
+        return _attend_groups(query, key, value, num_heads, queries, keys, dropout, pruner, causal)
     heads = [split_heads(part, num_heads) for part in (query, key, value)]
-    out, statistics = _attend_padded(*heads, keys, dropout, pruner)
+    out, statistics = _attend_padded(*heads, keys, dropout, pruner, causal)
     return merge_heads(out), statistics
 
 
@@ -53,11 +59,22 @@ def merge_heads(x: Tensor) -> Tensor:
     return x.transpose(1, 2).flatten(2)
 
 
+def causal_mask(tokens: int, causal: Causal, device: torch.device) -> Tensor:
+    """Which tokens (columns) a token (row) may see: itself and those before it in the sequence's order, (N, N) bool."""
+    mask = torch.ones(tokens, tokens, dtype=torch.bool, device=device).tril()
+    if causal == "class_last":
+        mask[0], mask[1:, 0] = True, False
+    return mask
+
+
 def _attend_padded(
-    query: Tensor, key: Tensor, value: Tensor, valid: Valid, dropout: float, pruner: TokenPruner | None
+    query: Tensor, key: Tensor, value: Tensor, valid: Valid, dropout: float, pruner: TokenPruner | None, causal: Causal = None
 ) -> tuple[Tensor, AttentionStatistics | None]:
     """The form for training: (B, H, Q, D) and so on; a pruner looks at the map, which the backward pass keeps in any case."""
     mask = None if valid is None else valid[:, None, None, :]
+    if causal is not None:
+        allowed = causal_mask(query.shape[2], causal, query.device)
+        mask = allowed if mask is None else mask & allowed
     # Fused attention keeps no map. Its backward pass in bf16 on a CPU takes several times as long as the plain products.
     fused = pruner is None and not (torch.is_grad_enabled() and query.device.type == "cpu")
     if fused:
@@ -92,6 +109,7 @@ def _attend_groups(
     keys: Packed,
     dropout: float,
     pruner: TokenPruner | None,
+    causal: Causal,
 ) -> tuple[Tensor, AttentionStatistics | None]:
     """Samples of about equal length are padded to one another and go together, so a short sample costs little more than its due."""
     members = list(similar(queries.lengths, keys.lengths, query.shape[-1]))
@@ -100,7 +118,7 @@ def _attend_groups(
     parts = zip(members, in_keys.layouts, in_queries.split(query), in_keys.split(key), in_keys.split(value), strict=True)
     for group, layout, *projected in parts:
         heads = [split_heads(part, num_heads) for part in projected]
-        out, statistics = _attend_group(*heads, None if layout.uniform else layout.valid, dropout, pruner)
+        out, statistics = _attend_group(*heads, None if layout.uniform else layout.valid, dropout, pruner, causal)
         outs.append(merge_heads(out))
         for figure, found in zip(figures, statistics, strict=True):
             if found is not None:
@@ -109,11 +127,11 @@ def _attend_groups(
 
 
 def _attend_group(
-    query: Tensor, key: Tensor, value: Tensor, valid: Valid, dropout: float, pruner: TokenPruner | None
+    query: Tensor, key: Tensor, value: Tensor, valid: Valid, dropout: float, pruner: TokenPruner | None, causal: Causal
 ) -> tuple[Tensor, tuple[Tensor | None, Tensor | None]]:
     """Outputs, class attention and columns of one group; with the map where a backward pass will want it."""
-    if torch.is_grad_enabled():
-        out, found = _attend_padded(query, key, value, valid, dropout, pruner)
+    if torch.is_grad_enabled() or causal is not None:
+        out, found = _attend_padded(query, key, value, valid, dropout, pruner, causal)
     else:
         out, log_norm = _fused(query, key, value, valid)
         found = None if pruner is None else pruner.statistics_without_map(query, key, out, log_norm, valid)

@@ -16,7 +16,7 @@ from madtp import flops
 from madtp.packing import Packed, pack
 from madtp.pruning import OFF, Layout, PruneSetting, TokenPruner
 from models.attention import attend
-from models.tower import TowerRecord, count_tokens
+from models.tower import TowerRecord, block_flops, run_blocks
 
 NORM_EPS = 1e-12
 FIRST_MERGE_LAYER = 6  # BLIP-NLVR: from this layer on two cross-attentions meet in a linear layer, before it in their mean
@@ -165,10 +165,10 @@ class Layer(nn.Module):
         self,
         x: Tensor,
         layout: Layout,
-        images: Sequence[tuple[Tensor, Layout]],
         learnable_tokens: Tensor | None,
         temperature: float | None,
         align: bool,
+        images: Sequence[tuple[Tensor, Layout]],
     ) -> tuple[Tensor, Layout, Tensor | None, Tensor | None]:
         """x (S, L, C) -> x (S, L', C), its layout, kept (S, L - 1) or None, alignment features (S, K, D) or None."""
         active = self.pruner is not None and temperature is not None
@@ -184,7 +184,7 @@ class Layer(nn.Module):
         return x, layout, kept, features
 
     def flops(
-        self, entering: Tensor, leaving: Tensor, images: Sequence[Tensor], active: bool, training: bool, without_map: bool
+        self, entering: Tensor, leaving: Tensor, active: bool, training: bool, without_map: bool, images: Sequence[Tensor]
     ) -> Tensor:
         """Multiply-adds of `forward` for samples with these text and image token counts."""
         dense = self.intermediate.dense
@@ -259,21 +259,12 @@ class TextEncoder(nn.Module):
         packed = any(isinstance(image_layout, Packed) for _, image_layout in images)
         if packed:
             x, layout = pack(x, layout)
-        record = TowerRecord(without_map=packed)
-        for index, layer in enumerate(self.encoder.layer):
-            before = count_tokens(x, layout)
-            x, layout, kept, features = layer(x, layout, images, learnable_tokens, setting.at(index), align)
-            record.add(before, count_tokens(x, layout), kept, features)
-        return x, layout, record
+        return run_blocks(self.encoder.layer, x, layout, learnable_tokens, setting, align, packed, images)
 
     def flops(self, record: TowerRecord, images: Sequence[Tensor], setting: PruneSetting, training: bool = False) -> Tensor:
         """Multiply-adds of `forward` per text (S,), with `images` the (S,) image token counts of each cross-attention."""
-        total = flops.layer_norm(record.entering[0], self.hidden_size)
-        for index, layer in enumerate(self.encoder.layer):
-            active = setting.at(index) is not None
-            entering, leaving = record.entering[index], record.leaving[index]
-            total = total + layer.flops(entering, leaving, images, active, training, record.without_map)
-        return total
+        embeddings = flops.layer_norm(record.entering[0], self.hidden_size)
+        return embeddings + block_flops(self.encoder.layer, record, setting, training, images)
 
 
 def _init_weights(module: nn.Module) -> None:

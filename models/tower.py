@@ -1,12 +1,15 @@
 """What the image and the text tower have in common: how blocks hand tokens on, and what they leave on record."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
+from madtp import flops
+from madtp.importance import AttentionStatistics
 from madtp.packing import Packed
-from madtp.pruning import Layout
+from madtp.pruning import Layout, PruneSetting, TokenPruner
 
 
 @dataclass
@@ -68,6 +71,82 @@ class DropPath(nn.Module):
             keep = x.new_empty(len(lengths)).bernoulli_(1 - self.rate) / (1 - self.rate)
             return x * keep.repeat_interleave(lengths, output_size=layout.total).unsqueeze(1)
         return x * x.new_empty(len(x), 1, 1).bernoulli_(1 - self.rate) / (1 - self.rate)
+
+
+class PreNormBlock(nn.Module):
+    """Attention, pruning, MLP, each behind a norm. With `pruner=None` it is the dense block.
+
+    Subclasses name the parts as published weights do, and say what `attention` and `feed_forward` are.
+    """
+
+    def __init__(self, dim: int, hidden: int, drop_path: float, pruner: TokenPruner | None):
+        super().__init__()
+        self.dim, self.hidden = dim, hidden
+        self.drop_path = DropPath(drop_path)
+        self.pruner = pruner
+
+    def attention(self, x: Tensor, layout: Layout, pruner: TokenPruner | None) -> tuple[Tensor, AttentionStatistics | None]:
+        """Self-attention of the normed tokens x (B, N, C) or packed, and the statistics that `pruner` asks for."""
+        raise NotImplementedError
+
+    def feed_forward(self, x: Tensor) -> Tensor:
+        """The MLP of the normed tokens."""
+        raise NotImplementedError
+
+    def forward(
+        self, x: Tensor, layout: Layout, learnable_tokens: Tensor | None, temperature: float | None, align: bool
+    ) -> tuple[Tensor, Layout, Tensor | None, Tensor | None]:
+        """x (B, N, C) -> x (B, M, C), its layout, kept (B, N - 1) or None, alignment features (B, K, D) or None."""
+        active = self.pruner is not None and temperature is not None
+        products, features = None, None
+        if self.pruner is not None and (active or align):
+            products, features = self.pruner.align(x, layout, learnable_tokens, align)
+        attended, statistics = self.attention(x, layout, self.pruner if active else None)
+        x = x + self.drop_path(attended, layout)
+        kept = None
+        if active:
+            x, layout, kept = self.pruner.prune(x, layout, products, statistics, temperature)
+        x = x + self.drop_path(self.feed_forward(x), layout)
+        return x, layout, kept, features
+
+    def flops(self, entering: Tensor, leaving: Tensor, active: bool, training: bool, without_map: bool) -> Tensor:
+        """Multiply-adds of `forward` for samples with these token counts before and after pruning."""
+        dim = self.dim
+        total = flops.layer_norm(entering, dim) + flops.linear(entering, dim, 4 * dim) + flops.attention(entering, entering, dim)
+        total = total + flops.layer_norm(leaving, dim) + flops.mlp(leaving, dim, self.hidden)
+        if self.pruner is not None:
+            total = total + self.pruner.flops(entering, active, training, without_map)
+        return total
+
+
+def run_blocks(
+    blocks: Iterable[nn.Module],
+    x: Tensor,
+    layout: Layout,
+    learnable_tokens: Tensor | None,
+    setting: PruneSetting,
+    align: bool,
+    without_map: bool,
+    *context: object,
+) -> tuple[Tensor, Layout, TowerRecord]:
+    """x (B, N, C) or packed, through all blocks -> x, its layout, the record; `context` is what a block reads beside x."""
+    record = TowerRecord(without_map=without_map)
+    for index, block in enumerate(blocks):
+        before = count_tokens(x, layout)
+        x, layout, kept, features = block(x, layout, learnable_tokens, setting.at(index), align, *context)
+        record.add(before, count_tokens(x, layout), kept, features)
+    return x, layout, record
+
+
+def block_flops(
+    blocks: Iterable[nn.Module], record: TowerRecord, setting: PruneSetting, training: bool, *context: object
+) -> Tensor:
+    """Multiply-adds of `run_blocks` per sample, (B,); `context`: the token counts of what the blocks read beside x."""
+    steps = enumerate(zip(blocks, record.entering, record.leaving, strict=True))
+    return sum(
+        block.flops(entering, leaving, setting.at(index) is not None, training, record.without_map, *context)
+        for index, (block, entering, leaving) in steps
+    )
 
 
 def dense_record(depth: int, tokens: int, samples: int) -> TowerRecord:

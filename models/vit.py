@@ -11,10 +11,11 @@ from timm.layers import Mlp, PatchEmbed, trunc_normal_
 from torch import Tensor, nn
 
 from madtp import flops
+from madtp.importance import AttentionStatistics
 from madtp.packing import pack
 from madtp.pruning import OFF, Layout, PruneSetting, TokenPruner
 from models.attention import attend
-from models.tower import DropPath, TowerRecord, count_tokens
+from models.tower import PreNormBlock, TowerRecord, block_flops, run_blocks
 
 NORM_EPS = 1e-6
 
@@ -33,42 +34,21 @@ class SelfAttention(nn.Module):
         return self.proj(out), statistics
 
 
-class Block(nn.Module):
-    """Pre-norm block: attention, pruning, MLP. With `pruner=None` it is the dense block."""
+class Block(PreNormBlock):
+    """A block with the names of BLIP and timm."""
 
     def __init__(self, dim: int, num_heads: int, mlp_ratio: float, drop_path: float, pruner: TokenPruner | None):
-        super().__init__()
+        super().__init__(dim, int(dim * mlp_ratio), drop_path, pruner)
         self.norm1 = nn.LayerNorm(dim, eps=NORM_EPS)
         self.attn = SelfAttention(dim, num_heads)
-        self.drop_path = DropPath(drop_path)
         self.norm2 = nn.LayerNorm(dim, eps=NORM_EPS)
-        self.mlp = Mlp(dim, int(dim * mlp_ratio))
-        self.pruner = pruner
+        self.mlp = Mlp(dim, self.hidden)
 
-    def forward(
-        self, x: Tensor, layout: Layout, learnable_tokens: Tensor | None, temperature: float | None, align: bool
-    ) -> tuple[Tensor, Layout, Tensor | None, Tensor | None]:
-        """x (B, N, C) -> x (B, M, C), its layout, kept (B, N - 1) or None, alignment features (B, K, D) or None."""
-        active = self.pruner is not None and temperature is not None
-        products, features = None, None
-        if self.pruner is not None and (active or align):
-            products, features = self.pruner.align(x, layout, learnable_tokens, align)
-        attended, statistics = self.attn(self.norm1(x), layout, self.pruner if active else None)
-        x = x + self.drop_path(attended, layout)
-        kept = None
-        if active:
-            x, layout, kept = self.pruner.prune(x, layout, products, statistics, temperature)
-        x = x + self.drop_path(self.mlp(self.norm2(x)), layout)
-        return x, layout, kept, features
+    def attention(self, x: Tensor, layout: Layout, pruner: TokenPruner | None) -> tuple[Tensor, AttentionStatistics | None]:
+        return self.attn(self.norm1(x), layout, pruner)
 
-    def flops(self, entering: Tensor, leaving: Tensor, active: bool, training: bool, without_map: bool) -> Tensor:
-        """Multiply-adds of `forward` for samples with these token counts before and after pruning."""
-        dim, hidden = self.norm1.normalized_shape[0], self.mlp.fc1.out_features
-        total = flops.layer_norm(entering, dim) + flops.linear(entering, dim, 4 * dim) + flops.attention(entering, entering, dim)
-        total = total + flops.layer_norm(leaving, dim) + flops.mlp(leaving, dim, hidden)
-        if self.pruner is not None:
-            total = total + self.pruner.flops(entering, active, training, without_map)
-        return total
+    def feed_forward(self, x: Tensor) -> Tensor:
+        return self.mlp(self.norm2(x))
 
 
 class VisionTransformer(nn.Module):
@@ -122,11 +102,7 @@ class VisionTransformer(nn.Module):
         x = self.patch_embed(images)
         x = torch.cat([self.cls_token.expand(len(x), -1, -1).to(x.dtype), x], dim=1) + self.pos_embed
         x, layout = pack(x, None) if packed else (x, None)
-        record = TowerRecord(without_map=packed)
-        for index, block in enumerate(self.blocks):
-            before = count_tokens(x, layout)
-            x, layout, kept, features = block(x, layout, learnable_tokens, setting.at(index), align)
-            record.add(before, count_tokens(x, layout), kept, features)
+        x, layout, record = run_blocks(self.blocks, x, layout, learnable_tokens, setting, align, packed)
         return self.norm(x), layout, record
 
     def flops(self, record: TowerRecord, setting: PruneSetting, training: bool = False) -> Tensor:
@@ -134,10 +110,7 @@ class VisionTransformer(nn.Module):
         patch = self.patch_embed.proj
         first, last = record.entering[0], record.leaving[-1]
         total = flops.linear(first - 1, patch.weight[0].numel(), self.embed_dim) + flops.layer_norm(last, self.embed_dim)
-        for index, block in enumerate(self.blocks):
-            active = setting.at(index) is not None
-            total = total + block.flops(record.entering[index], record.leaving[index], active, training, record.without_map)
-        return total
+        return total + block_flops(self.blocks, record, setting, training)
 
 
 def checkpoint_wrapper(module: nn.Module) -> nn.Module:
