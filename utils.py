@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
+from torch.distributed.nn.functional import all_gather
 
 logger = logging.getLogger("madtp")
 
@@ -71,6 +73,26 @@ def gather_objects(value: object) -> list:
     gathered: list = [None] * dist.get_world_size()
     dist.all_gather_object(gathered, value)
     return gathered
+
+
+def gather_tensors(values: torch.Tensor) -> torch.Tensor:
+    """(B, ...) of every process, of one shape everywhere, in the order of the ranks. Gradients find their way back."""
+    if not dist.is_initialized():
+        return values
+    if torch.is_grad_enabled() and values.requires_grad:
+        return torch.cat(all_gather(values.contiguous()))
+    gathered = [torch.empty_like(values) for _ in range(dist.get_world_size())]
+    dist.all_gather(gathered, values.contiguous())
+    return torch.cat(gathered)
+
+
+def gather_padded(values: torch.Tensor) -> torch.Tensor:
+    """The same of (B, N, ...) whose N differs between processes: padded with zeros to the largest."""
+    if not dist.is_initialized():
+        return values
+    width = torch.tensor(values.shape[1], device=values.device)
+    dist.all_reduce(width, dist.ReduceOp.MAX)
+    return gather_tensors(F.pad(values, (0, 0) * (values.dim() - 2) + (0, int(width) - values.shape[1])))
 
 
 def barrier() -> None:

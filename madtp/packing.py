@@ -76,6 +76,14 @@ class Packed:
         each = len(self.lengths) // number
         return Packed.of((sum(self.lengths[i * each : (i + 1) * each]) for i in range(number)), self.device)
 
+    def select(self, x: Tensor, samples: Tensor) -> tuple[Tensor, "Packed"]:
+        """The samples of these numbers (n,), in that order; one may come twice. Known to the host: it waits for the device once."""
+        chosen = samples.tolist()
+        layout = Packed.of([self.lengths[i] for i in chosen], self.device)
+        starts = [self.starts[i] - start for i, start in zip(chosen, layout.starts, strict=False)]
+        shift = torch.tensor(starts, device=self.device).repeat_interleave(layout.offsets.diff(), output_size=layout.total)
+        return x.index_select(0, shift + torch.arange(layout.total, device=self.device)), layout
+
     def chunk(self, x: Tensor, parts: int) -> list[tuple[Tensor, "Packed"]]:
         """The batch in `parts` of equally many samples."""
         each = len(self.lengths) // parts

@@ -191,17 +191,19 @@ class TokenPruner(nn.Module):
         rule: PruningRule,
         projection: str = "auto",
         mask_follows: bool = False,
+        min_keep: int = 0,
     ):
         """
         Args:
             dim: width C of the block's tokens.
             num_learnable, token_dim: K and D of the learnable tokens.
             mask_follows: which of the authors' mask orders `variant: released` reproduces (see released.released_order).
+            min_keep: `variant: released` prunes nothing where it would keep no more than so many tokens.
         """
         super().__init__()
         self.alignment = Alignment(dim, token_dim, projection)
         self.rule, self.dim, self.num_learnable, self.token_dim = rule, dim, num_learnable, token_dim
-        self.mask_follows = mask_follows
+        self.mask_follows, self.min_keep = mask_follows, min_keep
 
     @property
     def needs_scores(self) -> bool:
@@ -303,7 +305,7 @@ class TokenPruner(nn.Module):
             importance = released.released_importance(statistics, products, self.rule.terms)
             theta = released.released_threshold(products, importance, temperature)
             counts = (importance > theta.unsqueeze(1)).sum(dim=1)
-            count = int(keep_counts(counts, torch.full_like(counts, importance.shape[1]), self.rule.keep)[0])
+            count = int(keep_counts(counts, torch.full_like(counts, importance.shape[1]), self.rule.keep, self.min_keep)[0])
             kept = best_tokens(importance, torch.full_like(counts, count))
         if count == importance.shape[1]:
             return x, valid, kept

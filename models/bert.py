@@ -1,4 +1,4 @@
-"""BERT text encoder with cross-attention to images and a pruner slot in every layer. Parameter names are those of BLIP.
+"""BERT text encoder with cross-attention to images, or without, and a pruner slot in every layer. Parameter names are BLIP's.
 
 Shapes: S texts, L text tokens with [ENC]/[CLS] first, C width; B images, M image tokens, V their width. S is a multiple of B:
 the first S / B texts are about the first image, and so on. Instead of padded with a mask, texts and images may be packed: (T, C)
@@ -141,6 +141,24 @@ class PairedCrossAttention(nn.Module):
         return self.self0.flops(tokens, images[0]) + self.self1.flops(tokens, images[1]) + self.output.flops(tokens)
 
 
+class CrossAttention(nn.Module):
+    """BLIP: cross-attention to one image."""
+
+    def __init__(self, size: BertSize, image_width: int):
+        super().__init__()
+        self.self = Heads(size, image_width)
+        self.output = ResidualOutput(size.hidden_size, size)
+
+    def forward(self, x: Tensor, layout: Layout, images: Sequence[tuple[Tensor, Layout]]) -> Tensor:
+        """images: one entry, the tokens of the images with their layout."""
+        ((image, image_layout),) = images
+        attended, _ = self.self(x, image, layout, image_layout)
+        return self.output(attended, x)
+
+    def flops(self, tokens: Tensor, images: Sequence[Tensor]) -> Tensor:
+        return self.self.flops(tokens, images[0]) + self.output.flops(tokens)
+
+
 class FeedForward(nn.Module):
     def __init__(self, size: BertSize):
         super().__init__()
@@ -151,7 +169,10 @@ class FeedForward(nn.Module):
 
 
 class Layer(nn.Module):
-    """Post-norm layer: self-attention, pruning, cross-attention, feed-forward. With `pruner=None` it is the dense layer."""
+    """Post-norm layer: self-attention, pruning, cross-attention, feed-forward. With `pruner=None` it is the dense layer.
+
+    Without images (`images` empty) the cross-attention is passed over.
+    """
 
     def __init__(self, size: BertSize, cross_attention: nn.Module, pruner: TokenPruner | None):
         super().__init__()
@@ -179,7 +200,8 @@ class Layer(nn.Module):
         kept = None
         if active:
             x, layout, kept = self.pruner.prune(x, layout, products, statistics, temperature)
-        x = self.crossattention(x, layout, images)
+        if images:
+            x = self.crossattention(x, layout, images)
         x = self.output(self.intermediate(x), x)
         return x, layout, kept, features
 
@@ -188,8 +210,10 @@ class Layer(nn.Module):
     ) -> Tensor:
         """Multiply-adds of `forward` for samples with these text and image token counts."""
         dense = self.intermediate.dense
-        total = self.attention.flops(entering) + self.crossattention.flops(leaving, images)
-        total = total + flops.linear(leaving, dense.in_features, dense.out_features) + self.output.flops(leaving)
+        total = self.attention.flops(entering) + self.output.flops(leaving)
+        total = total + flops.linear(leaving, dense.in_features, dense.out_features)
+        if images:
+            total = total + self.crossattention.flops(leaving, images)
         if self.pruner is not None:
             total = total + self.pruner.flops(entering, active, training, without_map)
         return total
@@ -248,15 +272,16 @@ class TextEncoder(nn.Module):
         learnable_tokens: Tensor | None = None,
         setting: PruneSetting = OFF,
         align: bool = False,
+        packed: bool = False,
     ) -> tuple[Tensor, Layout, TowerRecord]:
         """Text tokens, their layout and the record of all layers.
 
         Args:
             input_ids, attention_mask: (S, L).
-            images: the tokens that each cross-attention reads, (B, M, V), with their layout. Packed ones make the text packed.
+            images: the tokens that each cross-attention reads, (B, M, V), with their layout; none: the text alone is read.
+            packed: whether the text is to be packed; it has to be where the images are.
         """
         x, layout = self.embeddings(input_ids), attention_mask.bool()
-        packed = any(isinstance(image_layout, Packed) for _, image_layout in images)
         if packed:
             x, layout = pack(x, layout)
         return run_blocks(self.encoder.layer, x, layout, learnable_tokens, setting, align, packed, images)

@@ -77,7 +77,7 @@ class BlipNlvr(nn.Module):
             images.transpose(0, 1).flatten(0, 1), self.learnable_tokens, setting, align, packed
         )
         text, layout, language = self.text_encoder(
-            input_ids, attention_mask, halves(tokens, layout), self.learnable_tokens, setting, align
+            input_ids, attention_mask, halves(tokens, layout), self.learnable_tokens, setting, align, packed
         )
         return NlvrOutput(self.cls_head(class_tokens(text, layout)), text, vision, language)
 

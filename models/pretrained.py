@@ -1,6 +1,7 @@
 """Weights of others and of earlier runs: reading them safely, and translating their names. Nothing else knows foreign keys."""
 
 import pickle
+import zipfile
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -20,6 +21,13 @@ BLIP_MAY_IGNORE = (
     "text_decoder.", "vision_proj.", "text_proj.", "itm_head.", "visual_encoder_m.", "text_encoder_m.", "vision_proj_m.",
     "text_proj_m.", "temp", "image_queue", "text_queue", "queue_ptr", "ptr_queue", "idx_queue", "embeddings.position_ids",
 )  # fmt: skip
+
+# What retrieval training adds: momentum encoders that follow the others, and queues that fill again.
+RETRIEVAL_MAY_MISS = (
+    "space_dict", ".pruner.", "_m.", "_m", "itm_head.", "vision_proj.", "text_proj.", "temp",
+    "image_queue", "text_queue", "idx_queue", "ptr_queue",
+)  # fmt: skip
+QUEUES = ("image_queue", "text_queue", "idx_queue", "ptr_queue")
 
 LFS_POINTER = b"version https://git-lfs"
 CHECKPOINT_HEADS = (b"PK", b"\x80")  # a zip archive; a bare pickle, as older versions of PyTorch wrote
@@ -41,7 +49,12 @@ def read_checkpoint(path: str | Path) -> dict:
     if path.suffix != ".safetensors" and not head.startswith(CHECKPOINT_HEADS):
         raise UserError(f"{path}: not a PyTorch checkpoint (it begins with {head[:12]!r}); fetch it again")
     try:
-        content = load_file(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True)
+        if path.suffix == ".safetensors":
+            content = load_file(path)
+        elif _is_torchscript(path):  # OpenAI's archives; nothing of their code is called
+            content = torch.jit.load(path, map_location="cpu").state_dict()
+        else:
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         raise UserError(
             f"{path}: not plain weights: it holds Python objects whose loading could run code; save its state dict alone"
@@ -55,6 +68,10 @@ def read_checkpoint(path: str | Path) -> dict:
     if not checkpoint["model"] or not all(isinstance(value, Tensor) for value in checkpoint["model"].values()):
         raise UserError(f"{path}: its weights are not all tensors; save the model's state dict alone")
     return checkpoint
+
+
+def _is_torchscript(path: Path) -> bool:
+    return zipfile.is_zipfile(path) and any(name.endswith("/constants.pkl") for name in zipfile.ZipFile(path).namelist())
 
 
 def load_nlvr_weights(model: nn.Module, weights: StateDict, source: str) -> None:
@@ -72,6 +89,39 @@ def load_nlvr_weights(model: nn.Module, weights: StateDict, source: str) -> None
     if position in translated and position in expected:
         translated[position] = interpolate_position_embedding(translated[position], expected[position].shape[1])
     load_weights(model, translated, source, NLVR_MAY_MISS, BLIP_MAY_IGNORE)
+
+
+def load_retrieval_weights(model: nn.Module, weights: StateDict, source: str) -> None:
+    """Load BLIP weights into a `BlipRetrieval`. Momentum weights that are missing start as the online ones.
+
+    Raises:
+        UserError: naming weights that do not fit, are missing, or are not known.
+    """
+    weights = {name: tensor if tensor.dtype == torch.long else tensor.float() for name, tensor in weights.items()}
+    weights = {name: tensor for name, tensor in weights.items() if name not in ("queue_ptr", "ptr_queue") or tensor.dim()}
+    load_pair_weights(model, weights, source, ("visual_encoder.pos_embed", "visual_encoder_m.pos_embed"), BLIP_MAY_IGNORE)
+
+
+def load_pair_weights(
+    model: nn.Module, weights: StateDict, source: str, positions: Iterable[str], may_ignore: Iterable[str]
+) -> None:
+    """The part that BLIP and CLIP share: position embeddings are interpolated, queues of another size start anew, momentum
+    weights that are missing are those of the encoders.
+
+    positions: the names of position embeddings (1, 1 + n * n, C) or (1 + n * n, C)
+    """
+    expected = model.state_dict()
+    for name in positions:
+        if name in weights and weights[name].shape != expected[name].shape:
+            embedding = weights[name].reshape(1, *weights[name].shape[-2:])
+            weights[name] = interpolate_position_embedding(embedding, expected[name].shape[-2]).reshape(expected[name].shape)
+    if any(name in weights and weights[name].shape != expected[name].shape for name in QUEUES):
+        logger.info("%s: its queues have another size and start anew", source)
+        weights = {name: tensor for name, tensor in weights.items() if name not in QUEUES}
+    load_weights(model, weights, source, RETRIEVAL_MAY_MISS, may_ignore)
+    followers = [name for name in expected if name.split(".")[0].endswith("_m")]
+    if not any(name in weights for name in followers):
+        model.copy_to_momentum()
 
 
 def _paired(name: str) -> list[str]:

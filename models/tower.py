@@ -4,12 +4,16 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import torch
+import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from madtp import flops
+from madtp.alignment import Valid
 from madtp.importance import AttentionStatistics
-from madtp.packing import Packed
+from madtp.packing import Packed, pack
 from madtp.pruning import Layout, PruneSetting, TokenPruner
+from utils import gather_padded
 
 
 @dataclass
@@ -36,6 +40,16 @@ class TowerRecord:
             self.features = features if self.features is None else self.features + features
 
 
+@dataclass
+class Encoded:
+    """The tokens of a tower with their layout, the normalised feature (B, E) of each sample, and the record."""
+
+    tokens: Tensor
+    layout: Layout
+    feature: Tensor
+    record: TowerRecord
+
+
 def count_tokens(x: Tensor, layout: Layout) -> Tensor:
     """(B,) number of valid tokens of x (B, N, C), or packed (T, C)."""
     if isinstance(layout, Packed):
@@ -53,6 +67,42 @@ def halves(x: Tensor, layout: Layout) -> list[tuple[Tensor, Layout]]:
     if isinstance(layout, Packed):
         return layout.chunk(x, 2)
     return list(zip(x.chunk(2), (None, None) if layout is None else layout.chunk(2), strict=True))
+
+
+def select(x: Tensor, layout: Layout, samples: Tensor) -> tuple[Tensor, Layout]:
+    """The samples of these numbers (n,), in that order; one may come twice."""
+    if isinstance(layout, Packed):
+        return layout.select(x, samples)
+    return x[samples], None if layout is None else layout[samples]
+
+
+def concatenate(first: tuple[Tensor, Layout], second: tuple[Tensor, Layout]) -> tuple[Tensor, Layout]:
+    """The samples of two batches, each given with its layout, as one batch."""
+    if isinstance(first[1], Packed):
+        return torch.cat([first[0], second[0]]), Packed.of(first[1].lengths + second[1].lengths, first[1].device)
+    if first[1] is None and second[1] is None and first[0].shape[1] == second[0].shape[1]:
+        return torch.cat([first[0], second[0]]), None
+    width = max(first[0].shape[1], second[0].shape[1])
+    tokens, masks = zip(*(_widen(*batch, width) for batch in (first, second)), strict=True)
+    return torch.cat(tokens), torch.cat(masks)
+
+
+def gather_samples(x: Tensor, layout: Layout) -> tuple[Tensor, Layout]:
+    """The samples of all processes, in the order of the ranks, as one batch; gradients find their way back to each process."""
+    if not dist.is_initialized():
+        return x, layout
+    if isinstance(layout, Packed):  # padding holds tokens of other samples, and no gradient may reach them through it
+        padded = layout.pad(x) * layout.valid.unsqueeze(-1)
+        return pack(gather_padded(padded), gather_padded(layout.valid.byte()).bool())
+    valid = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device) if layout is None else layout
+    return gather_padded(x), gather_padded(valid.byte()).bool()
+
+
+def _widen(x: Tensor, valid: Valid, width: int) -> tuple[Tensor, Tensor]:
+    """x (B, N, C) padded to `width` tokens, and its mask."""
+    valid = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device) if valid is None else valid
+    more = width - x.shape[1]
+    return F.pad(x, (0, 0, 0, more)), F.pad(valid, (0, more))
 
 
 class DropPath(nn.Module):

@@ -29,6 +29,8 @@ def nlvr(rule: PruningRule | None = None, *, layers: int = 2, dropout: float = 0
 def with_lively_weights(module: nn.Module) -> nn.Module:
     """Draw every parameter by its name, so that models which share a part share its weights."""
     for name, parameter in sorted(module.named_parameters()):
+        if parameter.dim() == 0:  # a temperature stays as it is
+            continue
         generator = torch.Generator().manual_seed(sum(map(ord, name)) * 7919 + len(name))
         noise = torch.randn(parameter.shape, generator=generator)
         if parameter.dim() == 1:  # biases around 0, gains around 1

@@ -245,7 +245,7 @@ def train_reading(model: BlipNlvr, config: NlvrConfig, seed: int, log: Path) -> 
             with torch.no_grad():
                 tokens, _, _ = model.visual_encoder(batch["images"].transpose(0, 1).flatten(0, 1))
             images = halves(*pack(tokens, batch["shown"]))
-            text, layout, _ = model.text_encoder(batch["input_ids"], batch["attention_mask"], images)
+            text, layout, _ = model.text_encoder(batch["input_ids"], batch["attention_mask"], images, packed=True)
             told = class_tokens(text, layout)
             found = evidence_head(told).float().unflatten(-1, (2, EVIDENCE))
             logits = model.cls_head(told).float()

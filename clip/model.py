@@ -1,0 +1,206 @@
+"""CLIP (Radford et al., 2021) with a pruner slot in every block of both towers. Parameter names are OpenAI's.
+
+Shapes: B images or texts, N tokens, L text tokens, C width of a tower, E width of the common space, K learnable tokens, D their
+width. The class token of a text is its end-of-text token, the last in the text's order; in memory it comes first, as class
+tokens do everywhere, so that one pruning path serves: kept tokens stay in order, a merged one comes last, right before it.
+"""
+
+import math
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from madtp import flops
+from madtp.importance import AttentionStatistics
+from madtp.packing import pack
+from madtp.pruning import OFF, Layout, PruneSetting, TokenPruner
+from models.attention import Causal, attend
+from models.tower import Encoded, PreNormBlock, block_flops, class_tokens, run_blocks
+
+MLP_RATIO = 4
+START_SCALE = math.log(1 / 0.07)
+MakePruner = Callable[[int], TokenPruner | None]
+
+
+@dataclass(frozen=True)
+class ClipSize:
+    """The defaults are ViT-L/14 at 336 px."""
+
+    image_size: int = 336
+    patch_size: int = 14
+    vision_width: int = 1024
+    vision_layers: int = 24
+    vision_heads: int = 16
+    text_width: int = 768
+    text_layers: int = 12
+    text_heads: int = 12
+    context_length: int = 77
+    vocab_size: int = 49408
+    embed_dim: int = 768
+
+
+class QuickGelu(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.sigmoid(1.702 * x)
+
+
+class SelfAttention(nn.Module):
+    """Multi-head self-attention with the parameter names of nn.MultiheadAttention."""
+
+    def __init__(self, dim: int, num_heads: int, causal: Causal):
+        super().__init__()
+        self.num_heads, self.causal = num_heads, causal
+        self.in_proj_weight = nn.Parameter(torch.empty(3 * dim, dim))
+        self.in_proj_bias = nn.Parameter(torch.zeros(3 * dim))
+        self.out_proj = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor, layout: Layout, pruner: TokenPruner | None):
+        """x (B, N, C) or packed -> the same, and the statistics that a pruner asks for."""
+        heads = F.linear(x, self.in_proj_weight, self.in_proj_bias).chunk(3, dim=-1)
+        out, statistics = attend(*heads, self.num_heads, layout, layout, pruner=pruner, causal=self.causal)
+        return self.out_proj(out), statistics
+
+
+class ResidualAttentionBlock(PreNormBlock):
+    """A block with OpenAI's names."""
+
+    def __init__(self, dim: int, num_heads: int, causal: Causal, pruner: TokenPruner | None):
+        super().__init__(dim, MLP_RATIO * dim, 0.0, pruner)
+        self.ln_1 = nn.LayerNorm(dim)
+        self.attn = SelfAttention(dim, num_heads, causal)
+        self.ln_2 = nn.LayerNorm(dim)
+        layers = [("c_fc", nn.Linear(dim, self.hidden)), ("gelu", QuickGelu()), ("c_proj", nn.Linear(self.hidden, dim))]
+        self.mlp = nn.Sequential(OrderedDict(layers))
+
+    def attention(self, x: Tensor, layout: Layout, pruner: TokenPruner | None) -> tuple[Tensor, AttentionStatistics | None]:
+        return self.attn(self.ln_1(x), layout, pruner)
+
+    def feed_forward(self, x: Tensor) -> Tensor:
+        return self.mlp(self.ln_2(x))
+
+
+class Transformer(nn.Module):
+    def __init__(self, dim: int, depth: int, num_heads: int, causal: Causal, make_pruner: MakePruner):
+        super().__init__()
+        self.resblocks = nn.ModuleList(ResidualAttentionBlock(dim, num_heads, causal, make_pruner(dim)) for _ in range(depth))
+        self._init_weights(dim, depth)
+
+    def _init_weights(self, dim: int, depth: int) -> None:
+        """As OpenAI draws them: what writes to the residual stream the smaller, the deeper the tower."""
+        residual = dim**-0.5 * (2 * depth) ** -0.5
+        for block in self.resblocks:
+            nn.init.normal_(block.attn.in_proj_weight, std=dim**-0.5)
+            nn.init.normal_(block.attn.out_proj.weight, std=residual)
+            nn.init.normal_(block.mlp.c_fc.weight, std=(2 * dim) ** -0.5)
+            nn.init.normal_(block.mlp.c_proj.weight, std=residual)
+            nn.init.zeros_(block.attn.out_proj.bias)
+
+
+class VisionTower(nn.Module):
+    def __init__(self, size: ClipSize, make_pruner: MakePruner):
+        super().__init__()
+        width, patches = size.vision_width, (size.image_size // size.patch_size) ** 2
+        self.conv1 = nn.Conv2d(3, width, size.patch_size, size.patch_size, bias=False)
+        self.class_embedding = nn.Parameter(torch.randn(width) * width**-0.5)
+        self.positional_embedding = nn.Parameter(torch.randn(1 + patches, width) * width**-0.5)
+        self.ln_pre = nn.LayerNorm(width)
+        self.transformer = Transformer(width, size.vision_layers, size.vision_heads, None, make_pruner)
+        self.ln_post = nn.LayerNorm(width)
+        self.proj = nn.Parameter(torch.randn(width, size.embed_dim) * width**-0.5)
+
+    def forward(self, images: Tensor, learnable_tokens: Tensor | None, setting: PruneSetting, align: bool, packed: bool) -> Encoded:
+        """images (B, 3, H, W). The feature is the projected class token, not normalised."""
+        patches = self.conv1(images).flatten(2).transpose(1, 2)
+        x = torch.cat([self.class_embedding.to(patches.dtype).expand(len(images), 1, -1), patches], dim=1)
+        x = self.ln_pre(x + self.positional_embedding.to(x.dtype))
+        x, layout = pack(x, None) if packed else (x, None)
+        x, layout, record = run_blocks(self.transformer.resblocks, x, layout, learnable_tokens, setting, align, packed)
+        return Encoded(x, layout, self.ln_post(class_tokens(x, layout)) @ self.proj, record)
+
+    def flops(self, encoded: Encoded, setting: PruneSetting) -> Tensor:
+        """Multiply-adds of `forward` per image, (B,)."""
+        record, width = encoded.record, self.conv1.out_channels
+        total = flops.linear(record.entering[0] - 1, self.conv1.weight[0].numel(), width) + self.proj.numel()
+        total = total + flops.layer_norm(record.entering[0], width) + flops.layer_norm(1, width)
+        return total + block_flops(self.transformer.resblocks, record, setting, training=False)
+
+
+class Clip(nn.Module):
+    def __init__(
+        self, size: ClipSize, make_pruner: MakePruner = lambda dim: None, learnable_tokens: tuple[int, int, float] | None = None,
+        text_order: Causal = "class_last",
+    ):  # fmt: skip
+        """
+        Args:
+            make_pruner: builds the pruner of one block from the block's width; None leaves the block dense.
+            learnable_tokens: number K, width D and initial std of the tokens that both towers share; None without pruners.
+            text_order: "class_first" is what the authors' code does: the start token is the class token, padding takes part. It
+                reads the wrong token once tokens are pruned, so it is for comparing unpruned texts alone.
+        """
+        super().__init__()
+        width, self.text_order = size.text_width, text_order
+        self.visual = VisionTower(size, make_pruner)
+        self.transformer = Transformer(width, size.text_layers, size.text_heads, text_order, make_pruner)
+        self.token_embedding = nn.Embedding(size.vocab_size, width)
+        self.positional_embedding = nn.Parameter(torch.randn(size.context_length, width) * 0.01)
+        self.ln_final = nn.LayerNorm(width)
+        self.text_projection = nn.Parameter(torch.randn(width, size.embed_dim) * width**-0.5)
+        self.logit_scale = nn.Parameter(torch.tensor(START_SCALE))
+        nn.init.normal_(self.token_embedding.weight, std=0.02)
+        self.space_dict = None  # the published name of E, the learnable tokens
+        if learnable_tokens is not None:
+            number, token_dim, std = learnable_tokens
+            self.space_dict = nn.Parameter(torch.randn(number, token_dim) * std)
+
+    @property
+    def learnable_tokens(self) -> Tensor | None:
+        return self.space_dict
+
+    @property
+    def depth(self) -> int:
+        """Blocks of the deeper tower: how far `prune_from` can be raised."""
+        return max(len(self.visual.transformer.resblocks), len(self.transformer.resblocks))
+
+    def encode_image(
+        self, images: Tensor, setting: PruneSetting = OFF, align: bool = False, packed: bool = False, suffix: str = ""
+    ) -> Encoded:
+        """images (B, 3, H, W). Not normalised. `suffix` names the copy of the tower's parts that encodes."""
+        return getattr(self, f"visual{suffix}")(images, self.learnable_tokens, setting, align, packed)
+
+    def encode_text(
+        self, input_ids: Tensor, setting: PruneSetting = OFF, align: bool = False, packed: bool = False, suffix: str = ""
+    ) -> Encoded:
+        """input_ids (B, L), of which the end-of-text token is the highest in each text; what stands behind it is padding."""
+        transformer, embedding, norm, position, projection = (
+            getattr(self, name + suffix)
+            for name in ("transformer", "token_embedding", "ln_final", "positional_embedding", "text_projection")
+        )
+        end = input_ids.argmax(dim=1)
+        x, layout = embedding(input_ids) + position[: input_ids.shape[1]], None
+        if self.text_order == "class_last":
+            x, layout = end_first(x, end)
+        if packed:
+            x, layout = pack(x, layout)
+        x, layout, record = run_blocks(transformer.resblocks, x, layout, self.learnable_tokens, setting, align, False)
+        x = norm(x)
+        read = class_tokens(x, layout) if self.text_order == "class_last" else x[torch.arange(len(x)), end]
+        return Encoded(x, layout, read @ projection, record)
+
+    def text_flops(self, encoded: Encoded, setting: PruneSetting) -> Tensor:
+        """Multiply-adds of `encode_text` per text, (B,)."""
+        total = flops.layer_norm(encoded.record.leaving[-1], self.ln_final.normalized_shape[0]) + self.text_projection.numel()
+        return total + block_flops(self.transformer.resblocks, encoded.record, setting, training=False)
+
+
+def end_first(x: Tensor, end: Tensor) -> tuple[Tensor, Tensor]:
+    """The token at `end` (B,) of each text first, then those before it in their order; what follows it is dropped.
+
+    x (B, L, C) -> (B, M, C) and its mask (B, M), M the tokens of the longest text
+    """
+    places = torch.arange(int(end.max()) + 1, device=x.device)
+    source = torch.where(places == 0, end.unsqueeze(1), places - 1)
+    return x.gather(1, source.unsqueeze(-1).expand(-1, -1, x.shape[-1])), places <= end.unsqueeze(1)

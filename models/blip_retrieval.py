@@ -1,0 +1,193 @@
+"""BLIP for image-text retrieval: contrastive features of both, and a matching head that reads them together.
+
+Shapes: B pairs of an image and a text, S texts, L text tokens, E width of the common space, K learnable tokens, D their width.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from madtp.flops import GIGA, linear
+from madtp.packing import Packed
+from madtp.pruning import OFF, Layout, PruneSetting
+from models.bert import TextEncoder
+from models.momentum import MomentumModel, PairPasses, hard_negatives
+from models.tower import (
+    Encoded,
+    TowerRecord,
+    class_tokens,
+    concatenate,
+    count_tokens,
+    gather_samples,
+    select,
+)
+from models.vit import VisionTransformer
+from utils import gather_padded, gather_tensors
+
+TEMPERATURES = (0.001, 0.5)  # between which the contrastive temperature may learn to be
+START_TEMPERATURE = 0.07
+
+
+@dataclass
+class MatchingPasses(PairPasses):
+    """With the matching passes: the B pairs, and then twice R negatives (another image; another text).
+
+    logits: (B + 2 R, 2) of the matching head, class 1 is a match; targets: (B + 2 R,)
+    matching: of each of the two passes the text's record and the number of image tokens that each of its texts read
+    """
+
+    logits: Tensor
+    targets: Tensor
+    matching: list[tuple[TowerRecord, Tensor]]
+
+
+class BlipRetrieval(MomentumModel):
+    def __init__(
+        self,
+        visual_encoder: VisionTransformer,
+        text_encoder: TextEncoder,
+        enc_token: int,
+        embed_dim: int = 256,
+        queue_size: int = 57600,
+        momentum: float = 0.995,
+        negative_all_rank: bool = True,
+        learnable_tokens: tuple[int, int, float] | None = None,
+    ):
+        """
+        Args:
+            enc_token: id of [ENC], with which a text begins that is read with an image.
+            embed_dim: width E of the common space.
+            negative_all_rank: whether negatives are drawn from the batches of all processes, or from its own.
+            learnable_tokens: number K, width D and initial std of the tokens that all towers share; None without pruners.
+        """
+        super().__init__()
+        self.visual_encoder = visual_encoder
+        self.text_encoder = text_encoder
+        self.vision_proj = nn.Linear(visual_encoder.embed_dim, embed_dim)
+        self.text_proj = nn.Linear(text_encoder.hidden_size, embed_dim)
+        self.itm_head = nn.Linear(text_encoder.hidden_size, 2)
+        self.temp = nn.Parameter(torch.tensor(START_TEMPERATURE))
+        self.enc_token, self.negative_all_rank = enc_token, negative_all_rank
+        self.space_dict = None  # the published name of E, the learnable tokens
+        if learnable_tokens is not None:
+            number, token_dim, std = learnable_tokens
+            self.space_dict = nn.Parameter(torch.randn(number, token_dim) * std)
+        self.init_momentum(("visual_encoder", "text_encoder", "vision_proj", "text_proj"), embed_dim, queue_size, momentum)
+
+    @property
+    def learnable_tokens(self) -> Tensor | None:
+        return self.space_dict
+
+    @property
+    def depth(self) -> int:
+        """Blocks of the deeper tower: how far `prune_from` can be raised."""
+        return max(self.visual_encoder.depth, self.text_encoder.depth)
+
+    @property
+    def temperature(self) -> Tensor:
+        """By which similarities are divided."""
+        return self.temp
+
+    @torch.no_grad()
+    def limit_temperature(self) -> None:
+        self.temp.clamp_(*TEMPERATURES)
+
+    def encode_image(
+        self, images: Tensor, setting: PruneSetting = OFF, align: bool = False, packed: bool = False, slow: bool = False
+    ) -> Encoded:
+        """images (B, 3, H, W); `slow`: by the momentum encoder."""
+        encoder, project = (self.visual_encoder_m, self.vision_proj_m) if slow else (self.visual_encoder, self.vision_proj)
+        tokens, layout, record = encoder(images, self.learnable_tokens, setting, align, packed)
+        return Encoded(tokens, layout, F.normalize(project(class_tokens(tokens, layout)).float(), dim=-1), record)
+
+    def encode_text(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        setting: PruneSetting = OFF,
+        align: bool = False,
+        packed: bool = False,
+        slow: bool = False,
+    ) -> Encoded:
+        """input_ids, attention_mask (S, L), [CLS] first; `slow`: by the momentum encoder."""
+        encoder, project = (self.text_encoder_m, self.text_proj_m) if slow else (self.text_encoder, self.text_proj)
+        tokens, layout, record = encoder(input_ids, attention_mask, (), self.learnable_tokens, setting, align, packed)
+        return Encoded(tokens, layout, F.normalize(project(class_tokens(tokens, layout)).float(), dim=-1), record)
+
+    def match(
+        self, input_ids: Tensor, attention_mask: Tensor, image: tuple[Tensor, Layout], setting: PruneSetting = OFF
+    ) -> tuple[Tensor, TowerRecord]:
+        """Do they fit? The first S / B texts are read with the first image, and so on. Logits (S, 2), class 1 is yes; record.
+
+        input_ids, attention_mask: (S, L), [CLS] first, which becomes [ENC]
+        image: image tokens of B samples with their layout; packed ones make the text packed
+        """
+        input_ids = torch.cat([torch.full_like(input_ids[:, :1], self.enc_token), input_ids[:, 1:]], dim=1)
+        packed = isinstance(image[1], Packed)
+        tokens, layout, record = self.text_encoder(
+            input_ids, attention_mask, [image], self.learnable_tokens, setting, packed=packed
+        )
+        return self.itm_head(class_tokens(tokens, layout)), record
+
+    def passes(
+        self,
+        images: Tensor,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        image_ids: Tensor | None = None,
+        setting: PruneSetting = OFF,
+        align: bool = False,
+        packed: bool = False,
+    ) -> MatchingPasses:
+        """As of any pair model, then the matching of the pairs and of negatives; without `image_ids`, which is for counting
+        what a step costs, the negatives are neighbours."""
+        pair = super().passes(images, input_ids, attention_mask, image_ids, setting, align, packed)
+        image, text = (pair.image.tokens, pair.image.layout), (input_ids, attention_mask)
+        positive, positive_record = self.match(*text, image, setting)
+        others, rows, negative_image, negative_text = self._negatives(pair, image, text, image_ids)
+        two_images = concatenate(select(*others[0], negative_image), select(*image, rows))
+        two_texts = [torch.cat([own[rows], other[negative_text]]) for own, other in zip(text, others[1], strict=True)]
+        negative, negative_record = self.match(*two_texts, two_images, setting)
+        targets = torch.arange(len(positive) + len(negative), device=positive.device) < len(positive)
+        matching = [(positive_record, count_tokens(*image)), (negative_record, count_tokens(*two_images))]
+        return MatchingPasses(**vars(pair), logits=torch.cat([positive, negative]), targets=targets.long(), matching=matching)
+
+    def _negatives(self, pair: PairPasses, image: tuple[Tensor, Layout], text: tuple[Tensor, ...], image_ids: Tensor | None):
+        """What negatives are drawn from (images with their layout, and texts); the pairs (R,) for which there are any; and for
+        each of these the number of a negative image and of a negative text."""
+        own = torch.arange(len(text[0]), device=text[0].device)
+        if image_ids is None:
+            return (image, text), own, own.roll(1), own.roll(-1)
+        others, ids = (image, text), image_ids
+        image_features, text_features = pair.image.feature, pair.text.feature
+        if self.negative_all_rank:
+            others = gather_samples(*image), [gather_padded(part) for part in text]
+            with torch.no_grad():
+                ids, image_features, text_features = map(gather_tensors, (ids, image_features, text_features))
+        negative_image = hard_negatives(pair.text.feature, image_features, image_ids, ids, self.temp)
+        negative_text = hard_negatives(pair.image.feature, text_features, image_ids, ids, self.temp)
+        rows = own[negative_image >= 0]  # a pair without a negative image has no negative text either
+        return others, rows, negative_image[rows], negative_text[rows]
+
+    def losses(self, passes: MatchingPasses, image_ids: Tensor, alpha: float) -> dict[str, Tensor]:
+        matching = F.cross_entropy(passes.logits.float(), passes.targets)
+        return {"matching": matching, **super().losses(passes, image_ids, alpha)}
+
+    def tower_flops(self, image: Encoded, text: Encoded, setting: PruneSetting) -> tuple[Tensor, Tensor]:
+        """Multiply-adds of both towers with their projections, (B,) each."""
+        vision = self.visual_encoder.flops(image.record, setting) + self.vision_proj.weight.numel()
+        return vision, self.text_encoder.flops(text.record, (), setting) + self.text_proj.weight.numel()
+
+    def gflops_by_module(self, passes: MatchingPasses, setting: PruneSetting = OFF) -> dict[str, Tensor]:
+        pairs, negatives = (self._matching_gflops(*each, setting) for each in passes.matching)
+        own_text, own_image = negatives.chunk(2)
+        return {**super().gflops_by_module(passes, setting), "matching": pairs + own_text + own_image}
+
+    def deployment_gflops(self, passes: MatchingPasses, setting: PruneSetting = OFF) -> Tensor:
+        return super().deployment_gflops(passes, setting) + self._matching_gflops(*passes.matching[0], setting)
+
+    def _matching_gflops(self, record: TowerRecord, read: Tensor, setting: PruneSetting) -> Tensor:
+        cost = self.text_encoder.flops(record, [read], setting) + linear(1, self.text_encoder.hidden_size, 2)
+        return cost.double() / GIGA

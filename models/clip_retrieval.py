@@ -1,0 +1,67 @@
+"""CLIP for image-text retrieval, trained with momentum encoders and queues."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from clip.model import Clip, ClipSize, MakePruner
+from madtp.pruning import OFF, PruneSetting
+from models.attention import Causal
+from models.momentum import MomentumModel
+from models.tower import Encoded
+
+MOMENTUM_PARTS = ("visual", "transformer", "token_embedding", "ln_final", "positional_embedding", "text_projection")
+LARGEST_SCALE = math.log(100)  # of the similarities, as CLIP was trained
+SLOW = "_m"
+
+
+class ClipRetrieval(Clip, MomentumModel):
+    def __init__(
+        self,
+        size: ClipSize,
+        queue_size: int = 57600,
+        momentum: float = 0.995,
+        make_pruner: MakePruner = lambda dim: None,
+        learnable_tokens: tuple[int, int, float] | None = None,
+        text_order: Causal = "class_last",
+    ):
+        super().__init__(size, make_pruner, learnable_tokens, text_order)
+        self.init_momentum(MOMENTUM_PARTS, size.embed_dim, queue_size, momentum)
+
+    @property
+    def temperature(self) -> Tensor:
+        """By which similarities are divided."""
+        return (-self.logit_scale).exp()
+
+    @torch.no_grad()
+    def limit_temperature(self) -> None:
+        self.logit_scale.clamp_(max=LARGEST_SCALE)
+
+    def encode_image(
+        self, images: Tensor, setting: PruneSetting = OFF, align: bool = False, packed: bool = False, slow: bool = False
+    ) -> Encoded:
+        """images (B, 3, H, W), features normalised; `slow`: by the momentum encoder."""
+        return _normalised(super().encode_image(images, setting, align, packed, SLOW if slow else ""))
+
+    def encode_text(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        setting: PruneSetting = OFF,
+        align: bool = False,
+        packed: bool = False,
+        slow: bool = False,
+    ) -> Encoded:
+        """input_ids (B, L), features normalised; no mask is needed: the end-of-text token tells where a text ends."""
+        return _normalised(super().encode_text(input_ids, setting, align, packed, SLOW if slow else ""))
+
+    def tower_flops(self, image: Encoded, text: Encoded, setting: PruneSetting) -> tuple[Tensor, Tensor]:
+        """Multiply-adds of both towers with their projections, (B,) each."""
+        return self.visual.flops(image, setting), self.text_flops(text, setting)
+
+
+def _normalised(encoded: Encoded) -> Encoded:
+    encoded.feature = F.normalize(encoded.feature.float(), dim=-1)
+    return encoded
