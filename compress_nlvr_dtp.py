@@ -9,7 +9,7 @@ Writes <output_dir>/{config.yaml, log.txt, checkpoint_last.pth, checkpoint_best.
 import torch
 import torch.nn.functional as F
 
-from config import NlvrConfig, parse_command_line
+from config import NlvrConfig
 from data.loading import build_loader
 from data.nlvr import NlvrCollate, build_datasets
 from data.text import load_tokenizer
@@ -19,6 +19,7 @@ from madtp.pruning import PruneSetting
 from models.blip_nlvr import reference_gflops
 from models.build import nlvr_from_config
 from models.pretrained import load_nlvr_weights, read_checkpoint
+from options import parse_command_line
 from utils import gather_objects, init_run, run_main
 
 

@@ -1,19 +1,13 @@
-"""Every key of the YAML files: its type, default, constraint and meaning; and the command line that overrides them.
+"""Every key of the YAML files: its type, default, constraint and meaning.
 
 One flat namespace with the published key names. `Config` holds what all tasks share; each task adds a subclass.
 An empty value (`key:`) means none and is refused where a value is needed; `pretrained:` may be empty.
 """
 
-import argparse
-import difflib
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, field_validator, model_validator
-from ruamel.yaml import YAML
-from ruamel.yaml.error import MarkedYAMLError, YAMLError
-
-from utils import UserError
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, field_validator, model_validator
 
 
 class Section(BaseModel):
@@ -51,6 +45,25 @@ class BertSizes(Section):
         return _require(
             self, self.hidden_size % self.num_attention_heads == 0, "hidden_size must be a multiple of num_attention_heads"
         )
+
+
+class ClipSizes(Section):
+    """The sizes of CLIP's towers. The defaults are ViT-L/14's."""
+
+    patch_size: int = Field(14, ge=1, description="pixels along one side of a patch")
+    vision_width: int = Field(1024, ge=1, description="channels of an image token")
+    vision_layers: int = Field(24, ge=1, description="blocks of the image tower")
+    vision_heads: int = Field(16, ge=1, description="attention heads; they divide vision_width")
+    text_width: int = Field(768, ge=1, description="channels of a text token")
+    text_layers: int = Field(12, ge=1, description="blocks of the text tower")
+    text_heads: int = Field(12, ge=1, description="attention heads; they divide text_width")
+    context_length: int = Field(77, ge=3, description="the longest text, in tokens with its start and its end")
+    embed_dim: int = Field(768, ge=1, description="channels of the common space")
+
+    @model_validator(mode="after")
+    def _heads_divide(self) -> "ClipSizes":
+        divides = self.vision_width % self.vision_heads == 0 and self.text_width % self.text_heads == 0
+        return _require(self, divides, "vision_width and text_width must be multiples of vision_heads and text_heads")
 
 
 class Augment(Section):
@@ -94,8 +107,9 @@ Bert = Annotated[Annotated[Literal["base"], Tag("<name>")] | Annotated[BertSizes
 class Config(Section):
     """The keys that all tasks share."""
 
-    task: ClassVar[str] = ""
     script: ClassVar[str] = ""
+
+    task: str = Field("", description="which of the scripts the file is for; tools that take any file need it")
 
     # data
     image_root: Path = Field(Path("datasets/images"), description="the folder that the annotations' image paths start from")
@@ -176,8 +190,12 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _patches_tile_the_image(self) -> "Config":
-        patch = self.vit_sizes.patch_size
+        patch = self.patch_size
         return _require(self, self.image_size % patch == 0, f"image_size must be a multiple of the patch size, {patch}")
+
+    @property
+    def patch_size(self) -> int:
+        return self.vit_sizes.patch_size
 
     @property
     def vit_sizes(self) -> VitSizes:
@@ -207,9 +225,9 @@ class Config(Section):
 class NlvrConfig(Config):
     """NLVR2: is the sentence true of the two pictures?"""
 
-    task: ClassVar[str] = "nlvr"
     script: ClassVar[str] = "compress_nlvr_dtp.py"
 
+    task: Literal["nlvr"] = Field("nlvr", description="which of the scripts the file is for; tools that take any file need it")
     train_files: list[str] = Field(["nlvr_train"], min_length=1, description="annotation files to train on, without .json")
     val_file: str = Field("nlvr_dev", description="annotation file that selects the checkpoint")
     test_file: str = Field("nlvr_test", description="annotation file that is evaluated once, at the end")
@@ -221,150 +239,68 @@ class NlvrConfig(Config):
     text_only: bool = Field(False, description="an ablation that blanks both pictures")
 
 
-ConfigT = TypeVar("ConfigT", bound=Config)
+RETRIEVAL_FILES = {"coco": "coco_karpathy", "flickr": "flickr30k"}
 
 
-def load_config(cls: type[ConfigT], path: str | Path, overrides: dict[str, Any] | None = None) -> ConfigT:
-    """Read the YAML file `path`, let `overrides` (a dotted key reaches into a mapping) go before it, and check the whole.
+class RetrievalConfig(Config):
+    """Image-text retrieval: which caption belongs to a picture, and which picture to a caption?"""
 
-    Raises:
-        UserError: for a missing or invalid file, an unknown key, or a value of the wrong type or range.
-    """
-    values = _read_yaml(Path(path))
-    for key, value in (overrides or {}).items():
-        _assign(values, key.split("."), value)
-    try:
-        return cls(**values)
-    except ValidationError as error:
-        raise UserError(_explain(cls, error, Path(path), overrides or {})) from None
+    script: ClassVar[str] = "compress_retrieval_dtp.py"
 
+    task: Literal["retrieval"] = Field(
+        "retrieval", description="which of the scripts the file is for; tools that take any file need it"
+    )
+    dataset: Literal["coco", "flickr"] = Field("coco", description="whose annotation files are read; flickr is Flickr30k")
+    train_files: list[str] = Field([], description="annotation files to train on, without .json; none: the data set's")
+    val_file: str = Field("", description="annotation file that selects the checkpoint; none: the data set's")
+    test_file: str = Field("", description="annotation file that is evaluated once, at the end; none: the data set's")
+    output_dir: Path = Field(Path("output/retrieval"), description="the folder that the run writes to")
+    max_text_tokens: int = Field(35, ge=3, description="the longest caption in tokens; longer ones are cut")
+    embed_dim: int = Field(256, ge=1, description="channels of the space in which pictures and captions meet")
+    queue_size: int = Field(57600, ge=1, description="features of earlier batches to compare with; more is harder and costs memory")
+    momentum: float = Field(0.995, ge=0, lt=1, description="how slowly the momentum encoders follow; higher is steadier")
+    alpha: float = Field(0.4, ge=0, le=1, description="share of the targets that the momentum encoders give")
+    negative_all_rank: bool = Field(True, description="draw hard negatives from the batches of all processes")
+    k_test: int = Field(256, ge=1, description="candidates that the matching head ranks anew; more is better and slower")
 
-def save_config(config: Config, path: str | Path) -> None:
-    """Write every key, resolved, as YAML that `load_config` reads back; the first line says how to run it."""
-    yaml = YAML(typ="safe", pure=True)
-    yaml.default_flow_style = False
-    yaml.sort_base_mapping_type_on_output = False
-    with open(path, "w", encoding="utf-8") as file:
-        file.write(f"# python {config.script} --config {path}\n")
-        yaml.dump(config.model_dump(mode="json"), file)
-
-
-def parse_command_line(description: str, cls: type[ConfigT], argv: list[str] | None = None) -> ConfigT:
-    """The config that the command line names; flags go before `--set`, and `--set` before the file.
-
-    Raises:
-        UserError: as `load_config`, and for a `--set` that is not key=value.
-    """
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    switch = {"action": argparse.BooleanOptionalAction, "default": None}
-    parser.add_argument("--config", required=True, metavar="FILE", help="the YAML file of the experiment")
-    parser.add_argument("--output_dir", metavar="DIR", help="the folder that the run writes to")
-    parser.add_argument("--evaluate", help="evaluate the pretrained weights, do not train", **switch)
-    parser.add_argument("--device", help="cpu or cuda; cuda when there is one")
-    parser.add_argument("--seed")
-    parser.add_argument("--pretrained", metavar="FILE", help="the weights to start from")
-    parser.add_argument("--epoch", dest="max_epoch", metavar="N", help="epochs (the key max_epoch)")
-    parser.add_argument("--p", help="share of the GFLOPs to remove, 0 <= p < 1")
-    parser.add_argument("--amp", help="mixed precision", **switch)
-    parser.add_argument("--resume", nargs="?", const="last", metavar="FILE", help="go on from this checkpoint, or the last one")
-    parser.add_argument("--set", dest="settings", action="append", default=[], metavar="KEY=VALUE", help="any key of the YAML")
-    arguments = vars(parser.parse_args(argv))
-    path, settings = arguments.pop("config"), arguments.pop("settings")
-    overrides = dict(_parse_setting(setting) for setting in settings)
-    overrides.update({key: value for key, value in arguments.items() if value is not None})
-    return load_config(cls, path, overrides)
+    @model_validator(mode="before")
+    @classmethod
+    def _files_of_the_data_set(cls, values: Any) -> Any:
+        stem = RETRIEVAL_FILES.get(values.get("dataset", "coco")) if isinstance(values, dict) else None
+        if stem is None:
+            return values
+        files = {"train_files": [f"{stem}_train"], "val_file": f"{stem}_val", "test_file": f"{stem}_test"}
+        return {**values, **{key: name for key, name in files.items() if not values.get(key)}}
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
-    try:
-        values = YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror or error}; give the path of a YAML file with --config") from None
-    except MarkedYAMLError as error:
-        line = f":{error.problem_mark.line + 1}" if error.problem_mark else ""
-        raise UserError(f"{path}{line}: not valid YAML: {_one_line(error.problem or error.context)}; mend that line") from None
-    except (YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not valid YAML: {_one_line(error)}") from None
-    if not isinstance(values, dict | None):
-        raise UserError(f"{path}: must hold `key: value` lines, got {type(values).__name__}")
-    return {str(key): value for key, value in (values or {}).items()}
+class ClipRetrievalConfig(RetrievalConfig):
+    """Image-text retrieval by CLIP. Published files carry `vit` and `bert`, of which CLIP's towers take nothing."""
+
+    script: ClassVar[str] = "compress_retrieval_clip_dtp.py"
+
+    task: Literal["retrieval_clip"] = Field(
+        "retrieval_clip", description="which of the scripts the file is for; tools that take any file need it"
+    )
+    output_dir: Path = Field(Path("output/retrieval_clip"), description="the folder that the run writes to")
+    tokenizer: str = Field("clip", description="clip: OpenAI's vocabulary, or the path of a list of words")
+    image_size: int = Field(336, ge=1, description="pixels along one side; more costs GFLOPs by the square and helps details")
+    clip: ClipSizes = Field(ClipSizes(), description="sizes of both towers; those of ViT-L/14 where not given")
+    max_text_tokens: int = Field(77, ge=3, description="the longest caption in tokens; longer ones are cut before their end")
+    mag_projection: Literal["auto", "on", "off"] = Field("on", description="map tokens to sd_dim before alignment, a map per block")
+
+    @model_validator(mode="after")
+    def _authors_read_another_token(self) -> "ClipRetrievalConfig":
+        return _require(
+            self,
+            self.variant == "paper",
+            "variant: the authors' CLIP reads another token than the end of text once it prunes; use paper",
+        )
+
+    @property
+    def patch_size(self) -> int:
+        return self.clip.patch_size
 
 
-def _one_line(text: object) -> str:
-    return " ".join(str(text).split())
-
-
-def _parse_setting(setting: str) -> tuple[str, Any]:
-    key, equals, text = setting.partition("=")
-    if not equals or not key:
-        raise UserError(f"--set {setting}: write it as --set key=value")
-    try:
-        return key, YAML(typ="safe", pure=True).load(text)
-    except YAMLError:
-        raise UserError(f"--set {setting}: the value is not valid YAML; quote it") from None
-
-
-def _assign(values: dict[str, Any], keys: list[str], value: Any) -> None:
-    """Set one nested key. Where the file has no mapping yet, one is made, so that defaults stay for its other keys."""
-    for key in keys[:-1]:
-        if not isinstance(values.get(key), dict):
-            values[key] = {}
-        values = values[key]
-    values[keys[-1]] = value
-
-
-# pydantic's error types, by what the user should have written
-_EXPECTED = {
-    "float": "a number",
-    "int": "a whole number",
-    "bool": "true or false",
-    "string": "text",
-    "path": "a path",
-    "list": "a list",
-    "tuple": "a list of two numbers",
-    "model": "a mapping of keys",
-    "dict": "a mapping of keys",
+CONFIGS: dict[str, type[Config]] = {
+    cls.model_fields["task"].default: cls for cls in (NlvrConfig, RetrievalConfig, ClipRetrievalConfig)
 }
-
-
-def _key_of(location: tuple[int | str, ...]) -> str:
-    return ".".join(str(part) for part in location if not str(part).startswith("<"))
-
-
-def _explain(cls: type[Config], error: ValidationError, path: Path, overrides: dict[str, Any]) -> str:
-    """The first problem in one line, an unknown key before any other, because it often explains the rest."""
-    problem = min(error.errors(), key=lambda problem: problem["type"] != "extra_forbidden")
-    key, kind = _key_of(problem["loc"]), problem["type"]
-    where = "command line" if any(key == name or name.startswith(f"{key}.") for name in overrides) else str(path)
-    if kind == "extra_forbidden":
-        known = _known_keys(cls)
-        nearest = difflib.get_close_matches(key, known, n=1)
-        hint = f"did you mean '{nearest[0]}'?" if nearest else f"the keys are: {', '.join(k for k in known if '.' not in k)}"
-        return f"{where}: unknown key '{key}'; {hint}"
-    if kind == "missing":
-        return f"{where}: key '{key}' is missing; add it"
-    if kind == "value_error":
-        return f"{where}: {f'{key}: ' if key else ''}{problem['ctx']['error']}; change one of them"
-    return f"{where}: key '{key}' must be {_expectation(problem)}, got {problem['input']!r}"
-
-
-def _expectation(problem: Any) -> str:
-    """What a valid value looks like, for one of pydantic's errors."""
-    kind, context = problem["type"], problem.get("ctx", {})
-    limits = {"greater_than_equal": ("at least", "ge"), "greater_than": ("above", "gt"), "less_than": ("below", "lt")}
-    if kind in limits:
-        words, name = limits[kind]
-        return f"{words} {context[name]:g}"
-    if kind == "literal_error":
-        return f"one of {context['expected'].replace(' or ', ', ')}"
-    if kind == "string_pattern_mismatch":
-        return "cpu, cuda or cuda:N"
-    if kind == "too_short" and context.get("field_type") == "List":
-        return "a list with something in it"
-    return _EXPECTED.get(kind.split("_")[0], problem["msg"].lower())
-
-
-def _known_keys(cls: type[BaseModel]) -> list[str]:
-    sections = {"vit": VitSizes, "bert": BertSizes, "augment": Augment}
-    nested = [f"{name}.{key}" for name, section in sections.items() for key in section.model_fields]
-    return [*cls.model_fields, *nested]

@@ -6,7 +6,7 @@ GFLOPs target, epoch by epoch, and selects on the validation split. `run_experim
 
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -14,16 +14,20 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from config import Config, save_config
+from config import Config
 from engine.checkpoint import load_run, save_atomic, save_run
 from engine.flop_table import flop_table
 from engine.results import RunLog, count_parameters, write_json
 from engine.train import CosineSchedule, Losses, Precision, Trainer, move, train_epoch
 from madtp.budget import UnreachableTarget, calibrate
 from madtp.pruning import OFF, PruneSetting
+from options import save_config
 from utils import Run, UserError, all_reduce_sum, barrier, logger, seed_everything
 
 WITHIN_BUDGET = 0.01  # relative distance from the target at which an epoch may be selected
+
+
+Cost = Callable[[nn.Module, dict, PruneSetting], torch.Tensor]
 
 
 @dataclass
@@ -46,6 +50,7 @@ class Experiment:
     inputs: batch -> what the model's forward takes, of its first sample; for the table that a run prints first
     score: the name of the metric that selects
     reference: GFLOPs of the uncompressed model by the published convention
+    deployment: as `gflops`, of a sample in use; None where that is the same
     checkpoint: what the weights given by `pretrained` came with (a temperature, say)
     """
 
@@ -55,28 +60,28 @@ class Experiment:
     loaders: dict[str, object]
     losses: Losses
     evaluate: Callable[[nn.Module, object, PruneSetting], Evaluation]
-    gflops: Callable[[nn.Module, dict, PruneSetting], torch.Tensor]
+    gflops: Cost
     score: str
     reference: float
     loss_weights: dict[str, float] = field(default_factory=dict)
     checkpoint: dict = field(default_factory=dict)
     inputs: Callable[[dict], tuple[torch.Tensor, ...]] | None = None
+    deployment: Cost | None = None
 
     @property
     def precision(self) -> Precision:
         return Precision(self.run.device, self.config.amp)
 
-    @torch.no_grad()
     def measure(self, setting: PruneSetting) -> float:
         """Mean GFLOPs per sample on the calibration slice, the same number on every process."""
+        return self.mean(self.gflops, setting)
+
+    @torch.no_grad()
+    def mean(self, cost: Cost, setting: PruneSetting) -> float:
+        """The mean of a cost on the calibration slice."""
         self.model.eval()
-        total = torch.zeros(2, dtype=torch.float64)
         with self.precision.autocast():
-            for batch in self.calibration_batches:
-                per_sample = self.gflops(self.model, move(batch, self.run.device), setting)
-                total += torch.tensor([float(per_sample.sum()), len(per_sample)], dtype=torch.float64)
-        total = all_reduce_sum(total.to(self.run.device))
-        return float(total[0] / total[1])
+            return mean_cost(self.model, self.calibration_batches, cost, setting, self.run)
 
     @property
     def calibration_batches(self) -> list[dict]:
@@ -90,6 +95,16 @@ class Experiment:
         self.model.eval()
         with self.precision.autocast():
             return self.evaluate(self.model, self.loaders[split], setting)
+
+
+def mean_cost(model: nn.Module, batches: Iterable[dict], cost: Cost, setting: PruneSetting, run: Run) -> float:
+    """The mean per sample over the batches of all processes, the same number on every process."""
+    total = torch.zeros(2, dtype=torch.float64)
+    for batch in batches:
+        per_sample = cost(model, move(batch, run.device), setting)
+        total += torch.tensor([float(per_sample.sum()), len(per_sample)], dtype=torch.float64)
+    total = all_reduce_sum(total.to(run.device))
+    return float(total[0] / total[1])
 
 
 def run_experiment(experiment: Experiment) -> dict:
@@ -237,7 +252,9 @@ def _trainer(experiment: Experiment) -> Trainer:
     config, run = experiment.config, experiment.run
     model = experiment.model
     if run.world_size > 1:
-        model = DistributedDataParallel(model, device_ids=[run.device.index] if run.device.type == "cuda" else None)
+        model = DistributedDataParallel(
+            model, device_ids=[run.device.index] if run.device.type == "cuda" else None, broadcast_buffers=False
+        )
     seed_everything(config.seed + run.rank)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=config.init_lr, weight_decay=config.weight_decay, fused=True)
@@ -300,7 +317,8 @@ def _result(
         "seed": config.seed,
         "gflops": {
             **gflops, "measured": measured, "val": val.gflops, "test": test.gflops,
-            "reference": experiment.reference, "deployment": measured,
+            "reference": experiment.reference,
+            "deployment": experiment.mean(experiment.deployment, setting) if experiment.deployment else measured,
         },
         "params": count_parameters(experiment.model),
         "metrics": {"val": val.metrics, "test": test.metrics},

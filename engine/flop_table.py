@@ -10,7 +10,7 @@ from madtp.flops import GIGA
 from madtp.pruning import OFF, PruneSetting
 
 
-class _Logits(nn.Module):
+class _Traced(nn.Module):
     """A model whose forward fvcore can trace: tensors in, one tensor out."""
 
     def __init__(self, model: nn.Module, setting: PruneSetting):
@@ -18,7 +18,7 @@ class _Logits(nn.Module):
         self.model, self.setting = model, setting
 
     def forward(self, *inputs: Tensor) -> Tensor:
-        return self.model(*inputs, setting=self.setting).logits
+        return self.model.traced(*inputs, setting=self.setting)
 
 
 def _fused_attention(inputs: list, outputs: list) -> int:
@@ -28,21 +28,23 @@ def _fused_attention(inputs: list, outputs: list) -> int:
 
 
 def analyse(model: nn.Module, inputs: tuple[Tensor, ...], setting: PruneSetting = OFF):
-    """fvcore's analysis of `model(*inputs, setting=setting).logits`; a batch of one has no padding to count."""
+    """fvcore's analysis of `model.traced(*inputs, setting=setting)`; a batch of one has no padding to count."""
     from fvcore.nn import FlopCountAnalysis  # warns about PyTorch when it is imported
 
-    analysis = FlopCountAnalysis(_Logits(model, setting).eval(), inputs)
+    analysis = FlopCountAnalysis(_Traced(model, setting).eval(), inputs)
     analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False).tracer_warnings("none")
     return analysis.set_op_handle("aten::scaled_dot_product_attention", _fused_attention)
 
 
 @torch.no_grad()
 def fvcore_gflops(model: nn.Module, inputs: tuple[Tensor, ...], setting: PruneSetting = OFF) -> dict[str, float]:
-    """GFLOPs by top module; their sum is the forward pass."""
+    """GFLOPs of the whole batch by top module, and of what the model does outside of them ("rest"); their sum is the total."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        by_module = analyse(model, inputs, setting).by_module()
-    return {name: by_module[f"model.{name}"] / GIGA for name, _ in model.named_children() if by_module[f"model.{name}"]}
+        counted = analyse(model, inputs, setting).by_module()
+    by_module = {name: counted[f"model.{name}"] for name, _ in model.named_children() if counted[f"model.{name}"]}
+    rest = counted[""] - sum(by_module.values())
+    return {name: count / GIGA for name, count in {**by_module, **({"rest": rest} if rest else {})}.items()}
 
 
 @torch.no_grad()

@@ -104,7 +104,9 @@ def train_epoch(
     run: Run,
     description: str,
 ) -> dict[str, float]:
-    """One pass over `loader`. Returns the mean of each named loss, unweighted, and of their weighted sum, over all processes.
+    """One pass over `loader`; in a batch, `losses` finds also "epoch", the epochs done so far.
+
+    Returns the mean of each named loss, unweighted, and of their weighted sum, over all processes.
 
     Raises:
         UserError: when the loss is not finite.
@@ -115,7 +117,7 @@ def train_epoch(
     logged, logged_step = time.time(), trainer.step
     for batch in (bar := progress(loader, description, run)):
         with precision.autocast():
-            named = losses(trainer.model, move(batch, run.device), setting)
+            named = losses(trainer.model, {**move(batch, run.device), "epoch": trainer.step / len(loader)}, setting)
         total = sum(weights.get(name, 1.0) * loss for name, loss in named.items())
         trainer.update(total)
         for name, loss in {**named, "total": total}.items():

@@ -94,6 +94,15 @@ class BlipNlvr(nn.Module):
         text = output.language.leaving[-1]
         return per_sentence(left + right, len(text)) + text
 
+    def traced(self, *inputs: Tensor, setting: PruneSetting = OFF) -> Tensor:
+        """What a tracer sees of a sample: the logits of `forward`."""
+        return self(*inputs, setting).logits
+
+    def costs(self, *inputs: Tensor, setting: PruneSetting = OFF, packed: bool = False) -> tuple[dict[str, Tensor], Tensor]:
+        """GFLOPs of each sample by module, and in deployment, which is the same here, of inputs as `forward` takes them."""
+        by_module = self.gflops_by_module(self(*inputs, setting, packed=packed), setting)
+        return by_module, sum(by_module.values())
+
     def gflops(self, output: NlvrOutput, setting: PruneSetting = OFF, training: bool = False) -> Tensor:
         """GFLOPs of each sentence with its two images, (S,) float64, closed form at true lengths."""
         return sum(self.gflops_by_module(output, setting, training).values())

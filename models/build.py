@@ -2,24 +2,37 @@
 
 from collections.abc import Callable
 
-from config import Config, NlvrConfig
+from clip.model import ClipSize
+from config import ClipRetrievalConfig, Config, NlvrConfig, RetrievalConfig
 from madtp.pruning import PruningRule, TokenPruner
-from models.bert import FIRST_MERGE_LAYER, BertSize, PairedCrossAttention, TextEncoder
+from models.bert import FIRST_MERGE_LAYER, BertSize, CrossAttention, PairedCrossAttention, TextEncoder
 from models.blip_nlvr import BlipNlvr
+from models.blip_retrieval import BlipRetrieval
+from models.clip_retrieval import ClipRetrieval
 from models.vit import VisionTransformer
 from utils import UserError
 
 
-def pruner_factory(config: Config) -> Callable[[int], TokenPruner | None]:
+def pruner_factory(config: Config) -> Callable[..., TokenPruner | None]:
     """Builds a block's pruner from the block's width, or None where the config says `method: none` or p = 0."""
     if config.uncompressed:
-        return lambda dim: None
+        return lambda dim, **options: None
     try:
         rule = PruningRule(config.method, config.variant, config.keep, tuple(config.tis), config.merge)
-        TokenPruner(config.vit_sizes.embed_dim, config.sd_num, config.sd_dim, rule, config.mag_projection)
     except ValueError as error:
-        raise UserError(f"{error}; change the keys 'method', 'variant', 'keep', 'tis', 'merge' or 'mag_projection'") from None
-    return lambda dim: TokenPruner(dim, config.sd_num, config.sd_dim, rule, config.mag_projection)
+        raise _bad_rule(error) from None
+
+    def make_pruner(dim: int, **options: bool) -> TokenPruner:
+        try:
+            return TokenPruner(dim, config.sd_num, config.sd_dim, rule, config.mag_projection, **options)
+        except ValueError as error:
+            raise _bad_rule(error) from None
+
+    return make_pruner
+
+
+def _bad_rule(error: ValueError) -> UserError:
+    return UserError(f"{error}; change the keys 'method', 'variant', 'keep', 'tis', 'merge' or 'mag_projection'")
 
 
 def vision_transformer(config: Config, make_pruner: Callable[[int], TokenPruner | None]) -> VisionTransformer:
@@ -37,5 +50,31 @@ def nlvr_from_config(config: NlvrConfig, vocab_size: int) -> BlipNlvr:
     vision = vision_transformer(config, make_pruner)
     size = BertSize(vocab_size=vocab_size, **config.bert_sizes.model_dump())
     text = TextEncoder(size, lambda i: PairedCrossAttention(size, vision.embed_dim, i >= FIRST_MERGE_LAYER), make_pruner)
-    learnable = None if config.uncompressed else (config.sd_num, config.sd_dim, config.sd_init_std)
-    return BlipNlvr(vision, text, learnable)
+    return BlipNlvr(vision, text, learnable_tokens(config))
+
+
+def learnable_tokens(config: Config) -> tuple[int, int, float] | None:
+    """Number, width and initial std; None for a dense model."""
+    return None if config.uncompressed else (config.sd_num, config.sd_dim, config.sd_init_std)
+
+
+def retrieval_from_config(config: RetrievalConfig, vocab_size: int, enc_token: int) -> BlipRetrieval:
+    make_pruner = pruner_factory(config)
+    vision = vision_transformer(config, make_pruner)
+    size = BertSize(vocab_size=vocab_size, **config.bert_sizes.model_dump())
+    text = TextEncoder(size, lambda i: CrossAttention(size, vision.embed_dim), lambda dim: make_pruner(dim, mask_follows=True))
+    return BlipRetrieval(
+        vision,
+        text,
+        enc_token,
+        config.embed_dim,
+        config.queue_size,
+        config.momentum,
+        config.negative_all_rank,
+        learnable_tokens(config),
+    )
+
+
+def clip_from_config(config: ClipRetrievalConfig, vocab_size: int) -> ClipRetrieval:
+    size = ClipSize(image_size=config.image_size, vocab_size=vocab_size, **config.clip.model_dump())
+    return ClipRetrieval(size, config.queue_size, config.momentum, pruner_factory(config), learnable_tokens(config))

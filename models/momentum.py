@@ -159,11 +159,18 @@ class MomentumModel(nn.Module):
         self.enqueue(passes, image_ids)
         return losses
 
-    def gflops(self, passes: PairPasses, setting: PruneSetting = OFF) -> Tensor:
-        """GFLOPs of each pair of a training step, (B,) float64, closed form at true lengths."""
-        return sum(self.gflops_by_module(passes, setting).values())
+    def traced(self, *inputs: Tensor, setting: PruneSetting = OFF) -> Tensor:
+        """What a tracer sees of a training step: the losses, without what it leaves behind. inputs: as `passes` takes them."""
+        passes = self.passes(*inputs, setting=setting)
+        return torch.stack(list(self.losses(passes, torch.arange(len(inputs[0]), device=inputs[0].device), 1.0).values()))
+
+    def costs(self, *inputs: Tensor, setting: PruneSetting = OFF, packed: bool = False) -> tuple[dict[str, Tensor], Tensor]:
+        """GFLOPs of each pair of a training step by module, and in deployment. inputs: as `passes` takes them."""
+        passes = self.passes(*inputs, setting=setting, packed=packed)
+        return self.gflops_by_module(passes, setting), self.deployment_gflops(passes, setting)
 
     def gflops_by_module(self, passes: PairPasses, setting: PruneSetting = OFF) -> dict[str, Tensor]:
+        """GFLOPs of each pair of a training step, (B,) float64, closed form at true lengths."""
         image, text = self.tower_flops(passes.image, passes.text, setting)
         image_slow, text_slow = self.tower_flops(passes.image_momentum, passes.text_momentum, setting)
         embed_dim, places = self.image_queue.shape

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from config import NlvrConfig, load_config, parse_command_line, save_config
+from config import NlvrConfig
+from options import load_config, parse_command_line, save_config
 from utils import UserError
 
 # The keys of the NLVR2 YAML as BLIP and its compressed descendants publish it.

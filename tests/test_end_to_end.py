@@ -12,11 +12,12 @@ import pytest
 import torch
 
 import compress_nlvr_dtp
-from config import NlvrConfig, load_config, parse_command_line
+from config import NlvrConfig
 from data.shapes.write import make_shapes
 from data.text import load_tokenizer
 from engine import compress
 from models.build import nlvr_from_config
+from options import load_config, parse_command_line
 from utils import run_main
 
 ROOT = Path(__file__).parents[1]

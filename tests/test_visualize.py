@@ -10,13 +10,14 @@ import pytest
 import torch
 from PIL import Image
 
-from config import NlvrConfig, load_config
+from config import NlvrConfig
 from data.text import load_tokenizer
 from engine.report import Picture, ReportedRun, table, text_table, write_report
 from madtp.pruning import PruneSetting, PruningRule, gather_and_merge
 from models.build import nlvr_from_config
 from models.tower import TowerRecord
 from models.trace import surviving, tokens_by_block
+from options import load_config
 from tests import tiny
 from tools import demo, visualize
 from tools.visualize import Sample, draw, fade, spread

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from config import NlvrConfig, load_config
+from config import NlvrConfig
 from madtp.flops import GIGA
 from madtp.packing import pack
 from madtp.pruning import OFF, PruneSetting, TokenPruner
@@ -15,6 +15,7 @@ from models.blip_nlvr import REFERENCE_TEXT_TOKENS, BlipNlvr
 from models.build import nlvr_from_config
 from models.pretrained import load_nlvr_weights, read_checkpoint
 from models.tower import TowerRecord, count_tokens
+from options import load_config
 from tools.flops import BERT_VOCABULARY
 from utils import UserError
 

@@ -26,9 +26,9 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from config import load_config  # noqa: E402
 from engine.report import Picture, ReportedRun, table, text_table, write_report  # noqa: E402
 from engine.results import write_json  # noqa: E402
+from options import load_config  # noqa: E402
 from tools.visualize import DPI, VIEWS, View, draw, open_view, spread  # noqa: E402
 from utils import UserError, run_main  # noqa: E402
 

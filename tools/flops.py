@@ -2,14 +2,16 @@
 
     python tools/flops.py --config configs/nlvr.yaml [--temperature T | --p P] [--json]
 
-Counts the reference case (two images, 36 text tokens) by closed form and by fvcore. With --temperature the model prunes; with
---p the temperature that removes this share is looked for first. Scores of random weights mean little, so give --pretrained for
-a trained model's counts; the two ways of counting must agree whatever the weights are.
+Counts the paper's reference case (NLVR2: two images, 36 text tokens; retrieval: a pair in a training step, its text padded to
+the longest) by closed form and by fvcore, and what a sample costs in deployment. With --temperature the model prunes; with --p
+the temperature that removes this share is looked for first. Scores of random weights mean little, so give --pretrained for a
+trained model's counts; the two ways of counting must agree whatever the weights are.
 """
 
 import argparse
 import json
 import sys
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
@@ -17,23 +19,29 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from config import NlvrConfig, load_config  # noqa: E402
+from config import CONFIGS, ClipRetrievalConfig, Config, NlvrConfig, RetrievalConfig  # noqa: E402
 from data.text import load_tokenizer  # noqa: E402
 from engine.flop_table import flop_table, fvcore_gflops  # noqa: E402
 from engine.results import count_parameters  # noqa: E402
 from madtp.budget import UnreachableTarget, calibrate  # noqa: E402
 from madtp.pruning import OFF, PruneSetting  # noqa: E402
-from models.blip_nlvr import REFERENCE_TEXT_TOKENS, BlipNlvr, reference_gflops  # noqa: E402
-from models.build import nlvr_from_config  # noqa: E402
-from models.pretrained import load_nlvr_weights, read_checkpoint  # noqa: E402
+from models.blip_nlvr import REFERENCE_TEXT_TOKENS  # noqa: E402
+from models.build import clip_from_config, nlvr_from_config, retrieval_from_config  # noqa: E402
+from models.pretrained import load_nlvr_weights, load_retrieval_weights, read_checkpoint  # noqa: E402
+from models.pretrained_clip import load_clip_weights  # noqa: E402
+from options import load_any_config  # noqa: E402
 from utils import UserError, run_main  # noqa: E402
 
+Inputs = tuple[torch.Tensor, ...]
+
 BERT_VOCABULARY = 30524  # bert-base-uncased with [DEC] and [ENC]
+CLIP_VOCABULARY = 49408
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True, type=Path)
+    parser.add_argument("--task", choices=CONFIGS, help="where the file has no key 'task'")
     parser.add_argument("--pretrained", help="weights to load")
     strength = parser.add_mutually_exclusive_group()
     strength.add_argument("--temperature", type=float, help="prune at this temperature")
@@ -41,12 +49,12 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="one JSON object instead of a table")
     args = parser.parse_args()
     pruned = args.temperature is not None or bool(args.p)
-    config = load_config(NlvrConfig, args.config, {"p": args.p or (0.5 if pruned else 0.0)})
+    config = load_any_config(args.config, {"p": args.p or (0.5 if pruned else 0.0)}, args.task)
     torch.manual_seed(config.seed)
-    model = nlvr_from_config(config, vocabulary_size(config)).eval()
+    model, load, inputs = BUILD[config.task](config)
+    model.eval()
     if args.pretrained:
-        load_nlvr_weights(model, read_checkpoint(args.pretrained)["model"], args.pretrained)
-    inputs = reference_inputs(config)
+        load(model, read_checkpoint(args.pretrained)["model"], args.pretrained)
     setting = OFF
     if args.temperature is not None:
         setting = PruneSetting(args.temperature, config.prune_from)
@@ -57,13 +65,13 @@ def main() -> None:
         print(json.dumps(report))
         return
     print(flop_table(model, inputs))
-    print(f"uncompressed reference: {reference_gflops(model):.4f} GFLOPs, {report['params'] / 1e6:.1f} M parameters")
+    print(f"uncompressed: {total(model, inputs, OFF):.4f} GFLOPs, {report['params'] / 1e6:.1f} M parameters")
     if setting.temperature is not None:
         print(f"pruning from block {setting.prune_from} at temperature {setting.temperature:.4g}:")
-    print(f"closed form {report['gflops']['closed_form']:.4f}, fvcore {report['gflops']['fvcore']:.4f} GFLOPs")
+    print("closed form {closed_form:.4f}, fvcore {fvcore:.4f}, deployment {deployment:.4f} GFLOPs".format(**report["gflops"]))
 
 
-def vocabulary_size(config: NlvrConfig) -> int:
+def bert_vocabulary(config: Config) -> int:
     """The tokenizer's size, or BERT's where there is no tokenizer: embeddings cost parameters, not GFLOPs."""
     try:
         return len(load_tokenizer(config.tokenizer))
@@ -71,29 +79,52 @@ def vocabulary_size(config: NlvrConfig) -> int:
         return BERT_VOCABULARY
 
 
-def reference_inputs(config: NlvrConfig) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """A random image twice, so that `keep: instance` pads neither, and a text of the reference length (or the longest possible)."""
+def build_nlvr(config: NlvrConfig) -> tuple[torch.nn.Module, Callable, Inputs]:
+    """The model, the loader of its weights and the reference case: a random image twice, so that `keep: instance` pads neither,
+    and a text of the reference length (or the longest possible)."""
     tokens = min(REFERENCE_TEXT_TOKENS, config.bert_sizes.max_position_embeddings)
     images = torch.randn(1, 1, 3, config.image_size, config.image_size).expand(1, 2, -1, -1, -1)
     text = torch.randint(5, 30, (1, tokens))
-    return images, text, torch.ones_like(text)
+    return nlvr_from_config(config, bert_vocabulary(config)), load_nlvr_weights, (images, text, torch.ones_like(text))
+
+
+def build_retrieval(config: RetrievalConfig) -> tuple[torch.nn.Module, Callable, Inputs]:
+    """The reference case: one image and a text of the longest length."""
+    vocabulary = bert_vocabulary(config)
+    text = torch.randint(5, 30, (1, min(config.max_text_tokens, config.bert_sizes.max_position_embeddings)))
+    inputs = torch.randn(1, 3, config.image_size, config.image_size), text, torch.ones_like(text)
+    return retrieval_from_config(config, vocabulary, vocabulary - 1), load_retrieval_weights, inputs
+
+
+def build_clip(config: ClipRetrievalConfig) -> tuple[torch.nn.Module, Callable, Inputs]:
+    """The reference case: one image and a text that ends in the last place."""
+    text = torch.randint(1, 30, (1, min(config.max_text_tokens, config.clip.context_length)))
+    text[:, -1] = CLIP_VOCABULARY - 1
+    inputs = torch.randn(1, 3, config.image_size, config.image_size), text, torch.ones_like(text)
+    return clip_from_config(config, CLIP_VOCABULARY), load_clip_weights, inputs
+
+
+BUILD = {"nlvr": build_nlvr, "retrieval": build_retrieval, "retrieval_clip": build_clip}
 
 
 @torch.no_grad()
-def count(model: BlipNlvr, inputs: tuple[torch.Tensor, ...], setting: PruneSetting) -> dict:
-    parts = model.gflops_by_module(model(*inputs, setting=setting), setting=setting)
+def count(model: torch.nn.Module, inputs: Inputs, setting: PruneSetting) -> dict:
+    parts, deployment = model.costs(*inputs, setting=setting)
     by_module = {name: float(value[0]) for name, value in parts.items()}
-    total = sum(by_module.values())
     counted = sum(fvcore_gflops(model, inputs, setting).values())
-    gflops = {"closed_form": total, "fvcore": counted, "deployment": total}
+    gflops = {"closed_form": sum(by_module.values()), "fvcore": counted, "deployment": float(deployment[0])}
     params = count_parameters(model)["total"]
     return {"gflops": gflops, "by_module": by_module, "params": params, **asdict(setting)}
 
 
 @torch.no_grad()
-def setting_for(model: BlipNlvr, inputs: tuple[torch.Tensor, ...], p: float, prune_from: int) -> PruneSetting:
+def total(model: torch.nn.Module, inputs: Inputs, setting: PruneSetting) -> float:
+    return float(sum(model.costs(*inputs, setting=setting)[0].values())[0])
+
+
+def setting_for(model: torch.nn.Module, inputs: Inputs, p: float, prune_from: int) -> PruneSetting:
     def measure(setting: PruneSetting) -> float:
-        return float(model.gflops(model(*inputs, setting=setting), setting=setting)[0])
+        return total(model, inputs, setting)
 
     dense = measure(OFF)
     try:

@@ -32,7 +32,7 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from config import NlvrConfig, load_config  # noqa: E402
+from config import NlvrConfig  # noqa: E402
 from data.nlvr import NlvrCollate  # noqa: E402
 from data.shapes.search import FULL, PAIRS_PER_CHUNK, Level, make_chunk  # noqa: E402
 from data.shapes.statements import evidence  # noqa: E402
@@ -44,6 +44,7 @@ from models.blip_nlvr import BlipNlvr  # noqa: E402
 from models.build import nlvr_from_config  # noqa: E402
 from models.pretrained import read_checkpoint  # noqa: E402
 from models.tower import class_tokens, halves  # noqa: E402
+from options import load_config  # noqa: E402
 from transform.images import eval_transform  # noqa: E402
 from utils import UserError, run_main, seed_everything  # noqa: E402
 

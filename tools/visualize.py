@@ -22,7 +22,7 @@ from torch.utils.data import Subset
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from config import Config, NlvrConfig, load_config  # noqa: E402
+from config import Config, NlvrConfig  # noqa: E402
 from data.loading import Loader, build_loader  # noqa: E402
 from data.nlvr import NlvrCollate, build_datasets  # noqa: E402
 from data.text import load_tokenizer  # noqa: E402
@@ -32,6 +32,7 @@ from models.blip_nlvr import NlvrOutput  # noqa: E402
 from models.build import nlvr_from_config  # noqa: E402
 from models.pretrained import load_nlvr_weights, read_checkpoint  # noqa: E402
 from models.trace import surviving, tokens_by_block  # noqa: E402
+from options import load_config  # noqa: E402
 from transform.images import MEAN, STD  # noqa: E402
 from utils import Run, UserError, init_run, run_main  # noqa: E402
 

@@ -26,6 +26,7 @@ ABOVE = {  # what a layer must not know
     "models": {"data", "transform", "engine", "metrics"},
     "engine": {"transform", "metrics"},
     "config": OURS - {"config", "utils"},
+    "options": OURS - {"options", "config", "utils"},
     "utils": OURS - {"utils"},
 }
 

@@ -9,7 +9,7 @@ from torch.nn.functional import cross_entropy
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from config import NlvrConfig, load_config
+from config import NlvrConfig
 from engine.flop_table import fvcore_gflops
 from engine.results import count_parameters
 from madtp.flops import GIGA
@@ -17,6 +17,7 @@ from madtp.pruning import OFF, PruneSetting, PruningRule
 from models.bert import FIRST_MERGE_LAYER
 from models.blip_nlvr import reference_gflops
 from models.build import nlvr_from_config
+from options import load_config
 from tests import tiny
 from tools import flops as flops_tool
 

@@ -1,0 +1,117 @@
+"""Retrieval over a split: features of all pictures and captions, the best candidates either way, the matching of these.
+
+Every picture and every caption is encoded once for its feature, on the process whose share it is; pictures once more for the
+matching, so that no picture's tokens are kept. Shapes: I images, T texts, L text tokens, E width of the common space, P pairs.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from engine.train import progress
+from madtp.pruning import PruneSetting
+from models.tower import select
+from utils import Run, all_reduce_sum, gather_objects
+
+QUERIES = 1024  # whose similarities to all targets are in memory at a time
+PAIRS = 256  # of one image, that are matched at a time
+
+
+@dataclass
+class Split:
+    """What is ranked. images, texts: loaders of this process's share; pairs: of some pairs, for counting GFLOPs."""
+
+    images: Iterable[Mapping]
+    texts: Iterable[Mapping]
+    pairs: Iterable[Mapping]
+
+
+@dataclass
+class Ranking:
+    """For each query the numbers of its best targets and their scores, best first, (Q, k)."""
+
+    candidates: Tensor
+    scores: Tensor
+
+
+def encode_images(model: nn.Module, split: Split, setting: PruneSetting, packed: bool, run: Run) -> Tensor:
+    """The normalised features of all images, (I, E) float32 on the CPU."""
+    features = [
+        model.encode_image(batch["image"].to(run.device, non_blocking=True), setting, packed=packed).feature.cpu()
+        for batch in progress(split.images, "pictures", run)
+    ]
+    return torch.stack(in_order(features))
+
+
+def encode_texts(model: nn.Module, split: Split, setting: PruneSetting, packed: bool, run: Run) -> tuple[Tensor, list[Tensor]]:
+    """The normalised features of all texts, (T, E) float32 on the CPU, and the token ids of each without padding."""
+    features, tokens = [], []
+    for batch in progress(split.texts, "captions", run):
+        text = [batch[name].to(run.device, non_blocking=True) for name in ("input_ids", "attention_mask")]
+        features.append(model.encode_text(*text, setting, packed=packed).feature.cpu())
+        tokens.append([ids[mask.bool()] for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)])
+    return torch.stack(in_order(features)), in_order(tokens)
+
+
+def in_order(batches: list) -> list:
+    """The entries of the batches of all processes, in the order of the data set: a process's share is every n-th entry."""
+    shares = [[entry for batch in share for entry in batch] for share in gather_objects(batches)]
+    whole: list = [None] * sum(map(len, shares))
+    for rank, share in enumerate(shares):
+        whole[rank :: len(shares)] = share
+    return whole
+
+
+def best_candidates(queries: Tensor, targets: Tensor, number: int, device: torch.device) -> Ranking:
+    """The `number` most similar targets of each query. (Q, E), (N, E); on the CPU but for the products."""
+    targets = targets.to(device)
+    best = [(part.to(device) @ targets.t()).topk(min(number, len(targets))) for part in queries.split(QUERIES)]
+    return Ranking(torch.cat([found.indices.cpu() for found in best]), torch.cat([found.values.cpu() for found in best]))
+
+
+def rerank(
+    model: nn.Module, split: Split, tokens: list[Tensor], by_image: Ranking, by_text: Ranking, setting: PruneSetting, packed: bool,
+    run: Run,
+) -> tuple[Ranking, Ranking]:  # fmt: skip
+    """Both rankings by similarity plus the matching head's logit. A pair that is a candidate either way is matched once, and with
+    all texts of its image at a time, so that an image's keys and values are computed once."""
+    texts = len(tokens)
+    keys = torch.cat([_keys_of(by_image, texts, False).flatten(), _keys_of(by_text, texts, True).flatten()]).unique()
+    bounds = torch.searchsorted(keys, torch.arange(len(by_image.candidates) + 1) * texts).tolist()
+    logits = torch.zeros(len(keys))
+    place = run.rank
+    for batch in progress(split.images, "matching", run):
+        image = model.encode_image(batch["image"].to(run.device, non_blocking=True), setting, packed=packed)
+        for number in range(len(batch["image"])):
+            one = select(image.tokens, image.layout, torch.tensor([number], device=run.device))
+            first, last = bounds[place], bounds[place + 1]
+            for start in range(first, last, PAIRS):
+                wanted = keys[start : min(start + PAIRS, last)]
+                text = _padded([tokens[i] for i in (wanted % texts).tolist()], run.device)
+                found, _ = model.match(*text, one, setting)
+                logits[start : start + len(wanted)] = found[:, 1].float().cpu()
+            place += run.world_size
+    logits = all_reduce_sum(logits.to(run.device)).cpu()
+    return tuple(
+        _reordered(ranking, logits[torch.searchsorted(keys, _keys_of(ranking, texts, of_texts))])
+        for ranking, of_texts in ((by_image, False), (by_text, True))
+    )
+
+
+def _keys_of(ranking: Ranking, texts: int, of_texts: bool) -> Tensor:
+    """Each candidate pair as image * T + text, (Q, k)."""
+    queries = torch.arange(len(ranking.candidates)).unsqueeze(1)
+    return ranking.candidates * texts + queries if of_texts else queries * texts + ranking.candidates
+
+
+def _padded(tokens: list[Tensor], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Token ids and attention mask (S, L)."""
+    mask = nn.utils.rnn.pad_sequence([torch.ones_like(ids) for ids in tokens], batch_first=True)
+    return nn.utils.rnn.pad_sequence(tokens, batch_first=True).to(device), mask.to(device)
+
+
+def _reordered(ranking: Ranking, logits: Tensor) -> Ranking:
+    scores, order = (ranking.scores + logits).sort(dim=1, descending=True, stable=True)
+    return Ranking(ranking.candidates.gather(1, order), scores)
