@@ -3,7 +3,7 @@
 import json
 import os
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,9 +11,11 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, Subset
 
 from utils import Run, UserError
+
+CHECKED = 3  # entries whose pictures are looked for at start-up
 
 
 def read_json(path: str | Path) -> Any:
@@ -35,6 +37,22 @@ def read_json(path: str | Path) -> Any:
         raise UserError(f"{path}: not a text file; write it again as JSON") from None
 
 
+def read_entries(file: Path, problem: Callable[[dict[str, Any]], str | None]) -> list[dict[str, Any]]:
+    """The entries of an annotation file; `problem` says what is wrong with one, if anything.
+
+    Raises:
+        UserError: when the file is not a list of such entries.
+    """
+    entries = read_json(file)
+    if not isinstance(entries, list) or not entries:
+        raise UserError(f"{file}: must be a list of entries with something in it; write it again")
+    for index, entry in enumerate(entries):
+        found = problem(entry) if isinstance(entry, dict) else "is not an object"
+        if found:
+            raise UserError(f"{file}: entry {index} {found}; write the file again")
+    return entries
+
+
 def load_image(path: str | Path) -> Image.Image:
     """The picture as RGB.
 
@@ -45,9 +63,35 @@ def load_image(path: str | Path) -> Image.Image:
         with Image.open(path) as image:
             return image.convert("RGB")
     except FileNotFoundError:
-        raise UserError(f"{path}: no such picture; set the key 'image_root' to the folder that holds it") from None
+        raise no_such_picture(path) from None
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # what PIL raises for broken files
         raise UserError(f"{path}: not a readable picture ({error}); fetch it again") from None
+
+
+def check_images(image_root: Path, names: Iterable[str]) -> None:
+    """Stop a run before it starts when its first pictures are not below `image_root`.
+
+    Raises:
+        UserError: names the missing one.
+    """
+    for name in names:
+        if not (image_root / name).exists():
+            raise no_such_picture(image_root / name)
+
+
+def no_such_picture(path: str | Path) -> UserError:
+    return UserError(f"{path}: no such picture; set the key 'image_root' to the folder that holds it")
+
+
+def calibration_subset(dataset: Dataset, size: int) -> Subset:
+    """`size` items (all, when there are fewer) spread over the dataset, the same on every process and in every run.
+
+    One item from each of `size` equal stretches, at a place drawn with a fixed seed: a fixed step would meet the same
+    one of each picture's texts again and again.
+    """
+    size = min(size, len(dataset))
+    places = torch.rand(size, generator=torch.Generator().manual_seed(0), dtype=torch.float64).tolist()
+    return Subset(dataset, [int((stretch + place) * len(dataset) / size) for stretch, place in enumerate(places)])
 
 
 class Loader(DataLoader):

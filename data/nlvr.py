@@ -6,19 +6,17 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 import torch
-from torch.utils.data import Dataset, Subset
+from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from config import NlvrConfig
-from data.loading import load_image, read_json
-from data.text import clean_sentence, enc_token_id
+from data.loading import CHECKED, calibration_subset, load_image, no_such_picture, read_entries
+from data.text import clean_sentence, enc_token_id, encode
 from transform.images import ImageTransform, eval_transform, keeps_truth, train_transform
-from utils import UserError
 
 # B pairs of pictures, S statements (a multiple of B), L tokens of the longest statement
 
 MAX_WORDS = 40
-CHECKED = 3  # entries whose pictures are looked for at start-up
 
 _OTHER_SIDE = {"left": "right", "right": "left"}
 # "a star left of a circle" is about places within one picture, which exchanging the pictures does not touch.
@@ -49,7 +47,7 @@ class NlvrDataset(Dataset):
         images: Literal["both", "left"] = "both",
         text_only: bool = False,
     ) -> None:
-        self.entries = [entry for file in annotation_files for entry in _read_entries(Path(file))]
+        self.entries = [entry for file in annotation_files for entry in _read(Path(file))]
         self.items = [[index] for index in range(len(self.entries))]
         if statements_per_pair > 1:
             self.items = _group(self.entries, statements_per_pair)
@@ -103,12 +101,9 @@ class NlvrCollate:
 
     def __call__(self, items: list[dict[str, Any]]) -> dict[str, Any]:
         sentences = [sentence for item in items for sentence in item["sentences"]]
-        text = self.tokenizer(sentences, padding="longest", truncation=True, max_length=self.max_tokens, return_tensors="pt")
-        text["input_ids"][:, 0] = enc_token_id(self.tokenizer)
         return {
             "images": torch.stack([torch.stack([item["left"], item["right"]]) for item in items]),
-            "input_ids": text["input_ids"],
-            "attention_mask": text["attention_mask"],
+            **encode(self.tokenizer, sentences, self.max_tokens, enc_token_id(self.tokenizer)),
             "targets": torch.tensor([label for item in items for label in item["labels"]]),
             "ids": [sample for item in items for sample in item["ids"]],
         }
@@ -134,17 +129,6 @@ def build_datasets(config: NlvrConfig) -> dict[str, Dataset]:
     }
 
 
-def calibration_subset(dataset: Dataset, size: int) -> Subset:
-    """`size` items (all, when there are fewer) spread over the dataset, the same on every process and in every run.
-
-    One item from each of `size` equal stretches, at a place drawn with a fixed seed: a fixed step would meet the same
-    one of each pair's statements again and again.
-    """
-    size = min(size, len(dataset))
-    places = torch.rand(size, generator=torch.Generator().manual_seed(0), dtype=torch.float64).tolist()
-    return Subset(dataset, [int((stretch + place) * len(dataset) / size) for stretch, place in enumerate(places)])
-
-
 def swap_sides(sentence: str) -> str:
     """The sentence after its two pictures changed places: left and right exchanged, but not in "left of", "right of"."""
     return _NAMES_A_PICTURE.sub(lambda match: _OTHER_SIDE[match[1]], sentence)
@@ -165,25 +149,16 @@ def find_image(image_root: Path, name: str) -> Path:
         for path in (base / file, *numbered):
             if path.exists():
                 return path
-    raise UserError(f"{image_root / name}: no such picture; set the key 'image_root' to the folder that holds it")
+    raise no_such_picture(image_root / name)
 
 
-def _read_entries(file: Path) -> list[dict[str, Any]]:
+def _read(file: Path) -> list[dict[str, Any]]:
     """The entries of an annotation file, each with its id."""
-    entries = read_json(file)
-    if not isinstance(entries, list) or not entries:
-        raise UserError(f"{file}: must be a list of NLVR2 entries with something in it")
-    for index, entry in enumerate(entries):
-        problem = _problem(entry)
-        if problem:
-            raise UserError(f"{file}: entry {index} {problem}; write the file again")
-    return [{**entry, "id": f"{file.stem}-{index}"} for index, entry in enumerate(entries)]
+    return [{**entry, "id": f"{file.stem}-{index}"} for index, entry in enumerate(read_entries(file, _problem))]
 
 
-def _problem(entry: Any) -> str | None:
+def _problem(entry: dict[str, Any]) -> str | None:
     """What is wrong with an entry, if anything."""
-    if not isinstance(entry, dict):
-        return "is not an object"
     if not isinstance(entry.get("sentence"), str):
         return "has no 'sentence' that is text"
     if entry.get("label") not in ("True", "False"):

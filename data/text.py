@@ -2,18 +2,22 @@
 
 import os
 import re
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Literal
 
 # Loader workers are forked after the tokenizer was used, and its threads do not survive that; it must be set before import.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import torch  # noqa: E402
 from transformers import BertTokenizerFast, PreTrainedTokenizerBase  # noqa: E402
 
 from utils import UserError  # noqa: E402
 
 DEC, ENC = "[DEC]", "[ENC]"  # the first token of a text to generate, and of a text read with a picture
 NEEDED = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+
+Tokenizer = Callable[..., Mapping[str, torch.Tensor]]  # BERT's or CLIP's
 
 _SIGNS = re.compile(r"[.!\"()*#:;~]")
 
@@ -50,6 +54,17 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     tokenizer = BertTokenizerFast(vocab={word: index for index, word in enumerate(words)}, do_lower_case=True)
     tokenizer.add_tokens([DEC, ENC], special_tokens=True)
     return tokenizer
+
+
+def encode(tokenizer: Tokenizer, texts: list[str], max_tokens: int, first_token_id: int | None = None) -> dict[str, torch.Tensor]:
+    """input_ids and attention_mask (texts, L), padded to the longest text and cut at `max_tokens`.
+
+    `first_token_id` takes the place of the token that the tokenizer begins with.
+    """
+    text = tokenizer(texts, padding="longest", truncation=True, max_length=max_tokens, return_tensors="pt")
+    if first_token_id is not None:
+        text["input_ids"][:, 0] = first_token_id
+    return {name: text[name] for name in ("input_ids", "attention_mask")}
 
 
 def dec_token_id(tokenizer: PreTrainedTokenizerBase) -> int:

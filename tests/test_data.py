@@ -10,8 +10,8 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from config import Augment, NlvrConfig
-from data.loading import Loader, build_loader, load_image, read_json
-from data.nlvr import NlvrCollate, NlvrDataset, build_datasets, calibration_subset, find_image, swap_sides
+from data.loading import Loader, build_loader, calibration_subset, load_image, read_json
+from data.nlvr import NlvrCollate, NlvrDataset, build_datasets, find_image, swap_sides
 from data.text import enc_token_id, load_tokenizer
 from transform.images import eval_transform, train_transform
 from utils import Run, UserError

@@ -1,5 +1,8 @@
 """Captions and questions about a single picture of the Shapes world."""
 
+from itertools import permutations
+from typing import NamedTuple
+
 import numpy as np
 
 from data.shapes.statements import (
@@ -14,6 +17,7 @@ from data.shapes.world import COLOURS, SHAPES, Scene, Thing
 
 ATTEMPTS = 30  # descriptions tried before another kind of question is asked
 ANSWERS = 10  # per question, as in VQA v2
+MANY = len(NUMBERS)  # more things than that are not told apart
 MENTION_LARGE = 3.0  # how much likelier a caption names a large thing than a small one
 PROMPT = "a picture of"
 QUESTIONS = {
@@ -41,35 +45,73 @@ def name(rng: np.random.Generator, thing: Thing) -> Description:
     return Description(size if rng.random() < 0.7 else None, colour, shape)
 
 
-def relate(rng: np.random.Generator, one: Thing, other: Thing) -> str:
-    """Where one thing is, seen from another one."""
+def directions(one: Thing, other: Thing) -> tuple[str, ...]:
+    """Where one thing is, seen from another one: on a diagonal there are two ways to say it."""
     down, across = one.row - other.row, one.column - other.column
-    if abs(down) > abs(across) or (abs(down) == abs(across) and rng.random() < 0.5):
-        return "above" if down < 0 else "below"
-    return "left of" if across < 0 else "right of"
+    vertical, horizontal = "above" if down < 0 else "below", "left of" if across < 0 else "right of"
+    if abs(down) == abs(across):
+        return vertical, horizontal
+    return (vertical,) if abs(down) > abs(across) else (horizontal,)
 
 
-def mention(rng: np.random.Generator, thing: Thing, scene: Scene) -> str:
-    """A noun phrase for a thing and its likes: their number up to four, else "many"."""
-    description = name(rng, thing)
-    number = count(description, scene)
-    if number == 1:
-        return f"a {description.phrase()}"
-    word = NUMBERS[number] if number < len(NUMBERS) else "many"
-    return f"{word} {description.phrase(plural=True)}"
+def relate(rng: np.random.Generator, one: Thing, other: Thing) -> str:
+    """One of the directions."""
+    ways = directions(one, other)
+    return ways[0] if len(ways) == 1 or rng.random() < 0.5 else ways[1]
 
 
-def caption(rng: np.random.Generator, scene: Scene, mentions: int) -> str:
+class Related(NamedTuple):
+    """A part of a caption: some thing is there, `where` of another one."""
+
+    first: Description
+    where: str
+    second: Description
+
+    def text(self) -> str:
+        return f"a {self.first.phrase()} {self.where} a {self.second.phrase()}"
+
+    def holds(self, scene: Scene) -> bool:
+        return any(
+            self.first.fits(one.kind) and self.second.fits(other.kind) and self.where in directions(one, other)
+            for one, other in permutations(scene, 2)
+        )
+
+
+class Counted(NamedTuple):
+    """A part of a caption: how many things fit, up to four or MANY."""
+
+    number: int
+    description: Description
+
+    def text(self) -> str:
+        if self.number == 1:
+            return f"a {self.description.phrase()}"
+        word = NUMBERS[self.number] if self.number < MANY else "many"
+        return f"{word} {self.description.phrase(plural=True)}"
+
+    def holds(self, scene: Scene) -> bool:
+        return counted(self.description, scene) == self
+
+
+def counted(description: Description, scene: Scene) -> Counted:
+    return Counted(min(count(description, scene), MANY), description)
+
+
+def describe(rng: np.random.Generator, scene: Scene, mentions: int) -> list[Related | Counted]:
     """A relation between two things, then up to `mentions` others with their number; of a single thing, its name."""
     if len(scene) == 1:
-        return f"a {name(rng, scene[0]).phrase()}"
+        return [counted(name(rng, scene[0]), scene)]
     salience = np.array([MENTION_LARGE if t.kind.size == "large" else 1.0 for t in scene])
     chosen = min(2 + mentions, len(scene))
     order = rng.choice(len(scene), chosen, replace=False, p=salience / salience.sum())
     one, other, *rest = (scene[i] for i in order)
-    parts = [f"a {name(rng, one).phrase()} {relate(rng, one, other)} a {name(rng, other).phrase()}"]
-    parts += [mention(rng, thing, scene) for thing in rest]
-    return " and ".join(parts)
+    relation = Related(name(rng, one), relate(rng, one, other), name(rng, other))
+    return [relation, *(counted(name(rng, thing), scene) for thing in rest)]
+
+
+def caption(rng: np.random.Generator, scene: Scene) -> str:
+    """What a picture shows, in part."""
+    return " and ".join(part.text() for part in describe(rng, scene, mentions=1))
 
 
 def near_or_fitting(rng: np.random.Generator, scene: Scene, fits: bool) -> Description:

@@ -57,9 +57,9 @@ Scene = tuple[Thing, ...]
 KINDS = tuple(Kind(s, c, f) for s in SIZES for c in COLOURS for f in SHAPES)
 
 
-def draw_number(rng: np.random.Generator, most: int = MOST) -> int:
-    """How many things a picture holds: log-uniform from FEWEST to `most`."""
-    return int(math.exp(rng.uniform(math.log(FEWEST), math.log(most + 1))))
+def draw_number(rng: np.random.Generator, most: int = MOST, fewest: int = FEWEST) -> int:
+    """How many things a picture holds: log-uniform from `fewest` to `most`."""
+    return int(math.exp(rng.uniform(math.log(fewest), math.log(most + 1))))
 
 
 def place(rng: np.random.Generator, kind: Kind, cell: tuple[int, int]) -> Thing:
@@ -83,9 +83,9 @@ def arrange(rng: np.random.Generator, fixed: list[tuple[Kind, int, int]], others
     return tuple(things)
 
 
-def random_scene(rng: np.random.Generator, most: int = MOST) -> Scene:
+def random_scene(rng: np.random.Generator, most: int = MOST, fewest: int = FEWEST) -> Scene:
     """A scene of things drawn independently."""
-    number = draw_number(rng, most)
+    number = draw_number(rng, most, fewest)
     return arrange(rng, [], [KINDS[i] for i in rng.integers(0, len(KINDS), number)])
 
 

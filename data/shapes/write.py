@@ -1,7 +1,8 @@
 """Writes Shapes data sets in the published file formats.
 
     DIR/images/nlvr/SPLIT/00012/0000012a.jpg       left picture of pair 12 (right: b)
-    DIR/images/single/SPLIT/00012/SPLIT_0000012.jpg
+    DIR/images/single/SPLIT/00012/SPLIT_0000012.jpg       for captions and questions
+    DIR/images/family/SPLIT/00012/SPLIT_0000012.jpg       for retrieval
     DIR/annotations/*.json, DIR/annotations/coco_gt/*.json, DIR/annotations/vocab.txt
 
 Every random stream is named by (seed, world, split, stream, index), so the files are the same
@@ -17,6 +18,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from data.shapes.families import FAMILY, distinctive_caption, draw_family
 from data.shapes.search import FULL, PAIRS_PER_CHUNK, Level, make_chunk
 from data.shapes.tasks import answer_list, ask, caption, ten_answers, vocabulary
 from data.shapes.world import Scene, draw, encode, random_scene
@@ -26,9 +28,9 @@ SPLITS = ("train", "val", "test")  # NLVR2 calls its "val" "dev"
 CAPTIONS = 5  # per picture
 QUESTIONS = 3  # per training picture; one per picture in val and test
 PICTURES_PER_FOLDER = 500
-SINGLES_PER_CHUNK = 500
+SINGLES_PER_CHUNK = 500  # whole families
 # Worlds and streams of the random numbers.
-PAIRS, SINGLES = 0, 1
+PAIRS, SINGLES, FAMILIES = range(3)
 CONTENT, LEFT, RIGHT, COCO, FLICKR, VQA, VG = range(7)
 
 Rows = dict[str, list[dict]]  # annotation file -> its entries
@@ -56,7 +58,7 @@ def save_picture(chunk: Chunk, world: int, stream: int, index: int, scene: Scene
     if world == PAIRS:
         folder, name = "nlvr", f"{index:07d}{'a' if stream == LEFT else 'b'}"
     else:
-        folder, name = "single", f"{chunk.split}_{index:07d}"
+        folder, name = "single" if world == SINGLES else "family", f"{chunk.split}_{index:07d}"
     path = f"{folder}/{chunk.split}/{index // PICTURES_PER_FOLDER:05d}/{name}.jpg"
     file = chunk.out / "images" / path
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -75,19 +77,14 @@ def write_pairs(chunk: Chunk) -> Rows:
     return {f"nlvr_{'dev' if chunk.split == 'val' else chunk.split}.json": entries}
 
 
-def caption_rows(chunk: Chunk, index: int, image: str, scene: Scene, dataset: str) -> Rows:
+def caption_rows(chunk: Chunk, index: int, image: str, captions: list[str], dataset: str) -> Rows:
     """The captions of one picture: an entry each for training, one entry for evaluation."""
-    stream, mentions, name = {
-        "coco": (COCO, 1, "coco_karpathy"),
-        "flickr": (FLICKR, 2, "flickr30k"),
-    }[dataset]
-    rng = chunk.rng(SINGLES, stream, index)
-    captions = [caption(rng, scene, mentions) for _ in range(CAPTIONS)]
     if chunk.split != "train":
         entries = [{"image": image, "caption": captions}]
     else:
         image_id = f"{dataset}_{index}"
         entries = [{"image": image, "caption": c, "image_id": image_id} for c in captions]
+    name = {"coco": "coco_karpathy", "flickr": "flickr30k"}[dataset]
     return {f"{name}_{chunk.split}.json": entries}
 
 
@@ -116,22 +113,38 @@ def question_rows(chunk: Chunk, index: int, image: str, scene: Scene) -> Rows:
 
 
 def write_singles(chunk: Chunk) -> Rows:
-    """Pictures of a chunk, with the entries of all tasks on single pictures."""
+    """Pictures of a chunk, with captions and questions."""
     rows: Rows = {}
     for index in range(chunk.start, chunk.start + chunk.number):
         scene = random_scene(chunk.rng(SINGLES, CONTENT, index), chunk.level.most)
         image = save_picture(chunk, SINGLES, LEFT, index, scene)
-        parts = []
-        if "caption" in chunk.tasks or "retrieval" in chunk.tasks:
-            parts.append(caption_rows(chunk, index, image, scene, "coco"))
-        if "retrieval" in chunk.tasks:
-            parts.append(caption_rows(chunk, index, image, scene, "flickr"))
+        if "caption" in chunk.tasks:
+            rng = chunk.rng(SINGLES, COCO, index)
+            captions = [caption(rng, scene) for _ in range(CAPTIONS)]
+            append(rows, caption_rows(chunk, index, image, captions, "coco"))
         if "vqa" in chunk.tasks:
-            parts.append(question_rows(chunk, index, image, scene))
-        for part in parts:
-            for file, entries in part.items():
-                rows.setdefault(file, []).extend(entries)
+            append(rows, question_rows(chunk, index, image, scene))
     return rows
+
+
+def write_families(chunk: Chunk) -> Rows:
+    """Pictures of a chunk for retrieval; those of a family follow each other, and the last family may not be whole."""
+    rows: Rows = {}
+    end = chunk.start + chunk.number
+    for start in range(chunk.start, end, FAMILY):
+        family = draw_family(chunk.rng(FAMILIES, CONTENT, start), chunk.level.most)
+        for index, scene in enumerate(family[: end - start], start):
+            siblings = [sibling for sibling in family if sibling is not scene]
+            image = save_picture(chunk, FAMILIES, LEFT, index, scene)
+            rng = chunk.rng(FAMILIES, FLICKR, index)
+            captions = [distinctive_caption(rng, scene, siblings) for _ in range(CAPTIONS)]
+            append(rows, caption_rows(chunk, index, image, captions, "flickr"))
+    return rows
+
+
+def append(rows: Rows, more: Rows) -> None:
+    for file, entries in more.items():
+        rows.setdefault(file, []).extend(entries)
 
 
 def coco_ground_truth(entries: list[dict]) -> dict:
@@ -166,8 +179,7 @@ def run_chunks(work: Callable[[Chunk], Rows], todo: list[Chunk], workers: int, p
 
     def collect(results: Iterator[Rows]) -> None:
         for part in progress(results, len(todo), label):
-            for file, entries in part.items():
-                rows.setdefault(file, []).extend(entries)
+            append(rows, part)
 
     if workers == 1:
         collect(map(work, todo))
@@ -215,9 +227,11 @@ def make_shapes(
     if "nlvr" in tasks:
         todo = chunks(template, sizes, PAIRS_PER_CHUNK)
         rows.update(run_chunks(write_pairs, todo, workers, progress, "pairs"))
-    if tasks != ("nlvr",):
-        todo = chunks(template, sizes, SINGLES_PER_CHUNK)
+    todo = chunks(template, sizes, SINGLES_PER_CHUNK)
+    if {"caption", "vqa"} & set(tasks):
         rows.update(run_chunks(write_singles, todo, workers, progress, "pictures"))
+    if "retrieval" in tasks:
+        rows.update(run_chunks(write_families, todo, workers, progress, "families"))
 
     annotations = out / "annotations"
     for file, entries in rows.items():

@@ -1,0 +1,180 @@
+"""Pictures with captions, as in BLIP's annotation files of COCO (Karpathy's split) and Flickr30k."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import Dataset
+
+from config import Config
+from data.loading import CHECKED, calibration_subset, check_images, load_image, read_entries
+from data.text import Tokenizer, clean_sentence, encode
+from transform.images import ImageTransform, eval_transform, keeps_truth, train_transform
+
+# B items, L tokens of the longest caption
+
+MAX_WORDS = 30
+
+
+class CaptionPairs(Dataset):
+    """Training pairs: an item is image (3, H, W), caption (cleaned, `prompt` in front) and image_id.
+
+    An image_id counts the pictures, so that captions of one picture share it: the distinct "image_id" of all files, in
+    the order of first appearance.
+
+    Raises:
+        UserError: for annotations of another form, or when the pictures of the first entries are not there; an item raises
+            one for a picture that is missing or broken.
+    """
+
+    def __init__(
+        self,
+        annotation_files: Sequence[str | Path],
+        image_root: str | Path,
+        transform: ImageTransform,
+        *,
+        max_words: int = MAX_WORDS,
+        prompt: str = "",
+    ) -> None:
+        self.entries = [entry for file in annotation_files for entry in read_entries(Path(file), _pair_problem)]
+        numbers: dict[str | int, int] = {}
+        self.image_ids = [numbers.setdefault(entry["image_id"], len(numbers)) for entry in self.entries]
+        self.image_root = Path(image_root)
+        self.transform = transform
+        self.max_words = max_words
+        self.prompt = prompt
+        check_images(self.image_root, (entry["image"] for entry in self.entries[:CHECKED]))
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        entry = self.entries[index]
+        caption = clean_sentence(entry["caption"], "caption", self.max_words)
+        return {
+            "image": self.transform(load_image(self.image_root / entry["image"]), keeps_truth(caption)),
+            "caption": self.prompt + caption,
+            "image_id": self.image_ids[index],
+        }
+
+
+def read_captioned(file: Path) -> list[dict[str, Any]]:
+    """The entries {"image": path, "caption": [text, ...]} of an evaluation file, for CaptionImages and CaptionTexts.
+
+    Raises:
+        UserError: for a file of another form.
+    """
+    return read_entries(file, _captioned_problem)
+
+
+class CaptionImages(Dataset):
+    """The pictures of `entries`: an item is image (3, H, W) and id, the picture's path in the annotations.
+
+    Raises:
+        UserError: as CaptionPairs, for the pictures.
+    """
+
+    def __init__(self, entries: list[dict[str, Any]], image_root: str | Path, transform: ImageTransform) -> None:
+        self.names = [entry["image"] for entry in entries]
+        self.image_root = Path(image_root)
+        self.transform = transform
+        check_images(self.image_root, self.names[:CHECKED])
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {"image": self.transform(load_image(self.image_root / self.names[index])), "id": self.names[index]}
+
+
+class CaptionTexts(Dataset):
+    """The captions of `entries`: an item is caption (cleaned), id, its index, and image, the index of its picture.
+
+    `image_of_text` holds the latter for all captions.
+    """
+
+    def __init__(self, entries: list[dict[str, Any]], max_words: int = MAX_WORDS) -> None:
+        self.captions = [caption for entry in entries for caption in entry["caption"]]
+        self.image_of_text = [image for image, entry in enumerate(entries) for _ in entry["caption"]]
+        self.max_words = max_words
+
+    def __len__(self) -> int:
+        return len(self.captions)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        caption = clean_sentence(self.captions[index], "caption", self.max_words)
+        return {"caption": caption, "id": index, "image": self.image_of_text[index]}
+
+
+class TextCollate:
+    """Items of CaptionTexts to a batch: input_ids and attention_mask (B, L), as data.text.encode; ids (B,)."""
+
+    def __init__(self, tokenizer: Tokenizer, max_tokens: int, first_token_id: int | None = None) -> None:
+        self.tokenizer = tokenizer
+        self.max_tokens = max_tokens
+        self.first_token_id = first_token_id
+
+    def __call__(self, items: list[dict[str, Any]]) -> dict[str, Any]:
+        return {**self.encode(items), "ids": torch.tensor([item["id"] for item in items])}
+
+    def encode(self, items: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        return encode(self.tokenizer, [item["caption"] for item in items], self.max_tokens, self.first_token_id)
+
+
+class PairCollate(TextCollate):
+    """Items of CaptionPairs to a batch: image (B, 3, H, W); input_ids and attention_mask (B, L); image_ids (B,)."""
+
+    def __call__(self, items: list[dict[str, Any]]) -> dict[str, Any]:
+        return {
+            "image": _stack(items),
+            **self.encode(items),
+            "image_ids": torch.tensor([item["image_id"] for item in items]),
+        }
+
+
+def collate_images(items: list[dict[str, Any]]) -> dict[str, Any]:
+    """Items of CaptionImages to a batch: image (B, 3, H, W); ids, B of them."""
+    return {"image": _stack(items), "ids": [item["id"] for item in items]}
+
+
+def build_datasets(config: Config) -> dict[str, Any]:
+    """The datasets "train" and "calibration" (a fixed part of the pairs, untouched); the two of "val" and of "test".
+
+    An evaluation split is its CaptionImages and its CaptionTexts.
+    """
+    train_files = [config.annotation_file(name) for name in config.train_files]
+    untouched = {"image_root": config.image_root, "transform": eval_transform(config.image_size)}
+    datasets: dict[str, Any] = {
+        "train": CaptionPairs(train_files, config.image_root, train_transform(config.image_size, config.augment)),
+        "calibration": calibration_subset(CaptionPairs(train_files, **untouched), config.calibration_size),
+    }
+    for split, name in (("val", config.val_file), ("test", config.test_file)):
+        entries = read_captioned(config.annotation_file(name))
+        datasets[split] = CaptionImages(entries, **untouched), CaptionTexts(entries)
+    return datasets
+
+
+def _stack(items: list[dict[str, Any]]) -> torch.Tensor:
+    return torch.stack([item["image"] for item in items])
+
+
+def _pair_problem(entry: dict[str, Any]) -> str | None:
+    if not isinstance(entry.get("caption"), str):
+        return "has no 'caption' that is text, as a training entry has"
+    if not isinstance(entry.get("image_id"), str | int):
+        return "has no 'image_id' that is text or a whole number"
+    return _image_problem(entry)
+
+
+def _captioned_problem(entry: dict[str, Any]) -> str | None:
+    captions = entry.get("caption")
+    if not isinstance(captions, list) or not captions or not all(isinstance(caption, str) for caption in captions):
+        return "has no 'caption' that is a list of texts, as an evaluation entry has"
+    return _image_problem(entry)
+
+
+def _image_problem(entry: dict[str, Any]) -> str | None:
+    if not isinstance(entry.get("image"), str) or not entry["image"]:
+        return "has no 'image' that is a path"
+    return None

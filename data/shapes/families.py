@@ -1,0 +1,87 @@
+"""Retrieval: families of pictures that differ in little, and captions that tell them apart.
+
+Pictures drawn independently are told apart by their colours alone, and short captions are true of
+many of them. Here a picture has siblings of nearly the same things, and its captions name what is
+its own.
+"""
+
+import numpy as np
+
+from data.shapes.statements import Description
+from data.shapes.tasks import counted, describe
+from data.shapes.world import (
+    COLOURS,
+    LATTICE,
+    MOST,
+    SHAPES,
+    SIZES,
+    Kind,
+    Scene,
+    place,
+    random_scene,
+)
+
+FAMILY = 5  # pictures
+FEWEST = 2  # things in a picture: too many pictures of a single thing would be alike
+CHANGES = 2  # from the picture, never shown, that all of a family come from
+MENTIONS = 2  # things that a caption counts
+ATTEMPTS = 20  # captions tried; one in twenty then still fits a sibling
+
+ANYTHING = Description(None, None, None)
+
+Cell = tuple[int, int]
+
+
+def draw_family(rng: np.random.Generator, most: int = MOST) -> list[Scene]:
+    """FAMILY different scenes, each CHANGES away from the same one."""
+    base = random_scene(rng, max(most, FEWEST), FEWEST)
+    family: dict[frozenset, Scene] = {}
+    while len(family) < FAMILY:
+        scene = base
+        for _ in range(CHANGES):
+            scene = vary(rng, scene)
+        family.setdefault(frozenset((t.kind, t.row, t.column) for t in scene), scene)
+    return list(family.values())
+
+
+def vary(rng: np.random.Generator, scene: Scene) -> Scene:
+    """The scene with one thing moved, with one attribute of it changed, or exchanged with another thing."""
+    things = {(thing.row, thing.column): thing for thing in scene}
+    kinds = {cell: thing.kind for cell, thing in things.items()}
+    one, other = (list(kinds)[i] for i in rng.permutation(len(kinds))[:2])
+    (move, change, exchange)[rng.integers(3)](rng, kinds, one, other)
+    return tuple(things[c] if c in things and things[c].kind == k else place(rng, k, c) for c, k in kinds.items())
+
+
+def move(rng: np.random.Generator, kinds: dict[Cell, Kind], one: Cell, other: Cell) -> None:
+    """Put a thing into any cell; what stands there changes places with it."""
+    row, column = rng.integers(0, LATTICE, 2).tolist()
+    kind = kinds.pop(one)
+    if (row, column) in kinds:
+        kinds[one] = kinds[row, column]
+    kinds[row, column] = kind
+
+
+def change(rng: np.random.Generator, kinds: dict[Cell, Kind], one: Cell, other: Cell) -> None:
+    attribute = int(rng.integers(3))
+    words = [word for word in (SIZES, COLOURS, SHAPES)[attribute] if word != kinds[one][attribute]]
+    kinds[one] = with_word(kinds[one], attribute, words[rng.integers(len(words))])
+
+
+def exchange(rng: np.random.Generator, kinds: dict[Cell, Kind], one: Cell, other: Cell) -> None:
+    attribute = int(rng.integers(3))
+    words = kinds[one][attribute], kinds[other][attribute]
+    kinds[one], kinds[other] = with_word(kinds[one], attribute, words[1]), with_word(kinds[other], attribute, words[0])
+
+
+def with_word(kind: Kind, attribute: int, word: str) -> Kind:
+    return kind._replace(**{Kind._fields[attribute]: word})
+
+
+def distinctive_caption(rng: np.random.Generator, scene: Scene, siblings: list[Scene]) -> str:
+    """A relation, some counts and the number of things, all true of the scene but not all of any sibling."""
+    for _ in range(ATTEMPTS):
+        parts = [*describe(rng, scene, MENTIONS), counted(ANYTHING, scene)]
+        if not any(all(part.holds(sibling) for part in parts) for sibling in siblings):
+            break
+    return " and ".join(part.text() for part in parts) + " in total"

@@ -1,0 +1,167 @@
+"""Files of pictures with captions to batches for retrieval."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+from config import Augment, Config
+from data.captions import (
+    CaptionImages,
+    CaptionPairs,
+    CaptionTexts,
+    PairCollate,
+    TextCollate,
+    build_datasets,
+    collate_images,
+    read_captioned,
+)
+from data.text import load_tokenizer
+from transform.images import eval_transform, train_transform
+from utils import UserError
+
+SIZE = 8
+PICTURES = [f"single/{index}.png" for index in range(4)]
+TRAIN = [
+    {"image": PICTURES[0], "caption": 'A "red" dog.', "image_id": "coco_7"},
+    {"image": PICTURES[1], "caption": "dog left of the dog", "image_id": "coco_3"},
+    {"image": PICTURES[0], "caption": "the dog is red", "image_id": "coco_7"},
+]
+MORE = [
+    {"image": PICTURES[2], "caption": "...", "image_id": 3},
+    {"image": PICTURES[1], "caption": "the dog", "image_id": "coco_3"},
+]
+TEST = [{"image": PICTURES[1], "caption": ["A dog!", "red"]}, {"image": PICTURES[3], "caption": ["the dog is red"]}]
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> Path:
+    """Four pictures, white on the right half and of a brightness of their own on the left, with two training files."""
+    (tmp_path / "single").mkdir()
+    for index, name in enumerate(PICTURES):
+        picture = Image.new("RGB", (SIZE, SIZE), (255, 255, 255))
+        picture.paste((50 * index,) * 3, (0, 0, SIZE // 2, SIZE))
+        picture.save(tmp_path / name)
+    for name, entries in (("train", TRAIN), ("more", MORE), ("val", TEST), ("test", TEST)):
+        (tmp_path / f"{name}.json").write_text(json.dumps(entries))
+    (tmp_path / "vocab.txt").write_text("\n".join("[PAD] [UNK] [CLS] [SEP] [MASK] a the dog is red".split()))
+    return tmp_path
+
+
+def pairs_of(world: Path, *files: str, **settings: Any) -> CaptionPairs:
+    return CaptionPairs([world / f"{file}.json" for file in files], world, eval_transform(SIZE), **settings)
+
+
+def picture(world: Path, index: int) -> torch.Tensor:
+    return eval_transform(SIZE)(Image.open(world / PICTURES[index]))
+
+
+def test_captions_of_one_picture_share_its_number_across_files(world: Path) -> None:
+    pairs = pairs_of(world, "train", "more")
+    items = [pairs[index] for index in range(len(pairs))]
+    assert [item["image_id"] for item in items] == [0, 1, 0, 2, 1]
+    assert [item["caption"] for item in items] == ["a red dog", "dog left of the dog", "the dog is red", "", "the dog"]
+    assert torch.equal(items[3]["image"], picture(world, 2))
+
+
+def test_a_caption_is_cut_and_gets_its_prompt(world: Path) -> None:
+    assert pairs_of(world, "train", max_words=2, prompt="a picture of ")[2]["caption"] == "a picture of the dog"
+
+
+def test_a_caption_that_names_a_side_keeps_its_picture_as_it_is(world: Path) -> None:
+    transform = train_transform(SIZE, Augment(crop_scale=(1, 1), flip=True, randaugment=False))
+    pairs = CaptionPairs([world / "train.json"], world, transform)
+    mirrored = [[bool(pairs[index]["image"][0, 0, 0] > 1) for _ in range(30)] for index in (0, 1)]
+    assert any(mirrored[0]) and not all(mirrored[0]) and not any(mirrored[1])
+
+
+def test_an_evaluation_file_becomes_pictures_and_captions(world: Path) -> None:
+    entries = read_captioned(world / "test.json")
+    images, texts = CaptionImages(entries, world, eval_transform(SIZE)), CaptionTexts(entries)
+    assert [images[index]["id"] for index in range(len(images))] == [PICTURES[1], PICTURES[3]]
+    assert torch.equal(images[1]["image"], picture(world, 3))
+    assert [texts[index] for index in range(len(texts))] == [
+        {"caption": "a dog", "id": 0, "image": 0},
+        {"caption": "red", "id": 1, "image": 0},
+        {"caption": "the dog is red", "id": 2, "image": 1},
+    ]
+    assert texts.image_of_text == [0, 0, 1]
+
+
+def test_batches_have_the_documented_shapes(world: Path) -> None:
+    tokenizer, pairs = load_tokenizer(world), pairs_of(world, "train", "more")
+    batch = PairCollate(tokenizer, 35)([pairs[0], pairs[3]])
+    assert batch.keys() == {"image", "input_ids", "attention_mask", "image_ids"}
+    assert batch["image"].shape == (2, 3, SIZE, SIZE)
+    assert batch["input_ids"].tolist() == [[2, 5, 9, 7, 3], [2, 3, 0, 0, 0]]
+    assert batch["attention_mask"].sum(1).tolist() == [5, 2]
+    assert batch["image_ids"].tolist() == [0, 2] and batch["image_ids"].dtype == torch.long
+    entries = read_captioned(world / "test.json")
+    texts, images = CaptionTexts(entries), CaptionImages(entries, world, eval_transform(SIZE))
+    batch = TextCollate(tokenizer, 4)([texts[1], texts[2]])
+    assert batch["input_ids"].tolist() == [[2, 9, 3, 0], [2, 6, 7, 3]]
+    assert batch["ids"].tolist() == [1, 2]
+    batch = collate_images([images[0], images[1]])
+    assert batch["image"].shape == (2, 3, SIZE, SIZE) and batch["ids"] == [PICTURES[1], PICTURES[3]]
+
+
+def test_a_first_token_replaces_the_tokenizers(world: Path) -> None:
+    batch = TextCollate(load_tokenizer(world), 35, first_token_id=11)([{"caption": "dog", "id": 0}])
+    assert batch["input_ids"].tolist() == [[11, 7, 3]]
+
+
+def test_a_config_becomes_its_datasets(world: Path) -> None:
+    files = {"train_files": ["train", "more"], "val_file": "val", "test_file": "test"}
+    config = Config(image_root=world, ann_root=world, image_size=16, calibration_size=3, **files)
+    datasets = build_datasets(config)
+    assert {name: len(datasets[name]) for name in ("train", "calibration")} == {"train": 5, "calibration": 3}
+    assert [len(part) for part in datasets["val"] + datasets["test"]] == [2, 3, 2, 3]
+    assert datasets["train"][0]["image"].shape == (3, 16, 16)
+    assert all(torch.equal(datasets["calibration"][0]["image"], datasets["calibration"][0]["image"]) for _ in range(5))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"caption": 5}, "entry 1 has no 'caption' that is text"),
+        ({"caption": ["a dog"]}, "entry 1 has no 'caption' that is text"),
+        ({"image_id": None}, "entry 1 has no 'image_id' that is text or a whole number"),
+        ({"image": 3}, "entry 1 has no 'image' that is a path"),
+        ({"image": ""}, "entry 1 has no 'image' that is a path"),
+    ],
+)
+def test_a_foreign_training_entry_is_named(world: Path, change: dict, message: str) -> None:
+    (world / "train.json").write_text(json.dumps([TRAIN[0], {**TRAIN[1], **change}]))
+    with pytest.raises(UserError, match=rf"\A{world}/train.json: {message}.*; write the file again\Z"):
+        pairs_of(world, "train")
+
+
+@pytest.mark.parametrize("caption", ["a dog", [], ["a dog", 5], None])
+def test_a_foreign_evaluation_entry_is_named(world: Path, caption: object) -> None:
+    (world / "val.json").write_text(json.dumps([TEST[0], {**TEST[1], "caption": caption}]))
+    with pytest.raises(UserError, match=r"val.json: entry 1 has no 'caption' that is a list of texts"):
+        read_captioned(world / "val.json")
+
+
+@pytest.mark.parametrize("content", ["{}", "[]", '[["a dog"]]', '[{"image": "a.png", "cap'])
+def test_a_file_of_another_form_is_named(world: Path, content: str) -> None:
+    (world / "val.json").write_text(content)
+    with pytest.raises(UserError, match=r"val.json: (must be a list|entry 0 is not an object|not valid JSON at line 1)"):
+        read_captioned(world / "val.json")
+
+
+def test_missing_and_broken_pictures_are_named(world: Path) -> None:
+    (world / PICTURES[2]).write_bytes(b"not a picture")
+    pairs = pairs_of(world, "train", "more")
+    with pytest.raises(UserError, match="2.png: not a readable picture"):
+        pairs[3]
+    (world / PICTURES[3]).unlink()
+    with pytest.raises(UserError, match="3.png: no such picture; set the key 'image_root'"):
+        CaptionImages(read_captioned(world / "val.json"), world, eval_transform(SIZE))
+    with pytest.raises(UserError, match="0.png: no such picture; set the key 'image_root'"):
+        CaptionPairs([world / "train.json"], world / "nowhere", eval_transform(SIZE))
+    with pytest.raises(UserError, match="none.json: No such file"):
+        read_captioned(world / "none.json")
