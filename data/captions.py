@@ -2,15 +2,16 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.utils.data import Dataset
 
-from config import Config
-from data.loading import CHECKED, calibration_subset, check_images, load_image, read_entries
+from config import Config, RetrievalConfig
+from data.loading import CHECKED, Loader, build_loader, calibration_subset, check_images, load_image, read_entries
 from data.text import Tokenizer, clean_sentence, encode
 from transform.images import ImageTransform, eval_transform, keeps_truth, train_transform
+from utils import Run
 
 # B items, L tokens of the longest caption
 
@@ -107,6 +108,33 @@ class CaptionTexts(Dataset):
         return {"caption": caption, "id": index, "image": self.image_of_text[index]}
 
 
+class FirstPairs(Dataset):
+    """Each picture of an evaluation file with the first of its captions: items as those of CaptionPairs."""
+
+    def __init__(self, images: CaptionImages, texts: CaptionTexts) -> None:
+        self.images, self.texts = images, texts
+        self.first = {image: text for text, image in reversed(list(enumerate(texts.image_of_text)))}
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {"image": self.images[index]["image"], "caption": self.texts[self.first[index]]["caption"], "image_id": index}
+
+
+class Split(NamedTuple):
+    """What is ranked: loaders of this process's share of pictures and captions, and of some pairs, for counting GFLOPs.
+
+    image_of_text: of each caption of the split, the number of its picture; names: the pictures' paths
+    """
+
+    images: Loader
+    texts: Loader
+    pairs: Loader
+    image_of_text: list[int]
+    names: list[str]
+
+
 class TextCollate:
     """Items of CaptionTexts to a batch: input_ids and attention_mask (B, L), as data.text.encode; ids (B,)."""
 
@@ -153,6 +181,35 @@ def build_datasets(config: Config) -> dict[str, Any]:
         entries = read_captioned(config.annotation_file(name))
         datasets[split] = CaptionImages(entries, **untouched), CaptionTexts(entries)
     return datasets
+
+
+def build_loaders(config: RetrievalConfig, run: Run, tokenizer: Tokenizer) -> dict[str, Any]:
+    """The loaders "train" (not for an evaluation) and "calibration" of pairs, and the Splits "val" and "test"."""
+    pair_collate, text_collate = (kind(tokenizer, config.max_text_tokens) for kind in (PairCollate, TextCollate))
+    shared = {"run": run, "num_workers": config.num_workers, "seed": config.seed}
+    evaluation = {"batch_size": config.batch_size_test, "train": False, **shared}
+    datasets = build_datasets(config)
+    loaders = {"calibration": build_loader(datasets["calibration"], collate=pair_collate, **evaluation)}
+    if not config.evaluate:
+        loaders["train"] = build_loader(
+            datasets["train"],
+            config.batch_size_train,
+            train=True,
+            collate=pair_collate,
+            epoch_steps=config.epoch_steps,
+            **shared,
+        )
+    for split in ("val", "test"):
+        images, texts = datasets[split]
+        pairs = calibration_subset(FirstPairs(images, texts), config.calibration_size)
+        loaders[split] = Split(
+            build_loader(images, collate=collate_images, **evaluation),
+            build_loader(texts, collate=text_collate, **evaluation),
+            build_loader(pairs, collate=pair_collate, **evaluation),
+            texts.image_of_text,
+            images.names,
+        )
+    return loaders
 
 
 def _stack(items: list[dict[str, Any]]) -> torch.Tensor:

@@ -4,12 +4,12 @@ Every picture and every caption is encoded once for its feature, on the process 
 matching, so that no picture's tokens are kept. Shapes: I images, T texts, L text tokens, E width of the common space, P pairs.
 """
 
-from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from data.captions import Split
 from engine.train import progress
 from madtp.pruning import PruneSetting
 from models.tower import select
@@ -17,15 +17,7 @@ from utils import Run, all_reduce_sum, gather_objects
 
 QUERIES = 1024  # whose similarities to all targets are in memory at a time
 PAIRS = 256  # of one image, that are matched at a time
-
-
-@dataclass
-class Split:
-    """What is ranked. images, texts: loaders of this process's share; pairs: of some pairs, for counting GFLOPs."""
-
-    images: Iterable[Mapping]
-    texts: Iterable[Mapping]
-    pairs: Iterable[Mapping]
+PREDICTED = 10  # targets of each query that a run writes down
 
 
 @dataclass
@@ -115,3 +107,27 @@ def _padded(tokens: list[Tensor], device: torch.device) -> tuple[Tensor, Tensor]
 def _reordered(ranking: Ranking, logits: Tensor) -> Ranking:
     scores, order = (ranking.scores + logits).sort(dim=1, descending=True, stable=True)
     return Ranking(ranking.candidates.gather(1, order), scores)
+
+
+def rank(
+    model: nn.Module, split: Split, setting: PruneSetting, packed: bool, run: Run, number: int, matching: bool
+) -> tuple[Ranking, Ranking]:
+    """For each image its best `number` texts, and for each text its best images; with `matching`, ranked anew by the matching head.
+
+    The same on every process.
+    """
+    images = encode_images(model, split, setting, packed, run)
+    texts, tokens = encode_texts(model, split, setting, packed, run)
+    by_image = best_candidates(images, texts, number, run.device)
+    by_text = best_candidates(texts, images, number, run.device)
+    return rerank(model, split, tokens, by_image, by_text, setting, packed, run) if matching else (by_image, by_text)
+
+
+def predictions(by_image: Ranking, by_text: Ranking, names: list[str]) -> dict[str, dict]:
+    """The best captions of each picture, as numbers, and the best pictures of each caption, as paths."""
+    texts = by_image.candidates[:, :PREDICTED].tolist()
+    images = by_text.candidates[:, :PREDICTED].tolist()
+    return {
+        "captions": dict(zip(names, texts, strict=True)),
+        "pictures": {str(text): [names[image] for image in found] for text, found in enumerate(images)},
+    }

@@ -13,13 +13,14 @@ from madtp.flops import GIGA, linear
 from madtp.packing import Packed
 from madtp.pruning import OFF, Layout, PruneSetting
 from models.bert import TextEncoder
-from models.momentum import MomentumModel, PairPasses, hard_negatives
+from models.momentum import MomentumModel, PairPasses, dense_encoded, hard_negatives
 from models.tower import (
     Encoded,
     TowerRecord,
     class_tokens,
     concatenate,
     count_tokens,
+    dense_record,
     gather_samples,
     select,
 )
@@ -179,6 +180,14 @@ class BlipRetrieval(MomentumModel):
         """Multiply-adds of both towers with their projections, (B,) each."""
         vision = self.visual_encoder.flops(image.record, setting) + self.vision_proj.weight.numel()
         return vision, self.text_encoder.flops(text.record, (), setting) + self.text_proj.weight.numel()
+
+    def dense_passes(self, text_tokens: int) -> MatchingPasses:
+        image = dense_encoded(self.visual_encoder.depth, self.visual_encoder.pos_embed.shape[1])
+        text = dense_encoded(self.text_encoder.depth, text_tokens)
+        two = dense_record(self.text_encoder.depth, text_tokens, samples=2)
+        read = image.record.leaving[-1]
+        matching = [(text.record, read), (two, read.expand(2))]
+        return MatchingPasses(image, text, image, text, logits=torch.empty(0), targets=torch.empty(0), matching=matching)
 
     def gflops_by_module(self, passes: MatchingPasses, setting: PruneSetting = OFF) -> dict[str, Tensor]:
         pairs, negatives = (self._matching_gflops(*each, setting) for each in passes.matching)

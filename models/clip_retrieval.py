@@ -9,7 +9,7 @@ from torch import Tensor
 from clip.model import Clip, ClipSize, MakePruner
 from madtp.pruning import OFF, PruneSetting
 from models.attention import Causal
-from models.momentum import MomentumModel
+from models.momentum import MomentumModel, PairPasses, dense_encoded
 from models.tower import Encoded
 
 MOMENTUM_PARTS = ("visual", "transformer", "token_embedding", "ln_final", "positional_embedding", "text_projection")
@@ -60,6 +60,11 @@ class ClipRetrieval(Clip, MomentumModel):
     def tower_flops(self, image: Encoded, text: Encoded, setting: PruneSetting) -> tuple[Tensor, Tensor]:
         """Multiply-adds of both towers with their projections, (B,) each."""
         return self.visual.flops(image, setting), self.text_flops(text, setting)
+
+    def dense_passes(self, text_tokens: int) -> PairPasses:
+        image = dense_encoded(len(self.visual.transformer.resblocks), len(self.visual.positional_embedding))
+        text = dense_encoded(len(self.transformer.resblocks), text_tokens)
+        return PairPasses(image, text, image, text)
 
 
 def _normalised(encoded: Encoded) -> Encoded:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from madtp.alignment import similarity_loss
 from madtp.flops import GIGA
 from madtp.pruning import OFF, PruneSetting
-from models.tower import Encoded
+from models.tower import Encoded, dense_record
 from utils import gather_tensors
 
 NO_IMAGE = -100  # the image id of a place of the queue that was never filled
@@ -34,7 +34,8 @@ class PairPasses:
 class MomentumModel(nn.Module):
     """A model of pairs whose named parts each have a copy, with `_m` behind the name, that follows them slowly.
 
-    Subclasses give `encode_image`, `encode_text`, `temperature`, `limit_temperature` and `tower_flops`.
+    Subclasses give `encode_image`, `encode_text`, `temperature`, `limit_temperature`, `tower_flops`, and in `dense_passes` what a
+    pair with a text of so many tokens would leave on record if nothing was pruned.
     """
 
     image_queue: Tensor  # (E, Q)
@@ -169,6 +170,10 @@ class MomentumModel(nn.Module):
         passes = self.passes(*inputs, setting=setting, packed=packed)
         return self.gflops_by_module(passes, setting), self.deployment_gflops(passes, setting)
 
+    def reference_gflops(self, text_tokens: int) -> float:
+        """GFLOPs of an uncompressed pair by the paper's convention: a training step, its text so long. No data needed."""
+        return float(sum(self.gflops_by_module(self.dense_passes(text_tokens)).values()))
+
     def gflops_by_module(self, passes: PairPasses, setting: PruneSetting = OFF) -> dict[str, Tensor]:
         """GFLOPs of each pair of a training step, (B,) float64, closed form at true lengths."""
         image, text = self.tower_flops(passes.image, passes.text, setting)
@@ -181,6 +186,11 @@ class MomentumModel(nn.Module):
     def deployment_gflops(self, passes: PairPasses, setting: PruneSetting = OFF) -> Tensor:
         """What a pair costs in use, without momentum encoders and training passes: (B,) float64 GFLOPs."""
         return sum(self.tower_flops(passes.image, passes.text, setting)).double() / GIGA
+
+
+def dense_encoded(depth: int, tokens: int) -> Encoded:
+    """What a tower leaves of one sample in which nothing is pruned: a record alone."""
+    return Encoded(torch.empty(0), None, torch.empty(0), dense_record(depth, tokens, samples=1))
 
 
 @torch.no_grad()

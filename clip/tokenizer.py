@@ -1,0 +1,68 @@
+"""CLIP's tokenizer, called as one of transformers: OpenAI's byte pairs, or a short list of words with the same special tokens.
+
+The end-of-text token has the highest id, and padding, which is 0, stands behind it: so a text's end is where its ids are highest.
+"""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from utils import UserError
+
+OPENAI = "clip"
+UNKNOWN = "[UNK]"
+
+
+class ClipTokenizer:
+    """Texts to ids. `len` is the model's vocabulary size."""
+
+    def __init__(self, words: Callable[[str], list[int]], start: int, end: int):
+        """
+        Args:
+            words: maps a text to ids, special tokens left out.
+            start, end: ids of the start-of-text and of the end-of-text token, the two highest.
+        """
+        self.words, self.start, self.end = words, start, end
+
+    def __len__(self) -> int:
+        return self.end + 1
+
+    def __call__(
+        self,
+        texts: Sequence[str],
+        padding: str = "longest",
+        truncation: bool = True,
+        max_length: int = 77,
+        return_tensors: str = "pt",
+    ) -> dict[str, Tensor]:
+        """input_ids and attention_mask (texts, L), each text cut so that with its start and its end it has `max_length` tokens."""
+        ids = [[self.start, *self.words(text)[: max_length - 2], self.end] for text in texts]
+        longest = max(map(len, ids))
+        padded = torch.tensor([row + [0] * (longest - len(row)) for row in ids])
+        lengths = torch.tensor([len(row) for row in ids])
+        return {"input_ids": padded, "attention_mask": (torch.arange(longest) < lengths.unsqueeze(1)).long()}
+
+
+def load_clip_tokenizer(source: str) -> ClipTokenizer:
+    """OpenAI's for `source` "clip", as open_clip carries it; else of the list of words in the file `source`, one a line.
+
+    Raises:
+        UserError: when there is no such file, or no [UNK] in it.
+    """
+    if source == OPENAI:
+        from open_clip.tokenizer import SimpleTokenizer  # imports whole model families
+
+        pairs = SimpleTokenizer()
+        return ClipTokenizer(pairs.encode, pairs.sot_token_id, pairs.eot_token_id)
+    try:
+        words = Path(source).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "not a text file"
+        raise UserError(f"{source}: {reason}; set the key 'tokenizer' to 'clip' or to a list of words") from None
+    if UNKNOWN not in words:
+        raise UserError(f"{source}: has no {UNKNOWN}; set the key 'tokenizer' to 'clip' or to a list of words")
+    numbers = {word: number for number, word in enumerate(words)}
+    unknown = numbers[UNKNOWN]
+    return ClipTokenizer(lambda text: [numbers.get(word, unknown) for word in text.split()], len(words), len(words) + 1)

@@ -1,0 +1,75 @@
+"""Compress CLIP for image-text retrieval on COCO or Flickr30k.
+
+    torchrun --nproc_per_node=8 -- compress_retrieval_clip_dtp.py --config configs/retrieval_coco_clip.yaml --p 0.5
+    python compress_retrieval_clip_dtp.py --config configs/shapes/retrieval_clip.yaml --p 0.5
+
+Writes <output_dir>/{config.yaml, log.txt, checkpoint_last.pth, checkpoint_best.pth, predictions_{val,test}.json, result.json}.
+"""
+
+import torch
+
+from clip.tokenizer import load_clip_tokenizer
+from config import ClipRetrievalConfig
+from data.captions import Split, build_loaders
+from engine.compress import Evaluation, Experiment, mean_cost, run_experiment
+from engine.ranking import predictions, rank
+from madtp.pruning import PruneSetting
+from metrics.retrieval import best_ranks, recalls
+from models.build import clip_from_config
+from models.pretrained import read_checkpoint
+from models.pretrained_clip import load_clip_weights
+from options import parse_command_line
+from utils import init_run, run_main
+
+TOP = 10  # of the similar ones: no recall looks further
+
+
+def main() -> None:
+    config = parse_command_line(__doc__, ClipRetrievalConfig)
+    run = init_run(config.device, config.seed)
+    tokenizer = load_clip_tokenizer(config.tokenizer)
+    loaders = build_loaders(config, run, tokenizer)
+    model = clip_from_config(config, len(tokenizer))
+    checkpoint = {}
+    if config.pretrained:
+        checkpoint = read_checkpoint(config.pretrained)
+        load_clip_weights(model, checkpoint["model"], config.pretrained)
+    model.to(run.device)
+
+    align = not config.uncompressed
+    packed_training = run.device.type == "cpu"  # there it was measured to be faster
+
+    def losses(model: torch.nn.Module, batch: dict, setting: PruneSetting) -> dict[str, torch.Tensor]:
+        alpha = config.alpha * min(1.0, batch["epoch"])  # the momentum encoders have little to say at first
+        pairs = batch["image"], batch["input_ids"], batch["attention_mask"], batch["image_ids"]
+        return model(*pairs, alpha, setting, align, packed_training)
+
+    def costs(model: torch.nn.Module, batch: dict, setting: PruneSetting) -> tuple[dict, torch.Tensor]:
+        return model.costs(batch["image"], batch["input_ids"], batch["attention_mask"], setting=setting, packed=True)
+
+    def gflops(model: torch.nn.Module, batch: dict, setting: PruneSetting) -> torch.Tensor:
+        return sum(costs(model, batch, setting)[0].values())
+
+    def evaluate(model: torch.nn.Module, split: Split, setting: PruneSetting) -> Evaluation:
+        by_image, by_text = rank(model, split, setting, True, run, TOP, matching=False)
+        image_of_text = torch.tensor(split.image_of_text)
+        text_ranks = best_ranks(by_image.scores, torch.arange(len(split.names)), image_of_text[by_image.candidates])
+        image_ranks = best_ranks(by_text.scores, image_of_text, by_text.candidates)
+        cost = mean_cost(model, split.pairs, gflops, setting, run)
+        return Evaluation(recalls(text_ranks, image_ranks), cost, predictions(by_image, by_text, split.names))
+
+    run_experiment(
+        Experiment(
+            config, run, model, loaders, losses, evaluate, gflops,
+            inputs=lambda batch: (batch["image"][:1], batch["input_ids"][:1], batch["attention_mask"][:1]),
+            score="r_mean",
+            reference=model.reference_gflops(config.max_text_tokens),
+            loss_weights={"similarity": config.sim_weight, "similarity_momentum": config.sim_weight},
+            checkpoint=checkpoint,
+            deployment=lambda model, batch, setting: costs(model, batch, setting)[1],
+        )
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,73 @@
+"""Compress BLIP for image-text retrieval on COCO or Flickr30k.
+
+    torchrun --nproc_per_node=8 -- compress_retrieval_dtp.py --config configs/retrieval_coco.yaml --p 0.45
+    python compress_retrieval_dtp.py --config configs/shapes/retrieval.yaml --p 0.5
+
+Writes <output_dir>/{config.yaml, log.txt, checkpoint_last.pth, checkpoint_best.pth, predictions_{val,test}.json, result.json}.
+"""
+
+import torch
+
+from config import RetrievalConfig
+from data.captions import Split, build_loaders
+from data.text import enc_token_id, load_tokenizer
+from engine.compress import Evaluation, Experiment, mean_cost, run_experiment
+from engine.ranking import predictions, rank
+from madtp.pruning import PruneSetting
+from metrics.retrieval import best_ranks, recalls
+from models.build import retrieval_from_config
+from models.pretrained import load_retrieval_weights, read_checkpoint
+from options import parse_command_line
+from utils import init_run, run_main
+
+
+def main() -> None:
+    config = parse_command_line(__doc__, RetrievalConfig)
+    run = init_run(config.device, config.seed)
+    tokenizer = load_tokenizer(config.tokenizer)
+    loaders = build_loaders(config, run, tokenizer)
+    model = retrieval_from_config(config, len(tokenizer), enc_token_id(tokenizer))
+    checkpoint = {}
+    if config.pretrained:
+        checkpoint = read_checkpoint(config.pretrained)
+        load_retrieval_weights(model, checkpoint["model"], config.pretrained)
+    model.to(run.device)
+
+    align = not config.uncompressed
+    packed = config.variant == "paper"  # the authors' masks do not follow their tokens: they need padding
+    packed_training = packed and run.device.type == "cpu"  # there it was measured to be faster
+
+    def losses(model: torch.nn.Module, batch: dict, setting: PruneSetting) -> dict[str, torch.Tensor]:
+        alpha = config.alpha * min(1.0, batch["epoch"])  # the momentum encoders have little to say at first
+        pairs = batch["image"], batch["input_ids"], batch["attention_mask"], batch["image_ids"]
+        return model(*pairs, alpha, setting, align, packed_training)
+
+    def costs(model: torch.nn.Module, batch: dict, setting: PruneSetting) -> tuple[dict, torch.Tensor]:
+        return model.costs(batch["image"], batch["input_ids"], batch["attention_mask"], setting=setting, packed=packed)
+
+    def gflops(model: torch.nn.Module, batch: dict, setting: PruneSetting) -> torch.Tensor:
+        return sum(costs(model, batch, setting)[0].values())
+
+    def evaluate(model: torch.nn.Module, split: Split, setting: PruneSetting) -> Evaluation:
+        by_image, by_text = rank(model, split, setting, packed, run, config.k_test, matching=True)
+        image_of_text = torch.tensor(split.image_of_text)
+        text_ranks = best_ranks(by_image.scores, torch.arange(len(split.names)), image_of_text[by_image.candidates])
+        image_ranks = best_ranks(by_text.scores, image_of_text, by_text.candidates)
+        cost = mean_cost(model, split.pairs, gflops, setting, run)
+        return Evaluation(recalls(text_ranks, image_ranks), cost, predictions(by_image, by_text, split.names))
+
+    run_experiment(
+        Experiment(
+            config, run, model, loaders, losses, evaluate, gflops,
+            inputs=lambda batch: (batch["image"][:1], batch["input_ids"][:1], batch["attention_mask"][:1]),
+            score="r_mean",
+            reference=model.reference_gflops(config.max_text_tokens),
+            loss_weights={"similarity": config.sim_weight, "similarity_momentum": config.sim_weight},
+            checkpoint=checkpoint,
+            deployment=lambda model, batch, setting: costs(model, batch, setting)[1],
+        )
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    run_main(main)
