@@ -1,0 +1,135 @@
+"""What the stages of all tasks share: optimiser steps, pictures with what they show, and an image encoder's first stage."""
+
+import logging
+import math
+from collections.abc import Callable, Iterator
+from itertools import count, islice
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, IterableDataset
+from tqdm import tqdm
+
+from data.shapes.world import COLOURS, LATTICE, SHAPES, SIZES, Scene, draw, random_scene
+from transform.images import eval_transform
+
+PATCH = 8  # px, in 12 x 12 patches, two to a cell of the world's lattice
+SIDE = 2 * LATTICE
+ATTRIBUTES = (SIZES, COLOURS, SHAPES)  # in the order of a Kind; named one by one, as words will name them
+GROUND_WEIGHT = 0.1
+PLACE_WEIGHT = 0.3  # of things alone; places are easy, and would drown what the patches show
+LOG_EVERY = 250
+
+
+class Plan(NamedTuple):
+    """How a stage is trained: steps, samples a step, learning rate at its height and steps until then."""
+
+    steps: int
+    batch: int
+    rate: float
+    warmup: int = 200
+
+
+def fit(parameters: list[Tensor], plan: Plan, stream: Iterator, losses: Callable, log: Path) -> None:
+    """The steps of a plan, the learning rate on a cosine. `losses` maps a batch to the loss and figures to log by name."""
+    optimizer = torch.optim.AdamW(parameters, lr=plan.rate, weight_decay=0.05)
+    lines = []
+    for step, batch in enumerate(bar := tqdm(islice(stream, plan.steps), desc=log.stem, total=plan.steps, disable=None), 1):
+        for group in optimizer.param_groups:
+            group["lr"] = plan.rate * min(1, step / plan.warmup) * 0.5 * (1 + math.cos(math.pi * step / plan.steps))
+        loss, figures = losses(batch)
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        if step % LOG_EVERY == 0 or step == plan.steps:
+            lines.append(f"{log.stem}, step {step}: " + ", ".join(f"{name} {value:.3f}" for name, value in figures.items()))
+            logging.info(lines[-1])
+            bar.set_postfix(loss=f"{loss.item():.3f}")
+    log.write_text("\n".join(lines) + "\n")
+
+
+def patch_attributes(scene: Scene) -> Tensor:
+    """Size, colour and shape of what each patch shows, (SIDE * SIDE, 3): 0 is ground, else 1 + the index of the attribute."""
+    attributes = torch.zeros(SIDE, SIDE, 3, dtype=torch.long)
+    for thing in scene:
+        row, column = 2 * thing.row, 2 * thing.column
+        value = torch.tensor([1 + names.index(name) for names, name in zip(ATTRIBUTES, thing.kind, strict=True)])
+        if thing.kind.size == "large":
+            attributes[row : row + 2, column : column + 2] = value
+        else:  # world places are in quarters of a pixel
+            attributes[thing.y // (4 * PATCH), thing.x // (4 * PATCH)] = value
+    return attributes.flatten(0, 1)
+
+
+class Pictures(IterableDataset):
+    """Endless fresh pictures, a batch an item: images (B, 3, H, W) and what their patches show (B, N, 3)."""
+
+    def __init__(self, seed: int, batch: int, image_size: int):
+        self.seed, self.batch, self.transform = seed, batch, eval_transform(image_size)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        for start in count(0, self.batch):
+            streams = [np.random.default_rng((self.seed, start + i)) for i in range(self.batch)]
+            scenes = [random_scene(rng) for rng in streams]
+            images = [self.transform(draw(rng, scene)) for rng, scene in zip(streams, scenes, strict=True)]
+            yield torch.stack(images), torch.stack([patch_attributes(scene) for scene in scenes])
+
+
+def train_vision(
+    encoder: nn.Module,
+    tokens_of: Callable[[Tensor], Tensor],
+    words: list[Tensor],
+    image_size: int,
+    plan: Plan,
+    seed: int,
+    log: Path,
+) -> None:
+    """The image encoder names what each patch shows and where it is; the class token counts.
+
+    Args:
+        tokens_of: images (B, 3, H, W) -> the encoder's tokens (B, 1 + N, C).
+        words: of each attribute the directions (words, C) in which patches are to lie (see `word_directions`).
+    """
+    encoder.train()
+    width = words[0].shape[1]
+    place = nn.Linear(width, 2 * SIDE)  # the row of a patch, its column
+    counter = nn.Linear(width, sum(map(len, ATTRIBUTES)))  # of the class token: how many patches show each attribute
+    rows = torch.arange(SIDE).repeat_interleave(SIDE).repeat(plan.batch)
+    columns = torch.arange(SIDE).repeat(SIDE * plan.batch)
+
+    def losses(batch: tuple[Tensor, Tensor]) -> tuple[Tensor, dict[str, float]]:
+        images, attributes = batch
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            tokens = tokens_of(images)
+            where, counts = place(tokens[:, 1:]).float(), counter(tokens[:, 0]).float()
+        things = attributes[..., 0].flatten() > 0
+        row, column = where.flatten(0, 1)[things].chunk(2, dim=-1)
+        loss = PLACE_WEIGHT * (F.cross_entropy(row, rows[things]) + F.cross_entropy(column, columns[things]))
+        shown = [F.one_hot(attributes[..., i], 1 + len(names))[..., 1:].sum(dim=1) for i, names in enumerate(ATTRIBUTES)]
+        counting = F.mse_loss(counts, torch.cat(shown, dim=-1).float().sqrt())
+        loss, right = loss + counting, torch.ones_like(things)
+        for index, directions in enumerate(words):
+            logits = tokens[:, 1:].float().flatten(0, 1) @ directions.t()
+            said = attributes[..., index].flatten()[things] - 1
+            loss = loss + F.binary_cross_entropy_with_logits(logits[things], F.one_hot(said, logits.shape[-1]).float())
+            loss = loss + GROUND_WEIGHT * logits[~things].square().mean()  # between what fits a word and what does not
+            right[things] &= logits[things].argmax(dim=-1) == said
+        figures = {"named": right[things], "in their row": row.argmax(dim=-1) == rows[things], "counting": counting}
+        return loss, {name: figure.detach().float().mean().item() for name, figure in figures.items()}
+
+    stream = DataLoader(Pictures(seed, plan.batch, image_size), batch_size=None, num_workers=1)
+    parameters = [*encoder.parameters(), *place.parameters(), *counter.parameters()]
+    fit(parameters, plan, iter(stream), losses, log)
+
+
+def word_directions(embeddings: Tensor, ids_of: Callable[[list[str]], list[int]]) -> list[Tensor]:
+    """Of each attribute, the unit vectors of its words' embeddings, (words, C).
+
+    Patches are to lie in the direction of the words that name them. So the encoders are aligned before they meet, as BLIP's are.
+    """
+    return [F.normalize(embeddings.detach()[ids_of(list(names))], dim=-1) for names in ATTRIBUTES]

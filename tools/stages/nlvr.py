@@ -1,0 +1,110 @@
+"""The stages of the uncompressed Shapes model for NLVR2, behind that of its image encoder."""
+
+from collections.abc import Iterator, Sequence
+from itertools import count
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, IterableDataset
+
+from config import NlvrConfig
+from data.nlvr import NlvrCollate
+from data.shapes.search import FULL, PAIRS_PER_CHUNK, Level, make_chunk
+from data.shapes.statements import evidence
+from data.shapes.world import Scene, draw
+from data.text import load_tokenizer
+from madtp.packing import pack
+from models.blip_nlvr import BlipNlvr
+from models.tower import class_tokens, halves
+from tools.stages.common import Plan, fit, patch_attributes
+from transform.images import eval_transform
+
+LOOK = 2.0  # how sharply words look for their patches at first
+EVIDENCE = 32  # counts and rows are smaller
+EASIER_TOO = (Level(most=6), FULL)  # in turn: words are easier to tell apart where there is little to see
+STATEMENTS = 12  # a pair; those that share one cost little more than a single one
+
+
+class Pairs(IterableDataset):
+    """Endless fresh pairs with STATEMENTS each, a batch an item: NLVR2's batch, "evidence" (S, 2) of left and right, and
+    "shown" (2 B, 1 + N), left first: which tokens are read, the class token, all things and a share of the ground."""
+
+    def __init__(self, seed: int, config: NlvrConfig, plan: Plan, levels: Sequence[Level]):
+        self.seed, self.plan, self.levels, self.transform = seed, plan, levels, eval_transform(config.image_size)
+        self.collate = NlvrCollate(load_tokenizer(config.tokenizer), config.bert_sizes.max_position_embeddings)
+
+    def __iter__(self) -> Iterator[dict]:
+        for number in count():
+            rng = np.random.default_rng((self.seed, self.plan.steps, number))
+            chunk = make_chunk(rng, PAIRS_PER_CHUNK, STATEMENTS + 2, self.levels[number % len(self.levels)])
+            pairs = [pair for pair in chunk if len(pair[2]) >= STATEMENTS]
+            for start in range(0, len(pairs) - self.plan.batch, self.plan.batch):
+                yield self.batch_of(rng, pairs[start : start + self.plan.batch])
+
+    def batch_of(self, rng: np.random.Generator, pairs: list[tuple[Scene, Scene, list]]) -> dict:
+        items, found, things = [], [], ([], [])
+        for left, right, told in pairs:
+            told = told[:STATEMENTS]
+            found += [evidence(statement, left, right) for statement, _ in told]
+            images = {side: self.transform(draw(rng, scene)) for side, scene in (("left", left), ("right", right))}
+            sentences, labels = [statement.text() for statement, _ in told], [int(label) for _, label in told]
+            items.append({**images, "sentences": sentences, "labels": labels, "ids": labels})
+            for side, scene in zip(things, (left, right), strict=True):
+                side.append(patch_attributes(scene)[:, 0] > 0)
+        things = torch.stack([*things[0], *things[1]])
+        ground = torch.from_numpy(rng.random(things.shape) < rng.random((len(things), 1)))
+        shown = F.pad(things | ground, (1, 0), value=True)
+        return {**self.collate(items), "evidence": torch.tensor(found).long(), "shown": shown}
+
+
+def train_reading(model: BlipNlvr, config: NlvrConfig, plan: Plan, seed: int, log: Path) -> None:
+    """What either picture holds is plain to learn, and what is true follows from it; truth alone is a long plateau."""
+    model.train().visual_encoder.requires_grad_(False)
+    look_for_words(model)
+    evidence_head = nn.Linear(model.text_encoder.hidden_size, 2 * EVIDENCE)
+
+    def losses(batch: dict) -> tuple[Tensor, dict[str, float]]:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            with torch.no_grad():
+                tokens, _, _ = model.visual_encoder(batch["images"].transpose(0, 1).flatten(0, 1))
+            images = halves(*pack(tokens, batch["shown"]))
+            text, layout, _ = model.text_encoder(batch["input_ids"], batch["attention_mask"], images, packed=True)
+            told = class_tokens(text, layout)
+            found = evidence_head(told).float().unflatten(-1, (2, EVIDENCE))
+            logits = model.cls_head(told).float()
+        reading = F.cross_entropy(found.flatten(0, 1), batch["evidence"].flatten())
+        loss = 2 * reading + F.cross_entropy(logits, batch["targets"])
+        right = (found.argmax(dim=-1) == batch["evidence"]).float().mean().item()
+        true = (logits.argmax(dim=-1) == batch["targets"]).float().mean().item()
+        return loss, {"reading": reading.item(), "read rightly": right, "judged rightly": true}
+
+    stream = DataLoader(Pairs(seed, config, plan, EASIER_TOO), batch_size=None, num_workers=1)
+    parameters = [p for p in [*model.parameters(), *evidence_head.parameters()] if p.requires_grad]
+    fit(parameters, plan, iter(stream), losses, log)
+    model.visual_encoder.requires_grad_(True)
+
+
+def train_joint(model: BlipNlvr, config: NlvrConfig, plan: Plan, seed: int, log: Path) -> None:
+    """Both encoders together, on what is true alone."""
+    model.train()
+
+    def losses(batch: dict) -> tuple[Tensor, dict[str, float]]:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            output = model(batch["images"], batch["input_ids"], batch["attention_mask"], packed=True)
+        loss = F.cross_entropy(output.logits.float(), batch["targets"])
+        true = (output.logits.argmax(dim=-1) == batch["targets"]).float().mean().item()
+        return loss, {"loss": loss.item(), "judged rightly": true}
+
+    stream = DataLoader(Pairs(seed, config, plan, (FULL,)), batch_size=None, num_workers=1)
+    fit(list(model.parameters()), plan, iter(stream), losses, log)
+
+
+@torch.no_grad()
+def look_for_words(model: BlipNlvr) -> None:
+    """Keys of the cross-attentions start as their queries: a word then looks at the patches that lie in its direction."""
+    for layer in model.text_encoder.encoder.layer:
+        for heads in (layer.crossattention.self0, layer.crossattention.self1):
+            heads.key.weight.copy_(LOOK * heads.query.weight)

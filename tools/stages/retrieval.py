@@ -1,0 +1,91 @@
+"""The stages of the uncompressed Shapes models for retrieval: BLIP's starts from the one for NLVR2, CLIP's from nothing."""
+
+import logging
+from collections.abc import Iterator
+from itertools import count
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, IterableDataset
+
+from config import RetrievalConfig
+from data.captions import PairCollate
+from data.shapes.families import distinctive_caption, draw_family
+from data.shapes.world import draw
+from data.text import Tokenizer
+from models.momentum import MomentumModel, hard_negatives
+from models.tower import select
+from tools.stages.common import Plan, fit
+from transform.images import eval_transform
+
+FAMILIES = 8  # a batch: siblings are the negatives that teach most
+
+
+class Families(IterableDataset):
+    """Endless fresh families with a caption a picture, a batch an item: as of PairCollate."""
+
+    def __init__(self, seed: int, config: RetrievalConfig, tokenizer: Tokenizer):
+        self.seed, self.transform = seed, eval_transform(config.image_size)
+        self.collate = PairCollate(tokenizer, config.max_text_tokens)
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        for number in count():
+            rng = np.random.default_rng((self.seed, number))
+            items = []
+            for _ in range(FAMILIES):
+                family = draw_family(rng)
+                for scene in family:
+                    caption = distinctive_caption(rng, scene, [sibling for sibling in family if sibling is not scene])
+                    image = self.transform(draw(rng, scene))
+                    items.append({"image": image, "caption": caption, "image_id": len(items)})
+            yield self.collate(items)
+
+
+def train_pairs(model: MomentumModel, config: RetrievalConfig, tokenizer: Tokenizer, plan: Plan, seed: int, log: Path) -> None:
+    """Images and texts of a batch find each other, by their features and, where the model has it, by the matching head.
+
+    Without momentum encoders and queues: batches are fresh, and siblings are harder than what a queue holds.
+    """
+    model.train()
+    matching = hasattr(model, "match")
+
+    def losses(batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, float]]:
+        model.limit_temperature()
+        text, own = (batch["input_ids"], batch["attention_mask"]), batch["image_ids"]
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            image, words = model.encode_image(batch["image"], packed=True), model.encode_text(*text, packed=True)
+        similarities = image.feature @ words.feature.t() / model.temperature
+        loss = (F.cross_entropy(similarities, own) + F.cross_entropy(similarities.t(), own)) / 2
+        figures = {"contrastive": loss.item(), "first": (similarities.argmax(dim=1) == own).float().mean().item()}
+        if matching:
+            others = hard_negatives(image.feature, words.feature, own, own, model.temperature)
+            others_images = hard_negatives(words.feature, image.feature, own, own, model.temperature)
+            picked = torch.cat([own, own, others_images])
+            three = [torch.cat([part, part[others], part]) for part in text]
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                logits, _ = model.match(*three, select(image.tokens, image.layout, picked))
+            targets = (torch.arange(len(picked)) < len(own)).long()
+            match = F.cross_entropy(logits.float(), targets)
+            loss = loss + match
+            figures |= {"matching": match.item(), "matched rightly": (logits.argmax(dim=1) == targets).float().mean().item()}
+        return loss, figures
+
+    stream = DataLoader(Families(seed, config, tokenizer), batch_size=None, num_workers=1)
+    online = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    fit(online, plan, iter(stream), losses, log)
+    model.copy_to_momentum()
+
+
+def start_from_nlvr(model: nn.Module, weights: dict[str, Tensor]) -> None:
+    """Both encoders of a model of NLVR2 for `model`; of each layer's two cross-attentions the one to the left image."""
+    translated = {}
+    for name, tensor in weights.items():
+        name = name.replace("crossattention.self0.", "crossattention.self.")
+        translated[name.replace("crossattention.output.dense0.", "crossattention.output.dense.")] = tensor.float()
+    expected = model.state_dict()
+    found = {name: tensor for name, tensor in translated.items() if name in expected and expected[name].shape == tensor.shape}
+    logging.info("%d of %d weights come from the model for NLVR2", len(found), len(expected))
+    model.load_state_dict(found, strict=False)
