@@ -57,6 +57,13 @@ def count_tokens(x: Tensor, layout: Layout) -> Tensor:
     return x.new_full((x.shape[0],), x.shape[1]).long() if layout is None else layout.sum(dim=1)
 
 
+def padded(x: Tensor, layout: Layout) -> tuple[Tensor, Valid]:
+    """Tokens (B, N, C), and their mask (B, N) or None where nothing is padding, from either layout."""
+    if not isinstance(layout, Packed):
+        return x, layout
+    return layout.pad(x), None if layout.uniform else layout.valid
+
+
 def class_tokens(x: Tensor, layout: Layout) -> Tensor:
     """The first token of each sample, (B, C)."""
     return layout.class_tokens(x) if isinstance(layout, Packed) else x[:, 0]

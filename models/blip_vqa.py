@@ -1,0 +1,209 @@
+"""BLIP for visual question answering: pruned image and question encoders, and a decoder that answers.
+
+Shapes: B questions, each with its image, L question tokens, A answers (those to the first question, then the next one's), M answer
+tokens, W candidate answers, C width.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from madtp.alignment import similarity_loss
+from madtp.flops import GIGA
+from madtp.pruning import OFF, PruneSetting
+from models.bert import BertSize, TextEncoder
+from models.decoder import IGNORED, decoder_flops, text_decoder
+from models.tower import TowerRecord, padded
+from models.vit import VisionTransformer
+
+
+@dataclass
+class Question:
+    """What the decoder reads of each question: tokens (B, N, C) and mask (B, N); and the records of both encoders."""
+
+    tokens: Tensor
+    valid: Tensor
+    vision: TowerRecord
+    language: TowerRecord
+
+
+@dataclass
+class VqaOutput:
+    """answer_losses: (A,) summed over an answer's tokens; logits (A, M, words)."""
+
+    answer_losses: Tensor
+    logits: Tensor
+    question: Question
+
+
+class BlipVqa(nn.Module):
+    def __init__(
+        self,
+        visual_encoder: VisionTransformer,
+        text_encoder: TextEncoder,
+        size: BertSize,
+        start: int,
+        end: int,
+        padding: int,
+        label_smoothing: float = 0.1,
+        learnable_tokens: tuple[int, int, float] | None = None,
+    ):
+        """
+        Args:
+            size: of the answer decoder.
+            start, end, padding: ids of [DEC], [SEP] and [PAD].
+            learnable_tokens: number K, width D and initial std of the tokens that both encoders share; None without pruners.
+        """
+        super().__init__()
+        self.visual_encoder = visual_encoder
+        self.text_encoder = text_encoder
+        self.text_decoder = text_decoder(size, text_encoder.hidden_size, label_smoothing, start, end, padding)
+        self.start, self.end, self.padding = start, end, padding
+        self.space_dict = None  # the published name of E, the learnable tokens
+        if learnable_tokens is not None:
+            number, token_dim, std = learnable_tokens
+            self.space_dict = nn.Parameter(torch.randn(number, token_dim) * std)
+
+    @property
+    def learnable_tokens(self) -> Tensor | None:
+        return self.space_dict
+
+    @property
+    def depth(self) -> int:
+        """Blocks of the deeper encoder: how far `prune_from` can be raised."""
+        return max(self.visual_encoder.depth, self.text_encoder.depth)
+
+    def read(
+        self,
+        images: Tensor,
+        question_ids: Tensor,
+        question_mask: Tensor,
+        setting: PruneSetting = OFF,
+        align: bool = False,
+        packed: bool = False,
+    ) -> Question:
+        """images (B, 3, H, W); question_ids, question_mask (B, L), [ENC] first."""
+        tokens, layout, vision = self.visual_encoder(images, self.learnable_tokens, setting, align, packed)
+        text, layout, language = self.text_encoder(
+            question_ids, question_mask, [(tokens, layout)], self.learnable_tokens, setting, align, packed
+        )
+        text, valid = padded(text, layout)
+        valid = torch.ones(text.shape[:2], dtype=torch.bool, device=text.device) if valid is None else valid
+        return Question(text, valid, vision, language)
+
+    def forward(
+        self,
+        images: Tensor,
+        question_ids: Tensor,
+        question_mask: Tensor,
+        answer_ids: Tensor,
+        answer_mask: Tensor,
+        answer_counts: Tensor,
+        setting: PruneSetting = OFF,
+        align: bool = False,
+        packed: bool = False,
+    ) -> VqaOutput:
+        """The loss of each answer.
+
+        Args:
+            answer_ids, answer_mask: (A, M), [DEC] first, [SEP] last.
+            answer_counts: (B,) answers of each question; they sum to A.
+        """
+        question = self.read(images, question_ids, question_mask, setting, align, packed)
+        output = self._decode(question, answer_ids, answer_mask, answer_counts)
+        targets = answer_ids.masked_fill(answer_mask == 0, IGNORED)[:, 1:]
+        smoothing = self.text_decoder.label_smoothing
+        losses = F.cross_entropy(
+            output.logits[:, :-1].transpose(1, 2).float(),
+            targets,
+            ignore_index=IGNORED,
+            label_smoothing=smoothing,
+            reduction="none",
+        )
+        return VqaOutput(losses.sum(dim=1), output.logits, question)
+
+    def _decode(self, question: Question, answer_ids: Tensor, answer_mask: Tensor, counts: Tensor):
+        which = torch.arange(len(counts), device=counts.device).repeat_interleave(counts, output_size=len(answer_ids))
+        return self.text_decoder(
+            answer_ids,
+            attention_mask=answer_mask,
+            encoder_hidden_states=question.tokens[which],
+            encoder_attention_mask=question.valid[which].long(),
+            use_cache=False,
+        )
+
+    def similarity(self, output: VqaOutput) -> Tensor:
+        """L_sim between the image's alignment features and the question's."""
+        return similarity_loss(output.question.vision.features, output.question.language.features)
+
+    @torch.no_grad()
+    def rank(self, question: Question, answer_ids: Tensor, answer_mask: Tensor, number: int) -> Tensor:
+        """For each question the likeliest of the candidates: the `number` best by their first token, and of these the best as a
+        whole. answer_ids, answer_mask (W, M), [DEC] first, [SEP] last -> (B,) numbers of candidates.
+        """
+        questions, candidates = len(question.tokens), len(answer_ids)
+        number = min(number, candidates)
+        start = torch.full((questions, 1), self.start, device=answer_ids.device)
+        one = torch.ones(questions, dtype=torch.long, device=answer_ids.device)
+        first = self._decode(question, start, torch.ones_like(start), one).logits[:, 0].float().softmax(dim=-1)
+        likely = first[:, answer_ids[:, 1]].topk(number, dim=1).indices  # (B, number)
+        chosen_ids, chosen_mask = answer_ids[likely.flatten()], answer_mask[likely.flatten()]
+        longest = int(chosen_mask.sum(dim=1).max())
+        chosen_ids, chosen_mask = chosen_ids[:, :longest], chosen_mask[:, :longest]
+        logits = self._decode(question, chosen_ids, chosen_mask, one * number).logits
+        losses = next_token_losses(logits, chosen_ids.masked_fill(chosen_mask == 0, IGNORED)[:, 1:])
+        best = losses.unflatten(0, (questions, number)).argmin(dim=1, keepdim=True)
+        return likely.gather(1, best).squeeze(1)
+
+    @torch.no_grad()
+    def generate(self, question: Question, num_beams: int = 3, max_length: int = 10) -> Tensor:
+        """Answers as token ids (B, M), [DEC] first, by beam search."""
+        start = torch.full((len(question.tokens), 1), self.start, device=question.tokens.device)
+        return self.text_decoder.generate(
+            start,
+            attention_mask=torch.ones_like(start),
+            encoder_hidden_states=question.tokens,
+            encoder_attention_mask=question.valid.long(),
+            max_length=max_length,
+            min_length=1,
+            num_beams=num_beams,
+            do_sample=False,
+            eos_token_id=self.end,
+            pad_token_id=self.padding,
+        )
+
+    def traced(self, *inputs: Tensor, setting: PruneSetting = OFF) -> Tensor:
+        """What a tracer sees of a sample: the logits of `forward`."""
+        return self(*inputs, setting).logits
+
+    def costs(self, *inputs: Tensor, setting: PruneSetting = OFF, packed: bool = False) -> tuple[dict[str, Tensor], Tensor]:
+        """GFLOPs of each question, its image and its teacher-forced answers by module, and in deployment, which is the same here.
+
+        inputs: as `forward` takes them, one answer a question.
+        """
+        images, question_ids, question_mask, _, answer_mask, _ = inputs
+        question = self.read(images, question_ids, question_mask, setting, packed=packed)
+        by_module = self.gflops_by_module(question, answer_mask.sum(dim=1), setting)
+        return by_module, sum(by_module.values())
+
+    def gflops_by_module(self, question: Question, answer_tokens: Tensor, setting: PruneSetting = OFF) -> dict[str, Tensor]:
+        """GFLOPs of questions with one answer of so many tokens each, (B,) float64."""
+        parts = {
+            "visual_encoder": self.visual_encoder.flops(question.vision, setting),
+            "text_encoder": self.text_encoder.flops(question.language, [question.vision.leaving[-1]], setting),
+            "text_decoder": decoder_flops(self.text_decoder, answer_tokens, question.valid.sum(dim=1)),
+        }
+        return {name: part.double() / GIGA for name, part in parts.items()}
+
+
+def next_token_losses(logits: Tensor, targets: Tensor, label_smoothing: float = 0.0) -> Tensor:
+    """Summed over each text: logits (A, M, words) of its tokens, targets (A, M - 1) that follow them. (A,)"""
+    return F.cross_entropy(
+        logits[:, :-1].transpose(1, 2).float(),
+        targets,
+        ignore_index=IGNORED,
+        label_smoothing=label_smoothing,
+        reduction="none",
+    ).sum(dim=1)

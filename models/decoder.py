@@ -1,0 +1,59 @@
+"""The text decoder of BLIP's captioning and question answering: transformers', with the mask that it drops, and its cost.
+
+Shapes: S texts, L text tokens, M tokens of what a text is about (an image's, or a question's), C width.
+"""
+
+from torch import Tensor
+from transformers import BlipTextConfig
+from transformers.models.blip.modeling_blip_text import BlipTextLMHeadModel, BlipTextSelfAttention
+
+from madtp import flops
+from models.bert import NORM_EPS, BertSize
+
+IGNORED = -100  # the target of a token that is no part of the loss
+
+
+class MaskedCrossAttention(BlipTextSelfAttention):
+    """transformers hands the mask of the keys over as if it was the queries', and then ignores it."""
+
+    def forward(
+        self, hidden_states: Tensor, attention_mask: Tensor | None = None, encoder_hidden_states: Tensor | None = None, **kwargs
+    ):
+        kwargs["encoder_attention_mask"] = attention_mask
+        return super().forward(hidden_states, None, encoder_hidden_states, **kwargs)
+
+
+def text_decoder(
+    size: BertSize, source_width: int, label_smoothing: float, start: int, end: int, padding: int
+) -> BlipTextLMHeadModel:
+    """A decoder whose parameters have BLIP's names.
+
+    Args:
+        source_width: of the tokens that it reads.
+        start, end, padding: ids of [DEC], [SEP] and [PAD].
+    """
+    config = BlipTextConfig(
+        vocab_size=size.vocab_size, hidden_size=size.hidden_size, encoder_hidden_size=source_width,
+        intermediate_size=size.intermediate_size, num_hidden_layers=size.num_hidden_layers,
+        num_attention_heads=size.num_attention_heads, max_position_embeddings=size.max_position_embeddings,
+        layer_norm_eps=NORM_EPS, hidden_dropout_prob=size.dropout, attention_probs_dropout_prob=size.dropout,
+        initializer_range=0.02, bos_token_id=start, eos_token_id=end, sep_token_id=end, pad_token_id=padding,
+        label_smoothing=label_smoothing, is_decoder=True, attn_implementation="eager",
+    )  # fmt: skip
+    decoder = BlipTextLMHeadModel(config)
+    for index, layer in enumerate(decoder.bert.encoder.layer):
+        layer.crossattention.self = MaskedCrossAttention(config, True, layer_idx=index)
+    decoder.post_init()
+    return decoder
+
+
+def decoder_flops(decoder: BlipTextLMHeadModel, tokens: Tensor, source: Tensor) -> Tensor:
+    """Multiply-adds of a teacher-forced pass for texts of `tokens` (S,) that read `source` (S,) tokens. (S,)"""
+    config = decoder.config
+    width, depth = config.hidden_size, config.num_hidden_layers
+    own = flops.linear(tokens, width, 4 * width) + flops.attention(tokens, tokens, width)
+    cross = flops.linear(tokens, width, 2 * width) + flops.linear(source, config.encoder_hidden_size, 2 * width)
+    cross = cross + flops.attention(tokens, source, width)
+    rest = flops.mlp(tokens, width, config.intermediate_size) + 3 * flops.layer_norm(tokens, width)
+    head = flops.linear(tokens, width, width + config.vocab_size) + flops.layer_norm(tokens, width)
+    return depth * (own + cross + rest) + head + flops.layer_norm(tokens, width)

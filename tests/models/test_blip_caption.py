@@ -1,0 +1,133 @@
+"""Captioning: dense, it is transformers'; the decoder never reads padding; the costs are what is computed."""
+
+import pytest
+import torch
+from transformers import BlipConfig, BlipForConditionalGeneration
+
+from engine.flop_table import fvcore_gflops
+from madtp.pruning import OFF, PruneSetting, PruningRule, TokenPruner
+from models.bert import BertSize
+from models.blip_caption import BlipCaption
+from models.vit import VisionTransformer
+from tests.tiny import with_lively_weights
+
+WORDS, START, END, PAD = 40, 38, 2, 0
+PROMPT = [START, 5, 6]
+SMALL = {"vit": (32, 8, 24, 2, 3), "bert": (24, 2, 3, 48)}
+LARGER = {"vit": (48, 8, 32, 3, 4), "bert": (16, 3, 2, 32)}
+
+
+def model_of(size: dict, rule: PruningRule | None = None) -> BlipCaption:
+    make_pruner = (lambda dim: None) if rule is None else (lambda dim: TokenPruner(dim, 5, 24, rule))
+    image_size, patch, *vit = size["vit"]
+    vision = VisionTransformer(image_size, patch, *vit, make_pruner=make_pruner)
+    width, layers, heads, inner = size["bert"]
+    bert = BertSize(WORDS, width, layers, heads, inner, 32, 0.0)
+    model = BlipCaption(vision, bert, PROMPT, END, PAD, 0.0, None if rule is None else (5, 24, 1.0))
+    return with_lively_weights(model).eval()
+
+
+def batch(size: dict, lengths=(9, 6, 12), seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    images = torch.randn(len(lengths), 3, size["vit"][0], size["vit"][0], generator=generator)
+    ids = torch.randint(7, 37, (len(lengths), max(lengths)), generator=generator)
+    ids[:, : len(PROMPT)] = torch.tensor(PROMPT)
+    mask = (torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]).long()
+    return images, ids * mask, mask
+
+
+# our name of a part of the image encoder -> transformers'
+NAMES = {
+    "visual_encoder.blocks.": "vision_model.encoder.layers.",
+    "visual_encoder.patch_embed.proj.": "vision_model.embeddings.patch_embedding.",
+    "visual_encoder.norm.": "vision_model.post_layernorm.", ".norm1.": ".layer_norm1.", ".norm2.": ".layer_norm2.",
+    ".attn.qkv.": ".self_attn.qkv.", ".attn.proj.": ".self_attn.projection.",
+    "visual_encoder.cls_token": "vision_model.embeddings.class_embedding",
+    "visual_encoder.pos_embed": "vision_model.embeddings.position_embedding",
+}  # fmt: skip
+
+
+def transformers_twin(model: BlipCaption, size: dict) -> BlipForConditionalGeneration:
+    image_size, patch, vit_width, depth, heads = size["vit"]
+    width, layers, text_heads, inner = size["bert"]
+    config = BlipConfig(
+        vision_config={
+            "hidden_size": vit_width, "intermediate_size": 4 * vit_width, "num_hidden_layers": depth, "num_attention_heads": heads,
+            "image_size": image_size, "patch_size": patch, "layer_norm_eps": 1e-6,
+        },
+        text_config={
+            "vocab_size": WORDS, "hidden_size": width, "encoder_hidden_size": vit_width, "intermediate_size": inner,
+            "num_hidden_layers": layers, "num_attention_heads": text_heads, "max_position_embeddings": 32, "label_smoothing": 0.0,
+            "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "bos_token_id": START, "sep_token_id": END,
+            "eos_token_id": END, "pad_token_id": PAD, "is_decoder": True,
+        },
+    )  # fmt: skip
+    other = BlipForConditionalGeneration(config).eval()
+    weights = {}
+    for name, tensor in model.state_dict().items():
+        for ours, theirs in NAMES.items():
+            name = name.replace(ours, theirs)
+        weights[name] = tensor
+    weights["text_decoder.cls.predictions.decoder.bias"] = weights["text_decoder.cls.predictions.bias"]
+    loaded = other.load_state_dict(weights, strict=False)
+    assert not loaded.unexpected_keys and not loaded.missing_keys
+    return other
+
+
+@pytest.mark.parametrize("size", [SMALL, LARGER])
+@torch.no_grad()
+def test_dense_equals_transformers(size):
+    model = model_of(size).double()  # lively weights give large logits: float32 would round them at the fourth digit
+    other = transformers_twin(model, size).double()
+    images, ids, mask = batch(size)
+    images = images.double()
+    labels = ids.masked_fill(mask == 0, -100)
+    labels[:, : len(PROMPT)] = -100
+    expected = other(pixel_values=images, input_ids=ids, attention_mask=mask, labels=labels)
+    output = model(images, ids, mask)
+    real = mask.bool()
+    torch.testing.assert_close(output.logits[real], expected.logits[real], atol=1e-8, rtol=0)
+    torch.testing.assert_close(output.loss, expected.loss, atol=1e-8, rtol=0)
+    assert not torch.allclose(model(images.flip(0), ids, mask).logits, output.logits, atol=1e-2)  # the image matters
+
+
+@pytest.mark.parametrize("size", [SMALL, LARGER])
+@torch.no_grad()
+def test_beams_equal_those_of_transformers(size):
+    model = model_of(size)
+    other = transformers_twin(model, size)
+    images, _, _ = batch(size, lengths=(4,) * 8)
+    written, _ = model.generate(images, num_beams=3, max_length=14, min_length=6)
+    prompt = torch.tensor(PROMPT).expand(len(images), -1)
+    states = other.vision_model(pixel_values=images).last_hidden_state
+    expected = other.text_decoder.generate(
+        prompt, attention_mask=torch.ones_like(prompt), encoder_hidden_states=states, num_beams=3, do_sample=False,
+        max_length=14, min_length=6, eos_token_id=END, pad_token_id=PAD,
+    )  # fmt: skip
+    assert written.tolist() == expected.tolist()
+    assert len(set(written.flatten().tolist()) - {*PROMPT, END, PAD}) >= 5
+
+
+@torch.no_grad()
+def test_a_caption_is_the_same_alone_and_among_others():
+    model = model_of(SMALL, PruningRule(keep="instance"))
+    strength = torch.tensor([0.2, 1, 3])[:, None, None, None]
+    images, ids, mask = batch(SMALL)
+    images, setting = images * strength, PruneSetting(0.0)
+    together, (written, record) = model(images, ids, mask, setting, packed=True), model.generate(images, setting, packed=True)
+    assert len(set(record.leaving[-1].tolist())) > 1  # the decoder has padding to read
+    for i in range(3):
+        length = int(mask[i].sum())
+        alone = model(images[i : i + 1], ids[i : i + 1, :length], mask[i : i + 1, :length], setting)
+        torch.testing.assert_close(alone.logits[0], together.logits[i, :length], atol=5e-5, rtol=1e-5)
+        by_itself = model.generate(images[i : i + 1], setting)[0][0].tolist()
+        assert written[i].tolist()[: len(by_itself)] == by_itself
+
+
+@pytest.mark.parametrize("setting", [OFF, PruneSetting(0.0)])
+@torch.no_grad()
+def test_closed_form_equals_fvcore(setting):
+    model = model_of(SMALL, PruningRule(keep="instance"))
+    inputs = batch(SMALL, lengths=(9,))
+    closed = {name: float(part) for name, part in model.costs(*inputs, setting=setting)[0].items()}
+    assert closed == pytest.approx(fvcore_gflops(model, inputs, setting), rel=1e-9)
