@@ -301,6 +301,61 @@ class ClipRetrievalConfig(RetrievalConfig):
         return self.clip.patch_size
 
 
+class CaptionConfig(Config):
+    """Captioning: what is in the picture?"""
+
+    script: ClassVar[str] = "compress_caption_dtp.py"
+
+    task: Literal["caption"] = Field(
+        "caption", description="which of the scripts the file is for; tools that take any file need it"
+    )
+    train_files: list[str] = Field(["coco_karpathy_train"], min_length=1, description="annotation files to train on, without .json")
+    val_file: str = Field("coco_karpathy_val", description="annotation file that selects the checkpoint")
+    test_file: str = Field("coco_karpathy_test", description="annotation file that is evaluated once, at the end")
+    coco_gt_root: Path | None = Field(
+        None, description="published files carry it; the references are read from the annotation files"
+    )
+    output_dir: Path = Field(Path("output/caption"), description="the folder that the run writes to")
+    batch_size: int | None = Field(None, ge=1, description="sets batch_size_train and batch_size_test, as published files do")
+    label_smoothing: float = Field(0.1, ge=0, lt=1, description="share of the target spread over the wrong words")
+    prompt: str = Field("a picture of ", description="what every caption begins with; it is no part of the loss or of the result")
+    max_text_tokens: int = Field(40, ge=3, description="the longest training caption in tokens; longer ones are cut")
+    num_beams: int = Field(3, ge=1, description="captions kept at a time while one is written; more is better and slower")
+    max_length: int = Field(20, ge=2, description="the longest caption to write, in tokens with its prompt")
+    min_length: int = Field(5, ge=1, description="the shortest")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_batch_size(cls, values: Any) -> Any:
+        if not isinstance(values, dict) or values.get("batch_size") is None:
+            return values
+        return {"batch_size_train": values["batch_size"], "batch_size_test": values["batch_size"], **values}
+
+
+class VqaConfig(Config):
+    """Visual question answering: what is the answer to the question about the picture?"""
+
+    script: ClassVar[str] = "compress_vqa_dtp.py"
+
+    task: Literal["vqa"] = Field("vqa", description="which of the scripts the file is for; tools that take any file need it")
+    vqa_root: Path = Field(Path("datasets/coco"), description="the folder that the image paths of VQAv2 start from")
+    vg_root: Path = Field(Path("datasets/visual_genome"), description="the folder that those of Visual Genome start from")
+    train_files: list[str] = Field(
+        ["vqa_train", "vqa_val", "vg_qa"], min_length=1, description="annotation files to train on, without .json"
+    )
+    val_file: str = Field(
+        "", description="annotation file that selects the checkpoint; none: a held-out slice of the training files"
+    )
+    test_file: str = Field("vqa_test", description="annotation file that is answered once, at the end")
+    answer_list: str = Field("answer_list", description="file of the candidate answers, without .json")
+    output_dir: Path = Field(Path("output/vqa"), description="the folder that the run writes to")
+    image_size: int = Field(480, ge=1, description="pixels along one side; more costs GFLOPs by the square and helps details")
+    label_smoothing: float = Field(0.1, ge=0, lt=1, description="share of the target spread over the wrong words")
+    inference: Literal["rank", "generate"] = Field("rank", description="rank: choose from answer_list; generate: write freely")
+    k_test: int = Field(128, ge=1, description="candidates whose whole likelihood is computed; more is better and slower")
+    num_beams: int = Field(3, ge=1, description="answers kept at a time while one is generated")
+
+
 CONFIGS: dict[str, type[Config]] = {
-    cls.model_fields["task"].default: cls for cls in (NlvrConfig, RetrievalConfig, ClipRetrievalConfig)
+    cls.model_fields["task"].default: cls for cls in (NlvrConfig, CaptionConfig, VqaConfig, RetrievalConfig, ClipRetrievalConfig)
 }

@@ -10,13 +10,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from madtp import flops
 from madtp.alignment import similarity_loss
 from madtp.flops import GIGA
 from madtp.pruning import OFF, PruneSetting
 from models.bert import BertSize, TextEncoder
 from models.decoder import IGNORED, decoder_flops, text_decoder
-from models.tower import TowerRecord, padded
+from models.tower import TowerRecord, dense_record, padded
 from models.vit import VisionTransformer
+
+QUESTIONS, QUESTION_TOKENS, ANSWERS, ANSWER_TOKENS = 32, 14, 47, 5  # with which the paper counts 186.12 GFLOPs
 
 
 @dataclass
@@ -125,7 +128,10 @@ class BlipVqa(nn.Module):
         return VqaOutput(losses.sum(dim=1), output.logits, question)
 
     def _decode(self, question: Question, answer_ids: Tensor, answer_mask: Tensor, counts: Tensor):
-        which = torch.arange(len(counts), device=counts.device).repeat_interleave(counts, output_size=len(answer_ids))
+        """The decoder's output; `counts` (B,) answers to each question. Those to a single one share its keys and values."""
+        which = slice(0, 1)
+        if len(counts) > 1:
+            which = torch.arange(len(counts), device=counts.device).repeat_interleave(counts, output_size=len(answer_ids))
         return self.text_decoder(
             answer_ids,
             attention_mask=answer_mask,
@@ -179,23 +185,53 @@ class BlipVqa(nn.Module):
         return self(*inputs, setting).logits
 
     def costs(self, *inputs: Tensor, setting: PruneSetting = OFF, packed: bool = False) -> tuple[dict[str, Tensor], Tensor]:
-        """GFLOPs of each question, its image and its teacher-forced answers by module, and in deployment, which is the same here.
-
-        inputs: as `forward` takes them, one answer a question.
-        """
-        images, question_ids, question_mask, _, answer_mask, _ = inputs
+        """GFLOPs of each image with its questions and their teacher-forced answers by module, and in deployment, which is the
+        same here. inputs: as `forward` takes them."""
+        images, question_ids, question_mask, _, answer_mask, answer_counts = inputs
         question = self.read(images, question_ids, question_mask, setting, packed=packed)
-        by_module = self.gflops_by_module(question, answer_mask.sum(dim=1), setting)
+        by_module = self.gflops_by_module(question, answer_mask.sum(dim=1), answer_counts, setting)
         return by_module, sum(by_module.values())
 
-    def gflops_by_module(self, question: Question, answer_tokens: Tensor, setting: PruneSetting = OFF) -> dict[str, Tensor]:
-        """GFLOPs of questions with one answer of so many tokens each, (B,) float64."""
-        parts = {
-            "visual_encoder": self.visual_encoder.flops(question.vision, setting),
-            "text_encoder": self.text_encoder.flops(question.language, [question.vision.leaving[-1]], setting),
-            "text_decoder": decoder_flops(self.text_decoder, answer_tokens, question.valid.sum(dim=1)),
-        }
+    def gflops_by_module(
+        self, question: Question, answer_tokens: Tensor, answer_counts: Tensor, setting: PruneSetting = OFF
+    ) -> dict[str, Tensor]:
+        """GFLOPs of images, (I,) float64; what several texts read is mapped to keys and values once.
+
+        Args:
+            question: of Q questions, Q / I about each image.
+            answer_tokens: (A,); answer_counts (Q,), or (1,) where all answers are to the first question of a single image.
+        """
+        vision = self.visual_encoder.flops(question.vision, setting)
+        images, patches = len(vision), question.vision.leaving[-1]
+        each = len(question.valid) // images
+        text = self.text_encoder.flops(question.language, [patches.repeat_interleave(each)], setting)
+        text = text.unflatten(0, (images, each)).sum(dim=1) - (each - 1) * self._key_flops(patches)
+        source = question.valid[: len(answer_counts)].sum(dim=1)
+        config = self.text_decoder.config
+        keys = flops.linear(source, config.encoder_hidden_size, 2 * config.hidden_size) * config.num_hidden_layers
+        answers = decoder_flops(self.text_decoder, answer_tokens, source.repeat_interleave(answer_counts))
+        decoder = torch.zeros_like(source).index_add_(0, torch.arange(len(source)).repeat_interleave(answer_counts), answers)
+        if len(answer_counts) == 1:
+            decoder = decoder - (answer_counts - 1) * keys
+        decoder = decoder.unflatten(0, (images, -1)).sum(dim=1)
+        parts = {"visual_encoder": vision, "text_encoder": text, "text_decoder": decoder}
         return {name: part.double() / GIGA for name, part in parts.items()}
+
+    def _key_flops(self, patches: Tensor) -> Tensor:
+        """Multiply-adds of an image's keys and values in all cross-attentions."""
+        width = self.text_encoder.hidden_size
+        return self.text_encoder.depth * flops.linear(patches, self.visual_encoder.embed_dim, 2 * width)
+
+    def reference_gflops(self) -> float:
+        """GFLOPs of the uncompressed model by the paper's convention. No data needed.
+
+        It is an odd one: a training step of one image, 32 questions of 14 tokens that all read it, and 47 answers of 5 tokens that
+        all belong to the first.
+        """
+        image = dense_record(self.visual_encoder.depth, self.visual_encoder.pos_embed.shape[1], samples=1)
+        text = dense_record(self.text_encoder.depth, QUESTION_TOKENS, samples=QUESTIONS)
+        question = Question(torch.empty(0), torch.ones(QUESTIONS, QUESTION_TOKENS, dtype=torch.bool), image, text)
+        return float(sum(self.gflops_by_module(question, torch.full((ANSWERS,), ANSWER_TOKENS), torch.tensor([ANSWERS])).values()))
 
 
 def next_token_losses(logits: Tensor, targets: Tensor, label_smoothing: float = 0.0) -> Tensor:

@@ -3,11 +3,13 @@
 from collections.abc import Callable
 
 from clip.model import ClipSize
-from config import ClipRetrievalConfig, Config, NlvrConfig, RetrievalConfig
+from config import CaptionConfig, ClipRetrievalConfig, Config, NlvrConfig, RetrievalConfig, VqaConfig
 from madtp.pruning import PruningRule, TokenPruner
 from models.bert import FIRST_MERGE_LAYER, BertSize, CrossAttention, PairedCrossAttention, TextEncoder
+from models.blip_caption import BlipCaption
 from models.blip_nlvr import BlipNlvr
 from models.blip_retrieval import BlipRetrieval
+from models.blip_vqa import BlipVqa
 from models.clip_retrieval import ClipRetrieval
 from models.vit import VisionTransformer
 from utils import UserError
@@ -78,3 +80,20 @@ def retrieval_from_config(config: RetrievalConfig, vocab_size: int, enc_token: i
 def clip_from_config(config: ClipRetrievalConfig, vocab_size: int) -> ClipRetrieval:
     size = ClipSize(image_size=config.image_size, vocab_size=vocab_size, **config.clip.model_dump())
     return ClipRetrieval(size, config.queue_size, config.momentum, pruner_factory(config), learnable_tokens(config))
+
+
+def caption_from_config(config: CaptionConfig, vocab_size: int, prompt: list[int], end: int, padding: int) -> BlipCaption:
+    """prompt: ids that every caption begins with, [DEC] first; end, padding: ids of [SEP] and [PAD]."""
+    size = BertSize(vocab_size=vocab_size, **config.bert_sizes.model_dump())
+    vision = vision_transformer(config, pruner_factory(config))
+    learnable = learnable_tokens(config)
+    return BlipCaption(vision, size, prompt, end, padding, config.label_smoothing, learnable, config.mag_projection)
+
+
+def vqa_from_config(config: VqaConfig, vocab_size: int, start: int, end: int, padding: int) -> BlipVqa:
+    """start, end, padding: ids of [DEC], [SEP] and [PAD]."""
+    make_pruner = pruner_factory(config)
+    vision = vision_transformer(config, make_pruner)
+    size = BertSize(vocab_size=vocab_size, **config.bert_sizes.model_dump())
+    text = TextEncoder(size, lambda i: CrossAttention(size, vision.embed_dim), lambda dim: make_pruner(dim, mask_follows=True))
+    return BlipVqa(vision, text, size, start, end, padding, config.label_smoothing, learnable_tokens(config))

@@ -27,6 +27,8 @@ RETRIEVAL_MAY_MISS = (
     "space_dict", ".pruner.", "_m.", "_m", "itm_head.", "vision_proj.", "text_proj.", "temp",
     "image_queue", "text_queue", "idx_queue", "ptr_queue",
 )  # fmt: skip
+# The decoder's buffer of positions; its output layer, where it is that of the embeddings; and what this project adds.
+DECODER_MAY_MISS = ("space_dict", ".pruner.", "decoder_alignment.", "position_ids", "cls.predictions.decoder.")
 QUEUES = ("image_queue", "text_queue", "idx_queue", "ptr_queue")
 
 LFS_POINTER = b"version https://git-lfs"
@@ -100,6 +102,28 @@ def load_retrieval_weights(model: nn.Module, weights: StateDict, source: str) ->
     weights = {name: tensor if tensor.dtype == torch.long else tensor.float() for name, tensor in weights.items()}
     weights = {name: tensor for name, tensor in weights.items() if name not in ("queue_ptr", "ptr_queue") or tensor.dim()}
     load_pair_weights(model, weights, source, ("visual_encoder.pos_embed", "visual_encoder_m.pos_embed"), BLIP_MAY_IGNORE)
+
+
+def load_caption_weights(model: nn.Module, weights: StateDict, source: str) -> None:
+    """Load BLIP weights into a `BlipCaption`; position embeddings are interpolated.
+
+    Raises:
+        UserError: naming weights that do not fit, are missing, or are not known.
+    """
+    _load_decoder_model(model, weights, source, BLIP_MAY_IGNORE)
+
+
+def load_vqa_weights(model: nn.Module, weights: StateDict, source: str) -> None:
+    """Load BLIP weights into a `BlipVqa`; position embeddings are interpolated. Raises as `load_caption_weights`."""
+    _load_decoder_model(model, weights, source, tuple(name for name in BLIP_MAY_IGNORE if name != "text_decoder."))
+
+
+def _load_decoder_model(model: nn.Module, weights: StateDict, source: str, may_ignore: Iterable[str]) -> None:
+    weights = {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in weights.items()}
+    position = "visual_encoder.pos_embed"
+    if position in weights:
+        weights[position] = interpolate_position_embedding(weights[position], model.state_dict()[position].shape[1])
+    load_weights(model, weights, source, DECODER_MAY_MISS, may_ignore)
 
 
 def load_pair_weights(

@@ -19,15 +19,37 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from config import CONFIGS, ClipRetrievalConfig, Config, NlvrConfig, RetrievalConfig  # noqa: E402
+from config import (  # noqa: E402
+    CONFIGS,
+    CaptionConfig,
+    ClipRetrievalConfig,
+    Config,
+    NlvrConfig,
+    RetrievalConfig,
+    VqaConfig,
+)
 from data.text import load_tokenizer  # noqa: E402
 from engine.flop_table import flop_table, fvcore_gflops  # noqa: E402
 from engine.results import count_parameters  # noqa: E402
 from madtp.budget import UnreachableTarget, calibrate  # noqa: E402
 from madtp.pruning import OFF, PruneSetting  # noqa: E402
+from models.blip_caption import REFERENCE_TEXT_TOKENS as CAPTION_TOKENS  # noqa: E402
 from models.blip_nlvr import REFERENCE_TEXT_TOKENS  # noqa: E402
-from models.build import clip_from_config, nlvr_from_config, retrieval_from_config  # noqa: E402
-from models.pretrained import load_nlvr_weights, load_retrieval_weights, read_checkpoint  # noqa: E402
+from models.blip_vqa import ANSWER_TOKENS, ANSWERS, QUESTION_TOKENS, QUESTIONS  # noqa: E402
+from models.build import (  # noqa: E402
+    caption_from_config,
+    clip_from_config,
+    nlvr_from_config,
+    retrieval_from_config,
+    vqa_from_config,
+)
+from models.pretrained import (  # noqa: E402
+    load_caption_weights,
+    load_nlvr_weights,
+    load_retrieval_weights,
+    load_vqa_weights,
+    read_checkpoint,
+)
 from models.pretrained_clip import load_clip_weights  # noqa: E402
 from options import load_any_config  # noqa: E402
 from utils import UserError, run_main  # noqa: E402
@@ -36,6 +58,7 @@ Inputs = tuple[torch.Tensor, ...]
 
 BERT_VOCABULARY = 30524  # bert-base-uncased with [DEC] and [ENC]
 CLIP_VOCABULARY = 49408
+PROMPT, END = [BERT_VOCABULARY - 2], 102  # [DEC] and [SEP] of bert-base-uncased; which ids they are changes no count
 
 
 def main() -> None:
@@ -104,7 +127,25 @@ def build_clip(config: ClipRetrievalConfig) -> tuple[torch.nn.Module, Callable, 
     return clip_from_config(config, CLIP_VOCABULARY), load_clip_weights, inputs
 
 
+def build_caption(config: CaptionConfig) -> tuple[torch.nn.Module, Callable, Inputs]:
+    """The reference case: an image and a caption of the reference length."""
+    model = caption_from_config(config, bert_vocabulary(config), PROMPT, END, 0)
+    text = torch.randint(5, 30, (1, CAPTION_TOKENS))
+    inputs = torch.randn(1, 3, config.image_size, config.image_size), text, torch.ones_like(text)
+    return model, load_caption_weights, inputs
+
+
+def build_vqa(config: VqaConfig) -> tuple[torch.nn.Module, Callable, Inputs]:
+    """The reference case: an image, questions that all read it, and answers that all belong to the first."""
+    vocabulary = bert_vocabulary(config)
+    questions, answers = torch.randint(5, 30, (QUESTIONS, QUESTION_TOKENS)), torch.randint(5, 30, (ANSWERS, ANSWER_TOKENS))
+    image = torch.randn(1, 3, config.image_size, config.image_size)
+    inputs = image, questions, torch.ones_like(questions), answers, torch.ones_like(answers), torch.tensor([ANSWERS])
+    return vqa_from_config(config, vocabulary, vocabulary - 2, END, 0), load_vqa_weights, inputs
+
+
 BUILD = {"nlvr": build_nlvr, "retrieval": build_retrieval, "retrieval_clip": build_clip}
+BUILD |= {"caption": build_caption, "vqa": build_vqa}
 
 
 @torch.no_grad()

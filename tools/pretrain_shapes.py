@@ -8,6 +8,8 @@ nlvr            vision   the image encoder names what each patch shows and where
                          encoder frozen; of the ground it sees a random share, so that how much is shown says nothing
                          (PatchDropout, Liu et al., 2023)
                 joint    both encoders together, on what is true alone, as they will be compressed
+                sparse   the same with little ground shown to the image encoder too, while the class token tells after every
+                         block what the things are
 retrieval       pairs    from the encoders of the model for NLVR2: pictures and captions find each other among near-alike ones
 retrieval_clip  vision   as above
                 pairs    as above
@@ -39,7 +41,7 @@ from models.build import clip_from_config, nlvr_from_config, retrieval_from_conf
 from models.pretrained import QUEUES, read_checkpoint  # noqa: E402
 from options import load_config  # noqa: E402
 from tools.stages.common import Plan, train_vision, word_directions  # noqa: E402
-from tools.stages.nlvr import train_joint, train_reading  # noqa: E402
+from tools.stages.nlvr import train_joint, train_reading, train_sparse  # noqa: E402
 from tools.stages.retrieval import start_from_nlvr, train_pairs  # noqa: E402
 from utils import UserError, run_main, seed_everything  # noqa: E402
 
@@ -47,6 +49,7 @@ PRETRAINED = ROOT / "pretrained/shapes"
 VISION = Plan(steps=600, batch=32, rate=1e-3, warmup=100)
 READING = Plan(steps=6_000, batch=8, rate=3e-4)
 JOINT = Plan(steps=2_400, batch=8, rate=1.5e-4, warmup=100)
+SPARSE = Plan(steps=2_400, batch=8, rate=2e-4, warmup=100)
 BLIP_PAIRS = Plan(steps=2_500, batch=0, rate=3e-4)
 CLIP_PAIRS = Plan(steps=4_000, batch=0, rate=5e-4)
 Stage = Callable[[int, Path], None]  # seed, log
@@ -131,6 +134,7 @@ def nlvr(config: Config, words: Path) -> Recipe:
         "vision": vision,
         "reading": lambda seed, log: train_reading(model, config, READING, seed, log),
         "joint": lambda seed, log: train_joint(model, config, JOINT, seed, log),
+        "sparse": lambda seed, log: train_sparse(model, config, SPARSE, seed, log),
     }
     return Recipe(model, stages, ["--tasks", "nlvr", "--size", "1000", "--statements-per-pair", "8", "--eval-size", "4000"])
 
