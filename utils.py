@@ -11,7 +11,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch.distributed.nn.functional import all_gather
 
 logger = logging.getLogger("madtp")
 
@@ -77,13 +76,21 @@ def gather_objects(value: object) -> list:
 
 def gather_tensors(values: torch.Tensor) -> torch.Tensor:
     """(B, ...) of every process, of one shape everywhere, in the order of the ranks. Gradients find their way back."""
-    if not dist.is_initialized():
-        return values
-    if torch.is_grad_enabled() and values.requires_grad:
-        return torch.cat(all_gather(values.contiguous()))
-    gathered = [torch.empty_like(values) for _ in range(dist.get_world_size())]
-    dist.all_gather(gathered, values.contiguous())
-    return torch.cat(gathered)
+    return _Gather.apply(values) if dist.is_initialized() else values
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, values: torch.Tensor) -> torch.Tensor:
+        values = values.contiguous()
+        gathered = [torch.empty_like(values) for _ in range(dist.get_world_size())]
+        dist.all_gather(gathered, values)
+        return torch.cat(gathered)
+
+    @staticmethod
+    def backward(ctx, gradient: torch.Tensor) -> torch.Tensor:
+        """Each process gets for its part what the losses of all processes want of it."""
+        return all_reduce_sum(gradient.clone(memory_format=torch.contiguous_format)).chunk(dist.get_world_size())[dist.get_rank()]
 
 
 def gather_padded(values: torch.Tensor) -> torch.Tensor:

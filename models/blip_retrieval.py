@@ -33,10 +33,10 @@ START_TEMPERATURE = 0.07
 
 @dataclass
 class MatchingPasses(PairPasses):
-    """With the matching passes: the B pairs, and then twice R negatives (another image; another text).
+    """With the matching passes: the B pairs, and then, unless R is 0, twice R negatives (another image; another text).
 
     logits: (B + 2 R, 2) of the matching head, class 1 is a match; targets: (B + 2 R,)
-    matching: of each of the two passes the text's record and the number of image tokens that each of its texts read
+    matching: of each of these passes the text's record and the number of image tokens that each of its texts read
     """
 
     logits: Tensor
@@ -143,24 +143,27 @@ class BlipRetrieval(MomentumModel):
         packed: bool = False,
     ) -> MatchingPasses:
         """As of any pair model, then the matching of the pairs and of negatives; without `image_ids`, which is for counting
-        what a step costs, the negatives are neighbours."""
+        what a step costs, each pair stands for its negatives too, so that its cost does not depend on the others."""
         pair = super().passes(images, input_ids, attention_mask, image_ids, setting, align, packed)
         image, text = (pair.image.tokens, pair.image.layout), (input_ids, attention_mask)
-        positive, positive_record = self.match(*text, image, setting)
+        logits, record = self.match(*text, image, setting)
+        matching = [(record, count_tokens(*image))]
         others, rows, negative_image, negative_text = self._negatives(pair, image, text, image_ids)
-        two_images = concatenate(select(*others[0], negative_image), select(*image, rows))
-        two_texts = [torch.cat([own[rows], other[negative_text]]) for own, other in zip(text, others[1], strict=True)]
-        negative, negative_record = self.match(*two_texts, two_images, setting)
-        targets = torch.arange(len(positive) + len(negative), device=positive.device) < len(positive)
-        matching = [(positive_record, count_tokens(*image)), (negative_record, count_tokens(*two_images))]
-        return MatchingPasses(**vars(pair), logits=torch.cat([positive, negative]), targets=targets.long(), matching=matching)
+        if len(rows):
+            two_images = concatenate(select(*others[0], negative_image), select(*image, rows))
+            two_texts = [_stacked(own[rows], other[negative_text]) for own, other in zip(text, others[1], strict=True)]
+            negative, record = self.match(*two_texts, two_images, setting)
+            logits = torch.cat([logits, negative])
+            matching.append((record, count_tokens(*two_images)))
+        targets = torch.arange(len(logits), device=logits.device) < len(input_ids)
+        return MatchingPasses(**vars(pair), logits=logits, targets=targets.long(), matching=matching)
 
     def _negatives(self, pair: PairPasses, image: tuple[Tensor, Layout], text: tuple[Tensor, ...], image_ids: Tensor | None):
         """What negatives are drawn from (images with their layout, and texts); the pairs (R,) for which there are any; and for
         each of these the number of a negative image and of a negative text."""
         own = torch.arange(len(text[0]), device=text[0].device)
         if image_ids is None:
-            return (image, text), own, own.roll(1), own.roll(-1)
+            return (image, text), own, own, own
         others, ids = (image, text), image_ids
         image_features, text_features = pair.image.feature, pair.text.feature
         if self.negative_all_rank:
@@ -200,3 +203,8 @@ class BlipRetrieval(MomentumModel):
     def _matching_gflops(self, record: TowerRecord, read: Tensor, setting: PruneSetting) -> Tensor:
         cost = self.text_encoder.flops(record, [read], setting) + linear(1, self.text_encoder.hidden_size, 2)
         return cost.double() / GIGA
+
+
+def _stacked(first: Tensor, second: Tensor) -> Tensor:
+    """Two batches of texts, (R, L) and (R, L') with L' >= L, as one: padding is 0."""
+    return torch.cat([F.pad(first, (0, second.shape[1] - first.shape[1])), second])

@@ -47,7 +47,10 @@ class MomentumModel(nn.Module):
         """To be called when all `parts`, modules or parameters of this model, are there; fills the queues with noise."""
         self._parts, self.momentum = parts, momentum
         for name in parts:
-            setattr(self, f"{name}_m", copy.deepcopy(getattr(self, name)).requires_grad_(False))
+            follower = copy.deepcopy(getattr(self, name)).requires_grad_(False)
+            for module in follower.modules() if isinstance(follower, nn.Module) else ():
+                module.__dict__.pop("forward", None)  # a checkpoint wrapper's: the copy of it still calls the original
+            setattr(self, f"{name}_m", follower)
         self.register_buffer("image_queue", F.normalize(torch.randn(embed_dim, queue_size), dim=0))
         self.register_buffer("text_queue", F.normalize(torch.randn(embed_dim, queue_size), dim=0))
         self.register_buffer("idx_queue", torch.full((1, queue_size), NO_IMAGE))
@@ -121,10 +124,11 @@ class MomentumModel(nn.Module):
         same = image_ids.unsqueeze(1) == torch.cat([image_ids, self.idx_queue[0]])
         pairs = same.float() / same.sum(dim=1, keepdim=True)
         losses = []
-        for online, slow, others in ((passes.image.feature, image_slow, texts), (passes.text.feature, text_slow, images)):
-            with torch.no_grad():
-                targets = alpha * F.softmax(slow @ others / self.temperature, dim=1) + (1 - alpha) * pairs
-            losses.append(-(F.log_softmax(online @ others / self.temperature, dim=1) * targets).sum(dim=1).mean())
+        with torch.autocast(images.device.type, enabled=False):  # a low temperature makes much of little rounding
+            for online, slow, others in ((passes.image.feature, image_slow, texts), (passes.text.feature, text_slow, images)):
+                with torch.no_grad():
+                    targets = alpha * F.softmax(slow @ others / self.temperature, dim=1) + (1 - alpha) * pairs
+                losses.append(-(F.log_softmax(online @ others / self.temperature, dim=1) * targets).sum(dim=1).mean())
         return sum(losses) / 2
 
     def losses(self, passes: PairPasses, image_ids: Tensor, alpha: float) -> dict[str, Tensor]:
@@ -175,11 +179,11 @@ class MomentumModel(nn.Module):
         return float(sum(self.gflops_by_module(self.dense_passes(text_tokens)).values()))
 
     def gflops_by_module(self, passes: PairPasses, setting: PruneSetting = OFF) -> dict[str, Tensor]:
-        """GFLOPs of each pair of a training step, (B,) float64, closed form at true lengths."""
+        """GFLOPs of each pair of a training step, (B,) float64, closed form at true lengths; in a batch what they are alone."""
         image, text = self.tower_flops(passes.image, passes.text, setting)
         image_slow, text_slow = self.tower_flops(passes.image_momentum, passes.text_momentum, setting)
         embed_dim, places = self.image_queue.shape
-        products = torch.full_like(image, 4 * embed_dim * (len(image) + places))  # online and slow, either way
+        products = torch.full_like(image, 4 * embed_dim * (1 + places))  # online and slow, either way; itself and the queue
         parts = {"image": image, "text": text, "image_momentum": image_slow, "text_momentum": text_slow, "contrastive": products}
         return {name: part.double() / GIGA for name, part in parts.items()}
 

@@ -1,28 +1,68 @@
-"""Small BLIP-NLVRs with random weights of enough variance that pruning differs between samples, and inputs for them."""
+"""Small models with random weights of enough variance that pruning differs between samples, and inputs for them."""
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
+from clip.model import ClipSize
 from madtp.pruning import PruningRule, TokenPruner
-from models.bert import FIRST_MERGE_LAYER, BertSize, PairedCrossAttention, TextEncoder
+from models.bert import FIRST_MERGE_LAYER, BertSize, CrossAttention, PairedCrossAttention, TextEncoder
 from models.blip_nlvr import BlipNlvr
+from models.blip_retrieval import BlipRetrieval
+from models.clip_retrieval import ClipRetrieval
+from models.momentum import MomentumModel
 from models.vit import VisionTransformer
 
 VOCABULARY, IMAGE, PATCH = 40, 32, 8  # 16 patches a picture
 LEARNABLE, TOKEN_DIM = 5, 24  # neither tower's width: both project
+ENC = VOCABULARY - 1
+QUEUE, MOMENTUM = 7, 0.9
+CLIP = ClipSize(IMAGE, PATCH, 20, 3, 2, 16, 2, 2, 14, VOCABULARY, 12)
+
+
+def pruners(rule: PruningRule | None) -> Callable[[int], TokenPruner | None]:
+    return lambda dim: None if rule is None else TokenPruner(dim, LEARNABLE, TOKEN_DIM, rule)
+
+
+def learnable_tokens(rule: PruningRule | None) -> tuple[int, int, float] | None:
+    return None if rule is None else (LEARNABLE, TOKEN_DIM, 1.0)
 
 
 def nlvr(rule: PruningRule | None = None, *, layers: int = 2, dropout: float = 0.0, checkpoint_blocks: int = 0) -> BlipNlvr:
     """A tiny model, the same weights each time; dense without a rule."""
-
-    def make_pruner(dim: int) -> TokenPruner | None:
-        return None if rule is None else TokenPruner(dim, LEARNABLE, TOKEN_DIM, rule)
-
     size = BertSize(VOCABULARY, 16, layers, 2, 32, 32, dropout)
-    vision = VisionTransformer(IMAGE, PATCH, 20, 3, 2, 2.0, make_pruner=make_pruner, checkpoint_blocks=checkpoint_blocks)
-    text = TextEncoder(size, lambda i: PairedCrossAttention(size, vision.embed_dim, i >= FIRST_MERGE_LAYER), make_pruner)
-    model = BlipNlvr(vision, text, None if rule is None else (LEARNABLE, TOKEN_DIM, 1.0))
+    vision = VisionTransformer(IMAGE, PATCH, 20, 3, 2, 2.0, make_pruner=pruners(rule), checkpoint_blocks=checkpoint_blocks)
+    text = TextEncoder(size, lambda i: PairedCrossAttention(size, vision.embed_dim, i >= FIRST_MERGE_LAYER), pruners(rule))
+    return with_lively_weights(BlipNlvr(vision, text, learnable_tokens(rule))).eval()
+
+
+def retrieval(rule: PruningRule | None = None, *, checkpoint_blocks: int = 0, negative_all_rank: bool = True) -> BlipRetrieval:
+    """The same of BLIP for retrieval; its momentum weights are others than the online ones."""
+    size = BertSize(VOCABULARY, 16, 2, 2, 32, 32, 0.0)
+    vision = VisionTransformer(IMAGE, PATCH, 20, 3, 2, 2.0, make_pruner=pruners(rule), checkpoint_blocks=checkpoint_blocks)
+    text = TextEncoder(size, lambda i: CrossAttention(size, vision.embed_dim), pruners(rule))
+    with torch.random.fork_rng():
+        torch.manual_seed(0)  # of the queues
+        model = BlipRetrieval(vision, text, ENC, 12, QUEUE, MOMENTUM, negative_all_rank, learnable_tokens(rule))
     return with_lively_weights(model).eval()
+
+
+def clip(rule: PruningRule | None = None, size: ClipSize = CLIP) -> ClipRetrieval:
+    """The same of CLIP."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = ClipRetrieval(size, QUEUE, MOMENTUM, pruners(rule), learnable_tokens(rule))
+    return with_lively_weights(model).eval()
+
+
+PAIR_MODELS: dict[str, Callable[[PruningRule | None], MomentumModel]] = {"blip": retrieval, "clip": clip}
+
+
+def pairs(kind: str, lengths: list[int], seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """Images (B, 3, H, W), token ids and attention mask (B, L) for a model of PAIR_MODELS."""
+    words = text(lengths, seed) if kind == "blip" else ended_text(lengths, seed)
+    return images(len(lengths), seed)[:, 0], *words
 
 
 @torch.no_grad()
@@ -56,3 +96,12 @@ def text(lengths: list[int], seed: int = 0, width: int | None = None) -> tuple[T
     ids = torch.randint(1, VOCABULARY, (len(lengths), 32), generator=generator)[:, :width]
     mask = (torch.arange(width) < torch.tensor(lengths)[:, None]).long()
     return ids * mask, mask
+
+
+def ended_text(lengths: list[int], seed: int = 0, size: ClipSize = CLIP) -> tuple[Tensor, Tensor]:
+    """The same as CLIP reads them, the longest possible width: the last token of each text is the highest."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(1, size.vocab_size - 1, (len(lengths), size.context_length), generator=generator)
+    places, ends = torch.arange(size.context_length), torch.tensor(lengths)[:, None]
+    ids = torch.where(places < ends - 1, ids, 0).masked_fill(places == ends - 1, size.vocab_size - 1)
+    return ids, (places < ends).long()

@@ -9,20 +9,11 @@ from madtp.pruning import OFF, PruneSetting, PruningRule, TokenPruner
 from models.attention import causal_mask
 from models.clip_retrieval import ClipRetrieval
 from models.pretrained_clip import load_clip_weights
-from tests.tiny import with_lively_weights
+from tests.tiny import ended_text, with_lively_weights
 
 SMALL = ClipSize(32, 8, 24, 2, 3, 16, 2, 2, 12, 40, 20)
 LARGER = ClipSize(48, 8, 32, 3, 4, 24, 4, 3, 16, 50, 28)
 LEARNABLE = (5, 20, 1.0)
-
-
-def texts(size: ClipSize, lengths: list[int], seed: int = 0) -> torch.Tensor:
-    """(B, L) ids that end in the highest, padding behind it."""
-    generator = torch.Generator().manual_seed(seed)
-    ids = torch.randint(1, size.vocab_size - 1, (len(lengths), size.context_length), generator=generator)
-    places = torch.arange(size.context_length)
-    lengths = torch.tensor(lengths)[:, None]
-    return torch.where(places < lengths - 1, ids, 0).masked_fill(places == lengths - 1, size.vocab_size - 1)
 
 
 def pruned() -> Clip:
@@ -51,7 +42,7 @@ def test_dense_equals_transformers(size):
     other = with_lively_weights(CLIPModel(config).eval())
     model = ClipRetrieval(size, queue_size=8)
     load_clip_weights(model, other.state_dict(), "CLIPModel")
-    images, ids = torch.randn(3, 3, size.image_size, size.image_size), texts(size, [4, size.context_length, 7])
+    images, ids = torch.randn(3, 3, size.image_size, size.image_size), ended_text([4, size.context_length, 7], size=size)[0]
     expected = other(input_ids=ids, pixel_values=images)
     image, text = model.encode_image(images), model.encode_text(ids)
     assert not torch.allclose(expected.image_embeds[0], expected.image_embeds[1], atol=1e-2)  # the comparison is not empty
@@ -81,7 +72,7 @@ def test_end_first_moves_the_end_to_the_front_and_drops_what_follows():
 def test_whatever_is_pruned_the_end_of_text_token_is_read_and_sees_the_merged_one():
     """A plain loop over one text in its natural order: the end-of-text token last, the merged one right before it."""
     model = pruned()
-    ids = texts(SMALL, [11])
+    ids = ended_text([11], size=SMALL)[0]
     setting = PruneSetting(0.0)
     encoded = model.encode_text(ids, setting)
     assert encoded.record.leaving[-1] < encoded.record.entering[0]  # something was pruned
@@ -116,7 +107,7 @@ def test_packed_alone_and_padded_agree(setting):
     model = pruned()
     torch.manual_seed(0)
     images = torch.randn(4, 3, 32, 32) * torch.tensor([0.3, 1, 2, 3])[:, None, None, None]
-    ids = texts(SMALL, [3, 12, 6, 9])
+    ids = ended_text([3, 12, 6, 9], size=SMALL)[0]
     for encode, inputs in ((model.encode_image, images), (model.encode_text, ids)):
         padded, packed = encode(inputs, setting), encode(inputs, setting, packed=True)
         torch.testing.assert_close(packed.feature, padded.feature, atol=1e-5, rtol=1e-5)

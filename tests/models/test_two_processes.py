@@ -1,0 +1,140 @@
+"""Two processes: what they gather, gradients that find their way back, one queue for both, negatives from either."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from madtp.packing import Packed
+from madtp.pruning import PruneSetting, PruningRule
+from models.tower import gather_samples
+from tests import tiny
+
+INSTANCE = PruningRule(keep="instance")
+SETTING = PruneSetting(3.0)
+WIDTH = 2
+LAYOUTS = {  # of two samples on each process: their tokens and how these lie
+    "packed": ([3, 5], [4, 1]),
+    "padded": ([3, 5], [4, 1]),
+    "whole": ([3, 3], [5, 5]),
+    "packed and whole": ([3, 3], [3, 3]),
+}
+PAIRS = [6, 9]  # tokens of the text of the one pair of each process
+FORMS = {f"{kind}, {form}": (kind, form) for kind in tiny.PAIR_MODELS for form in ("packed", "padded")}
+
+
+def samples(rank: int, lengths: list[int]) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(rank)
+    return [torch.randn(length, WIDTH, generator=generator) for length in lengths]
+
+
+def weights(rank: int, sample: int, length: int) -> Tensor:
+    """What the loss of a process makes of the tokens of a sample."""
+    return torch.randn(length, WIDTH, generator=torch.Generator().manual_seed(10 + 4 * rank + sample))
+
+
+def gather(rank: int, name: str) -> dict:
+    lengths = LAYOUTS[name][rank]
+    leaves = [sample.requires_grad_() for sample in samples(rank, lengths)]
+    if name.startswith("packed"):
+        x, layout = torch.cat(leaves), Packed.of(lengths, torch.device("cpu"))
+    else:
+        x = torch.nn.utils.rnn.pad_sequence(leaves, batch_first=True)
+        layout = None if name == "whole" else torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
+    x, layout = gather_samples(x, layout)
+    if isinstance(layout, Packed):
+        x, layout = layout.pad(x), layout.valid
+    together = [tokens[inside] for tokens, inside in zip(x, layout, strict=True)]
+    sum((weights(rank, i, len(tokens)) * tokens).sum() for i, tokens in enumerate(together)).backward()
+    return {"tokens": [tokens.detach() for tokens in together], "gradients": [leaf.grad for leaf in leaves]}
+
+
+def one_pair(kind: str, number: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Of a batch of two, its text no wider than it has to be."""
+    images, ids, mask = (part[number : number + 1] for part in tiny.pairs(kind, PAIRS))
+    return images, ids[:, : PAIRS[number]], mask[:, : PAIRS[number]]
+
+
+def step(rank: int, kind: str, form: str) -> dict:
+    """A training step on one pair; the gradients are those of the loss of which the pair's own process is not all."""
+    model = tiny.PAIR_MODELS[kind](INSTANCE).train()
+    passes = model.passes(*one_pair(kind, rank), torch.tensor([rank]), SETTING, align=True, packed=form == "packed")
+    losses = model.losses(passes, torch.tensor([rank]), alpha=0.4)
+    model.enqueue(passes, torch.tensor([rank]))
+    losses.get("matching", losses["similarity"]).backward()
+    return {"gradients": gradients(model), "queues": queues(model)}
+
+
+def alone(rank: int) -> int:
+    """How many pairs are matched when negatives come from a process's own batch, which is one pair."""
+    model = tiny.retrieval(negative_all_rank=False)
+    return len(model.passes(*one_pair("blip", rank), torch.tensor([rank])).logits)
+
+
+def gradients(model: torch.nn.Module) -> dict[str, Tensor]:
+    return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+
+
+def queues(model: torch.nn.Module) -> dict[str, Tensor]:
+    return {name: buffer for name, buffer in model.named_buffers() if "queue" in name}
+
+
+def work(rank: int, folder: Path) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    found = {name: gather(rank, name) for name in LAYOUTS}
+    found |= {name: step(rank, *form) for name, form in FORMS.items()}
+    torch.save({**found, "alone": alone(rank)}, folder / f"{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory) -> list[dict]:
+    """What the two processes found, started once."""
+    folder = tmp_path_factory.mktemp("two")
+    torch.multiprocessing.spawn(work, (folder,), nprocs=2)
+    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_samples_of_different_widths_come_together_and_gradients_find_their_owners(found, name):
+    expected = [sample for rank, lengths in enumerate(LAYOUTS[name]) for sample in samples(rank, lengths)]
+    for rank, here in enumerate(found):
+        for tokens, sample in zip(here[name]["tokens"], expected, strict=True):
+            assert torch.equal(tokens, sample)
+        for i, gradient in enumerate(here[name]["gradients"]):
+            wanted = sum(weights(other, 2 * rank + i, len(gradient)) for other in range(2))
+            torch.testing.assert_close(gradient, wanted)
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_both_processes_hold_the_queue_of_one_with_both_batches(found, name):
+    kind, form = FORMS[name]
+    model = tiny.PAIR_MODELS[kind](INSTANCE).train()
+    before = {name: buffer.clone() for name, buffer in queues(model).items()}
+    passes = model.passes(*tiny.pairs(kind, PAIRS), torch.arange(2), SETTING, packed=form == "packed")
+    model.enqueue(passes, torch.arange(2))
+    for key, expected in queues(model).items():
+        assert torch.equal(found[0][name]["queues"][key], found[1][name]["queues"][key])
+        torch.testing.assert_close(found[0][name]["queues"][key], expected, atol=1e-5, rtol=1e-5)
+        assert not torch.equal(expected, before[key])
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_the_mean_of_their_gradients_is_that_of_one_process_with_both_batches(found, name):
+    """BLIP: of the matching, where each of two pairs is the other's negative, across processes and texts of other widths."""
+    kind, form = FORMS[name]
+    model = tiny.PAIR_MODELS[kind](INSTANCE).train()
+    passes = model.passes(*tiny.pairs(kind, PAIRS), torch.arange(2), SETTING, align=True, packed=form == "packed")
+    losses = model.losses(passes, torch.arange(2), alpha=0.4)
+    losses.get("matching", losses["similarity"]).backward()
+    expected = gradients(model)
+    assert all(here[name]["gradients"].keys() == expected.keys() for here in found)
+    for key, gradient in expected.items():
+        mean = (found[0][name]["gradients"][key] + found[1][name]["gradients"][key]) / 2
+        torch.testing.assert_close(mean, gradient, atol=1e-5, rtol=1e-3, msg=key)
+
+
+def test_negatives_may_be_drawn_from_the_own_batch_alone(found):
+    assert [here["alone"] for here in found] == [1, 1]
