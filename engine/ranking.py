@@ -59,7 +59,8 @@ def in_order(batches: list) -> list:
 def best_candidates(queries: Tensor, targets: Tensor, number: int, device: torch.device) -> Ranking:
     """The `number` most similar targets of each query. (Q, E), (N, E); on the CPU but for the products."""
     targets = targets.to(device)
-    best = [(part.to(device) @ targets.t()).topk(min(number, len(targets))) for part in queries.split(QUERIES)]
+    with torch.autocast(device.type, enabled=False):  # in bfloat16 hundreds of targets would be equally similar
+        best = [(part.to(device) @ targets.t()).topk(min(number, len(targets))) for part in queries.split(QUERIES)]
     return Ranking(torch.cat([found.indices.cpu() for found in best]), torch.cat([found.values.cpu() for found in best]))
 
 
