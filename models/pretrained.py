@@ -53,8 +53,8 @@ def read_checkpoint(path: str | Path) -> dict:
     try:
         if path.suffix == ".safetensors":
             content = load_file(path)
-        elif _is_torchscript(path):  # OpenAI's archives; nothing of their code is called
-            content = torch.jit.load(path, map_location="cpu").state_dict()
+        elif _is_torchscript(path):
+            content = _read_torchscript(path)
         else:
             content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
@@ -73,7 +73,18 @@ def read_checkpoint(path: str | Path) -> dict:
 
 
 def _is_torchscript(path: Path) -> bool:
-    return zipfile.is_zipfile(path) and any(name.endswith("/constants.pkl") for name in zipfile.ZipFile(path).namelist())
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        return any(name.endswith("/constants.pkl") for name in archive.namelist())
+
+
+def _read_torchscript(path: Path) -> StateDict:
+    """The weights of one of OpenAI's archives. Of its code loading calls `__setstate__` alone, so none may be in it."""
+    with zipfile.ZipFile(path) as archive:
+        if any(b"__setstate__" in archive.read(entry) for entry in archive.infolist() if entry.filename.endswith(".py")):
+            raise pickle.UnpicklingError
+    return torch.jit.load(path, map_location="cpu").state_dict()
 
 
 def load_nlvr_weights(model: nn.Module, weights: StateDict, source: str) -> None:
@@ -138,7 +149,8 @@ def load_pair_weights(
     for name in positions:
         if name in weights and weights[name].shape != expected[name].shape:
             embedding = weights[name].reshape(1, *weights[name].shape[-2:])
-            weights[name] = interpolate_position_embedding(embedding, expected[name].shape[-2]).reshape(expected[name].shape)
+            embedding = interpolate_position_embedding(embedding, expected[name].shape[-2])
+            weights[name] = embedding.reshape(*expected[name].shape[:-2], *embedding.shape[-2:])
     if any(name in weights and weights[name].shape != expected[name].shape for name in QUEUES):
         logger.info("%s: its queues have another size and start anew", source)
         weights = {name: tensor for name, tensor in weights.items() if name not in QUEUES}
