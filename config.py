@@ -266,11 +266,21 @@ class RetrievalConfig(Config):
     @model_validator(mode="before")
     @classmethod
     def _files_of_the_data_set(cls, values: Any) -> Any:
-        stem = RETRIEVAL_FILES.get(values.get("dataset", "coco")) if isinstance(values, dict) else None
+        stem = RETRIEVAL_FILES.get(str(values.get("dataset", "coco"))) if isinstance(values, dict) else None
         if stem is None:
             return values
         files = {"train_files": [f"{stem}_train"], "val_file": f"{stem}_val", "test_file": f"{stem}_test"}
         return {**values, **{key: name for key, name in files.items() if not values.get(key)}}
+
+    @model_validator(mode="after")
+    def _text_fits_the_encoder(self) -> "RetrievalConfig":
+        key, longest = self.longest_text
+        return _require(self, self.max_text_tokens <= longest, f"max_text_tokens must be at most {key}, {longest}")
+
+    @property
+    def longest_text(self) -> tuple[str, int]:
+        """The key that limits what the text encoder reads, and its value in tokens."""
+        return "bert.max_position_embeddings", self.bert_sizes.max_position_embeddings
 
 
 class ClipRetrievalConfig(RetrievalConfig):
@@ -295,6 +305,10 @@ class ClipRetrievalConfig(RetrievalConfig):
             self.variant == "paper",
             "variant: the authors' CLIP reads another token than the end of text once it prunes; use paper",
         )
+
+    @property
+    def longest_text(self) -> tuple[str, int]:
+        return "clip.context_length", self.clip.context_length
 
     @property
     def patch_size(self) -> int:

@@ -154,7 +154,12 @@ def _explain(cls: type[Config], error: ValidationError, path: Path, overrides: d
 def _expectation(problem: Any) -> str:
     """What a valid value looks like, for one of pydantic's errors."""
     kind, context = problem["type"], problem.get("ctx", {})
-    limits = {"greater_than_equal": ("at least", "ge"), "greater_than": ("above", "gt"), "less_than": ("below", "lt")}
+    limits = {
+        "greater_than_equal": ("at least", "ge"),
+        "greater_than": ("above", "gt"),
+        "less_than_equal": ("at most", "le"),
+        "less_than": ("below", "lt"),
+    }
     if kind in limits:
         words, name = limits[kind]
         return f"{words} {context[name]:g}"

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from config import NlvrConfig
-from options import load_config, parse_command_line, save_config
+from config import CONFIGS, ClipRetrievalConfig, NlvrConfig, RetrievalConfig
+from options import load_any_config, load_config, parse_command_line, save_config
 from utils import UserError
 
 # The keys of the NLVR2 YAML as BLIP and its compressed descendants publish it.
@@ -26,6 +26,29 @@ min_lr: 0
 sd_num: 100
 sd_dim: 768
 """
+PUBLISHED_RETRIEVAL = """
+image_root: '/export/share/datasets/vision/flickr30k/'
+ann_root: 'annotation'
+dataset: 'flickr'
+pretrained: 'pretrained/model_base_retrieval_flickr.pth'
+vit: 'base'
+batch_size_train: 16
+batch_size_test: 64
+vit_grad_ckpt: True
+vit_ckpt_layer: 4
+init_lr: 1e-5
+image_size: 384
+queue_size: 57600
+alpha: 0.4
+k_test: 128
+negative_all_rank: False
+weight_decay: 0.05
+min_lr: 0
+max_epoch: 6
+sd_num: 100
+sd_dim: 768
+"""
+FILES = sorted(map(str, Path("configs").rglob("*.yaml")))
 
 
 def refusal(tmp_path: Path, text: str, *flags: str) -> str:
@@ -37,12 +60,13 @@ def refusal(tmp_path: Path, text: str, *flags: str) -> str:
     return str(error.value)
 
 
-@pytest.mark.parametrize("path", ["configs/nlvr.yaml", "configs/shapes/nlvr.yaml"])
+@pytest.mark.parametrize("path", FILES)
 def test_a_saved_config_is_the_same_config(path: str, tmp_path: Path) -> None:
-    config = load_config(NlvrConfig, path, {"output_dir": str(tmp_path), "init_lr": 3e-6})
+    config = load_any_config(path, {"output_dir": str(tmp_path), "init_lr": 3e-6})
+    assert config.script in Path(path).read_text().splitlines()[0]
     save_config(config, tmp_path / "config.yaml")
-    assert load_config(NlvrConfig, tmp_path / "config.yaml") == config
-    assert (tmp_path / "config.yaml").read_text().startswith("# python compress_nlvr_dtp.py --config ")
+    assert load_any_config(tmp_path / "config.yaml") == config
+    assert (tmp_path / "config.yaml").read_text().startswith(f"# python {config.script} --config ")
 
 
 def test_a_published_yaml_loads_unchanged(tmp_path: Path) -> None:
@@ -52,8 +76,57 @@ def test_a_published_yaml_loads_unchanged(tmp_path: Path) -> None:
     assert config.annotation_file(config.val_file) == Path("annotation/nlvr_dev.json")
 
 
-def test_every_key_is_described() -> None:
-    assert all(field.description for field in NlvrConfig.model_fields.values())
+@pytest.mark.parametrize("cls", [RetrievalConfig, ClipRetrievalConfig])
+def test_a_published_yaml_for_retrieval_loads_unchanged(cls: type[RetrievalConfig], tmp_path: Path) -> None:
+    (tmp_path / "x.yaml").write_text(PUBLISHED_RETRIEVAL.replace("384", "336" if cls is ClipRetrievalConfig else "384"))
+    config = load_config(cls, tmp_path / "x.yaml")
+    assert (config.k_test, config.negative_all_rank, config.queue_size, config.alpha) == (128, False, 57600, 0.4)
+    assert config.annotation_file(config.test_file) == Path("annotation/flickr30k_test.json")
+
+
+def test_a_data_set_brings_its_files_unless_others_are_named(tmp_path: Path) -> None:
+    path = tmp_path / "x.yaml"
+    path.write_text("")
+    named = {"train_files": "a", "val_file": "b"}
+    for settings, train, val, test in (
+        ({}, "coco_karpathy_train", "coco_karpathy_val", "coco_karpathy_test"),
+        ({"dataset": "flickr"}, "flickr30k_train", "flickr30k_val", "flickr30k_test"),
+        ({"dataset": "flickr", **named}, "a", "b", "flickr30k_test"),
+    ):
+        config = load_config(RetrievalConfig, path, settings)
+        assert (config.train_files, config.val_file, config.test_file) == ([train], val, test)
+
+
+@pytest.mark.parametrize(
+    ("cls", "settings", "said"),
+    [
+        (RetrievalConfig, {"dataset": "vg"}, "key 'dataset' must be one of 'coco', 'flickr', got 'vg'"),
+        (RetrievalConfig, {"dataset": ["coco"]}, "key 'dataset' must be one of 'coco', 'flickr', got ['coco']"),
+        (RetrievalConfig, {"alpha": 1.5}, "key 'alpha' must be at most 1, got 1.5"),
+        (
+            RetrievalConfig,
+            {"max_text_tokens": 600},
+            "max_text_tokens must be at most bert.max_position_embeddings, 512; change",
+        ),
+        (ClipRetrievalConfig, {"clip.context_length": 20}, "max_text_tokens must be at most clip.context_length, 20; change"),
+        (ClipRetrievalConfig, {"clip.vision_widht": 20}, "unknown key 'clip.vision_widht'; did you mean 'clip.vision_width'?"),
+        (ClipRetrievalConfig, {"clip.text_width": 20}, "vision_width and text_width must be multiples of"),
+        (ClipRetrievalConfig, {"variant": "released"}, "the authors' CLIP reads another token"),
+        (ClipRetrievalConfig, {"image_size": 384}, "image_size must be a multiple of the patch size, 14"),
+    ],
+)
+def test_a_mistake_about_retrieval_is_named_in_one_line(
+    cls: type[RetrievalConfig], settings: dict, said: str, tmp_path: Path
+) -> None:
+    (tmp_path / "x.yaml").write_text("")
+    with pytest.raises(UserError) as error:
+        load_config(cls, tmp_path / "x.yaml", settings)
+    assert said in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("task", CONFIGS)
+def test_every_key_is_described(task: str) -> None:
+    assert all(field.description for field in CONFIGS[task].model_fields.values())
 
 
 @pytest.mark.parametrize("text", ["init_lr: 3e-6", "init_lr: '3e-6'", "init_lr: 0.000003"])

@@ -19,6 +19,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from clip.tokenizer import OPENAI, load_clip_tokenizer  # noqa: E402
 from config import (  # noqa: E402
     CONFIGS,
     CaptionConfig,
@@ -102,6 +103,14 @@ def bert_vocabulary(config: Config) -> int:
         return BERT_VOCABULARY
 
 
+def clip_vocabulary(config: ClipRetrievalConfig) -> int:
+    """The same of CLIP's tokenizer."""
+    try:
+        return CLIP_VOCABULARY if config.tokenizer == OPENAI else len(load_clip_tokenizer(config.tokenizer))
+    except UserError:
+        return CLIP_VOCABULARY
+
+
 def build_nlvr(config: NlvrConfig) -> tuple[torch.nn.Module, Callable, Inputs]:
     """The model, the loader of its weights and the reference case: a random image twice, so that `keep: instance` pads neither,
     and a text of the reference length (or the longest possible)."""
@@ -114,17 +123,18 @@ def build_nlvr(config: NlvrConfig) -> tuple[torch.nn.Module, Callable, Inputs]:
 def build_retrieval(config: RetrievalConfig) -> tuple[torch.nn.Module, Callable, Inputs]:
     """The reference case: one image and a text of the longest length."""
     vocabulary = bert_vocabulary(config)
-    text = torch.randint(5, 30, (1, min(config.max_text_tokens, config.bert_sizes.max_position_embeddings)))
+    text = torch.randint(5, 30, (1, config.max_text_tokens))
     inputs = torch.randn(1, 3, config.image_size, config.image_size), text, torch.ones_like(text)
     return retrieval_from_config(config, vocabulary, vocabulary - 1), load_retrieval_weights, inputs
 
 
 def build_clip(config: ClipRetrievalConfig) -> tuple[torch.nn.Module, Callable, Inputs]:
     """The reference case: one image and a text that ends in the last place."""
-    text = torch.randint(1, 30, (1, min(config.max_text_tokens, config.clip.context_length)))
-    text[:, -1] = CLIP_VOCABULARY - 1
+    vocabulary = clip_vocabulary(config)
+    text = torch.randint(1, vocabulary - 1, (1, config.max_text_tokens))
+    text[:, -1] = vocabulary - 1
     inputs = torch.randn(1, 3, config.image_size, config.image_size), text, torch.ones_like(text)
-    return clip_from_config(config, CLIP_VOCABULARY), load_clip_weights, inputs
+    return clip_from_config(config, vocabulary), load_clip_weights, inputs
 
 
 def build_caption(config: CaptionConfig) -> tuple[torch.nn.Module, Callable, Inputs]:

@@ -1,0 +1,111 @@
+"""What the published models cost, and the tool that says so, from a config alone."""
+
+import json
+import sys
+
+import pytest
+import torch
+
+from models.blip_nlvr import reference_gflops
+from options import load_any_config
+from tools import flops
+from utils import UserError
+
+REFERENCE = {
+    "nlvr": 132.5407,
+    "retrieval_coco": 153.2425,
+    "retrieval_flickr": 153.2425,
+    "retrieval_coco_clip": 395.7007,
+    "retrieval_flickr_clip": 395.7007,
+}
+
+
+@pytest.mark.parametrize("name", REFERENCE)
+def test_the_papers_models_cost_what_the_paper_says(name):
+    config = load_any_config(f"configs/{name}.yaml", {"p": 0})
+    with torch.device("meta"):  # counting needs no weights
+        model, _, _ = flops.BUILD[config.task](config)
+    gflops = reference_gflops(model) if config.task == "nlvr" else model.reference_gflops(config.max_text_tokens)
+    assert round(gflops, 4) == REFERENCE[name]
+
+
+BLIP = """
+tokenizer: none
+image_size: 32
+vit: {patch_size: 8, embed_dim: 24, depth: 2, num_heads: 2}
+bert: {hidden_size: 16, num_hidden_layers: 2, num_attention_heads: 2, intermediate_size: 32}
+"""
+CLIP = """
+image_size: 32
+clip:
+  {patch_size: 8, vision_width: 24, vision_layers: 2, vision_heads: 2, text_width: 16, text_layers: 2, text_heads: 2, embed_dim: 8}
+"""
+PRUNED = """
+keep: instance
+sd_num: 5
+sd_dim: 24
+"""
+QUEUE = "queue_size: 6\n"
+TINY = {
+    "nlvr": f"task: nlvr{BLIP}{PRUNED}",
+    "retrieval": f"task: retrieval{BLIP}{PRUNED}{QUEUE}embed_dim: 8\n",
+    "retrieval_clip": f"task: retrieval_clip{CLIP}{PRUNED}{QUEUE}",
+}
+TASKS = pytest.mark.parametrize("task", TINY)
+
+
+@pytest.fixture
+def report(monkeypatch, capsys, tmp_path):
+    """Runs the tool on a config with these words of a command line; gives the JSON it prints."""
+
+    def run(text: str, *words: str) -> dict:
+        (tmp_path / "tiny.yaml").write_text(text)
+        monkeypatch.setattr(sys, "argv", ["flops.py", "--config", str(tmp_path / "tiny.yaml"), "--json", *words])
+        flops.main()
+        return json.loads(capsys.readouterr().out)
+
+    return run
+
+
+@TASKS
+@pytest.mark.parametrize("temperature", [None, "5"])
+def test_the_tool_reports_both_counts(report, task, temperature):
+    found = report(TINY[task], *(("--temperature", temperature) if temperature else ()))
+    gflops = found["gflops"]
+    assert gflops["fvcore"] == pytest.approx(gflops["closed_form"], rel=1e-9)
+    assert sum(found["by_module"].values()) == pytest.approx(gflops["closed_form"])
+    assert 0 < gflops["deployment"] < gflops["closed_form"] or task == "nlvr"
+    assert found["temperature"] == (temperature and float(temperature))
+
+
+@TASKS
+def test_the_tool_counts_the_parameters_of_the_model(report, task, tmp_path):
+    found = report(TINY[task])
+    config = load_any_config(tmp_path / "tiny.yaml", {"p": 0})
+    assert found["params"] == sum(p.numel() for p in flops.BUILD[task](config)[0].parameters())
+
+
+@TASKS
+def test_the_tool_finds_the_temperature_for_a_share(report, task):
+    dense, pruned = report(TINY[task]), report(TINY[task], "--p", "0.35")
+    assert pruned["gflops"]["closed_form"] == pytest.approx(0.65 * dense["gflops"]["closed_form"], rel=0.05)
+    with pytest.raises(UserError, match="--p 0.99 is out of reach: these weights allow"):
+        report(TINY[task], "--p", "0.99")
+
+
+@pytest.mark.parametrize("task", ["retrieval", "retrieval_clip"])
+def test_the_vocabulary_is_the_tokenizers(report, task, tmp_path):
+    words = "[PAD] [UNK] [CLS] [SEP] [MASK]".split() + [f"word{i}" for i in range(45)]
+    (tmp_path / "words.txt").write_text("\n".join(words))
+    text = TINY[task].replace("tokenizer: none\n", "")
+    large, small = (report(f"{text}tokenizer: {source}\n") for source in ("clip", tmp_path / "words.txt"))
+    published = flops.CLIP_VOCABULARY if task == "retrieval_clip" else flops.BERT_VOCABULARY
+    assert large["params"] - small["params"] == 2 * 16 * (published - len(words) - 2)  # of both encoders of texts
+    assert large["gflops"] == small["gflops"]
+
+
+def test_a_config_that_names_no_task_needs_one(report):
+    text = TINY["nlvr"].replace("task: nlvr\n", "")
+    with pytest.raises(UserError, match="its key 'task' is None; set it, or --task, to one of nlvr, "):
+        report(text)
+    assert report(text, "--task", "nlvr") == report(TINY["nlvr"])
