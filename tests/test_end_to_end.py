@@ -4,23 +4,20 @@ import json
 import os
 import pickle
 import shutil
-import subprocess
-import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
-import compress_nlvr_dtp
 from config import NlvrConfig
 from data.shapes.write import make_shapes
 from data.text import load_tokenizer
-from engine import compress
 from models.build import nlvr_from_config
 from options import load_config, parse_command_line
-from utils import run_main
+from tests import runs
+from tests.runs import FILES, ROOT, assert_same_run, log_of, read
 
-ROOT = Path(__file__).parents[1]
 EVAL_SIZE = 31  # two processes with batches of 8 do not share it evenly
 P = 0.44  # what the random weights of any seed can reach
 TINY = {
@@ -46,31 +43,8 @@ def flags(world: Path, out: Path, *more: str, **settings) -> list[str]:
     return ["--config", config, "--output_dir", str(out), "--device", "cpu", "--pretrained", "", "--p", str(P), *sets, *more]
 
 
-def run_here(argv: list[str]) -> None:
-    """The script in this process: starting another costs seconds."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["compress_nlvr_dtp.py", *argv])
-        compress_nlvr_dtp.main()
-
-
-def run_script(argv: list[str], *launcher: str) -> subprocess.CompletedProcess:
-    script = [] if launcher else [str(ROOT / "compress_nlvr_dtp.py")]
-    return subprocess.run([sys.executable, *launcher, *script, *argv], cwd=ROOT, capture_output=True, text=True, timeout=1800)
-
-
-def read(folder: Path, name: str):
-    return json.loads((folder / name).read_text())
-
-
-def log_of(folder: Path) -> list[dict]:
-    entries = [json.loads(line) for line in (folder / "log.txt").read_text().splitlines()]
-    return [{key: value for key, value in entry.items() if key != "seconds"} for entry in entries]
-
-
-def assert_same_run(folder: Path, other: Path) -> None:
-    for name in ("result.json", "predictions_val.json", "predictions_test.json"):
-        assert read(folder, name) == read(other, name), name
-    assert log_of(folder) == log_of(other)
+run_here = partial(runs.run_here, "compress_nlvr_dtp")
+run_script = partial(runs.run_script, ROOT / "compress_nlvr_dtp.py")
 
 
 @pytest.fixture(scope="module")
@@ -83,16 +57,7 @@ def trained(world, tmp_path_factory) -> Path:
 
 
 def test_a_run_leaves_its_files(trained):
-    files = {
-        "config.yaml",
-        "log.txt",
-        "checkpoint_last.pth",
-        "checkpoint_best.pth",
-        "predictions_val.json",
-        "predictions_test.json",
-        "result.json",
-    }
-    assert files <= {path.name for path in trained.iterdir()} and not list(trained.glob("*.tmp"))
+    assert FILES <= {path.name for path in trained.iterdir()} and not list(trained.glob("*.tmp"))
     config = load_config(NlvrConfig, trained / "config.yaml")
     assert config.output_dir == trained and config.p == P and config.vit_sizes.depth == 2
     assert [entry["epoch"] for entry in log_of(trained)] == [0, 1]
@@ -143,22 +108,8 @@ def test_another_seed_gives_another_run(trained, world, tmp_path):
     assert log_of(trained)[0]["loss"] != log_of(tmp_path)[0]["loss"]
 
 
-class Interrupted(Exception):
-    pass
-
-
-def test_a_resumed_run_gives_the_same_result_as_one_that_was_not_interrupted(trained, world, tmp_path, monkeypatch):
-    original, epochs = compress.train_epoch, []
-
-    def die_in_the_second_epoch(trainer, loader, *rest):
-        epochs.append(loader.sampler.epoch)
-        if len(epochs) == 2:
-            raise Interrupted
-        return original(trainer, loader, *rest)
-
-    with pytest.raises(Interrupted), monkeypatch.context() as patch:
-        patch.setattr(compress, "train_epoch", die_in_the_second_epoch)
-        run_here(flags(world, tmp_path))
+def test_a_resumed_run_gives_the_same_result_as_one_that_was_not_interrupted(trained, world, tmp_path):
+    runs.interrupt_in_the_second_epoch(lambda: run_here(flags(world, tmp_path)))
     assert [entry["epoch"] for entry in log_of(tmp_path)] == [0] and not (tmp_path / "result.json").exists()
     run_here(flags(world, tmp_path, "--resume"))
     assert_same_run(trained, tmp_path)
@@ -188,27 +139,12 @@ def cases(world, trained, dense_weights) -> dict[str, tuple]:
     }
 
 
-DRIVER = """
-import json, sys
-sys.path.insert(0, {root!r})
-import compress_nlvr_dtp
-from utils import run_main
-for argv in json.loads({runs!r})[:-1]:
-    sys.argv = ["compress_nlvr_dtp.py", *argv]
-    compress_nlvr_dtp.main()
-sys.argv = ["compress_nlvr_dtp.py", *json.loads({runs!r})[-1]]
-run_main(compress_nlvr_dtp.main)
-"""
-
-
 @pytest.fixture(scope="module")
 def two_processes(world, cases, tmp_path_factory) -> Path:
     """The folder of the runs of all cases in two processes, started once."""
     folder = tmp_path_factory.mktemp("two")
-    runs = json.dumps([flags(world, folder / name, *more, **settings) for name, (more, settings) in cases.items()])
-    (folder / "driver.py").write_text(DRIVER.format(root=str(ROOT), runs=runs))
-    done = run_script([str(folder / "driver.py")], "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
-    assert done.returncode == 0, done.stderr
+    arguments = [flags(world, folder / name, *more, **settings) for name, (more, settings) in cases.items()]
+    runs.run_in_two_processes(folder, [["compress_nlvr_dtp", *more] for more in arguments])
     return folder
 
 
@@ -260,13 +196,7 @@ class Code:
 
 
 def refusal(capsys, argv: list[str]) -> str:
-    """What a run that the user can mend says: one line on stderr and exit code 2."""
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as error:
-        run_main(lambda: run_here(argv))
-    said = capsys.readouterr().err
-    assert error.value.code == 2 and said.startswith("error: ") and said.count("\n") == 1, said
-    return said
+    return runs.refusal(capsys, lambda: run_here(argv))
 
 
 def test_a_refused_run_ends_with_one_line_and_exit_code_2(world, tmp_path):

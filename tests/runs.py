@@ -1,0 +1,97 @@
+"""Runs of the entry scripts: in this process, in another, in two; and what they leave."""
+
+import importlib
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from engine import compress
+from utils import run_main
+
+ROOT = Path(__file__).parents[1]
+FILES = {
+    "config.yaml",
+    "log.txt",
+    "checkpoint_last.pth",
+    "checkpoint_best.pth",
+    "predictions_val.json",
+    "predictions_test.json",
+    "result.json",
+}
+
+
+def run_here(script: str, argv: list[str]) -> None:
+    """The script in this process: starting another costs seconds."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [f"{script}.py", *argv])
+        importlib.import_module(script).main()
+
+
+def run_script(file: Path, argv: list[str], *launcher: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, *launcher, str(file), *argv], cwd=ROOT, capture_output=True, text=True, timeout=1800)
+
+
+DRIVER = """
+import importlib, json, sys
+sys.path.insert(0, {root!r})
+from utils import run_main
+*earlier, last = json.loads({command_lines!r})
+for sys.argv in earlier:
+    importlib.import_module(sys.argv[0]).main()
+sys.argv = last
+run_main(importlib.import_module(last[0]).main)
+"""
+
+
+def run_in_two_processes(folder: Path, command_lines: list[list[str]]) -> None:
+    """Scripts, each with its arguments, one after the other in two processes that are started once."""
+    (folder / "driver.py").write_text(DRIVER.format(root=str(ROOT), command_lines=json.dumps(command_lines)))
+    done = run_script(folder / "driver.py", [], "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+    assert done.returncode == 0, done.stderr
+
+
+class Interrupted(Exception):
+    pass
+
+
+def interrupt_in_the_second_epoch(run: Callable[[], None]) -> None:
+    original, epochs = compress.train_epoch, []
+
+    def dying(trainer, loader, *rest):
+        epochs.append(loader.sampler.epoch)
+        if len(epochs) == 2:
+            raise Interrupted
+        return original(trainer, loader, *rest)
+
+    with pytest.raises(Interrupted), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compress, "train_epoch", dying)
+        run()
+
+
+def refusal(capsys: pytest.CaptureFixture, run: Callable[[], None]) -> str:
+    """What a run that the user can mend says: one line on stderr and exit code 2."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as error:
+        run_main(run)
+    said = capsys.readouterr().err
+    assert error.value.code == 2 and said.startswith("error: ") and said.count("\n") == 1, said
+    return said
+
+
+def read(folder: Path, name: str):
+    return json.loads((folder / name).read_text())
+
+
+def log_of(folder: Path) -> list[dict]:
+    entries = [json.loads(line) for line in (folder / "log.txt").read_text().splitlines()]
+    return [{key: value for key, value in entry.items() if key != "seconds"} for entry in entries]
+
+
+def assert_same_run(folder: Path, other: Path) -> None:
+    for name in ("result.json", "predictions_val.json", "predictions_test.json"):
+        assert read(folder, name) == read(other, name), name
+    assert log_of(folder) == log_of(other)
