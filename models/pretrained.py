@@ -154,10 +154,12 @@ def load_pair_weights(
     if any(name in weights and weights[name].shape != expected[name].shape for name in QUEUES):
         logger.info("%s: its queues have another size and start anew", source)
         weights = {name: tensor for name, tensor in weights.items() if name not in QUEUES}
+    for name in expected:
+        part, dot, rest = name.partition(".")
+        online = part.removesuffix("_m") + dot + rest
+        if name not in weights and online in weights:
+            weights[name] = weights[online]
     load_weights(model, weights, source, RETRIEVAL_MAY_MISS, may_ignore)
-    followers = [name for name in expected if name.split(".")[0].endswith("_m")]
-    if not any(name in weights for name in followers):
-        model.copy_to_momentum()
 
 
 def _paired(name: str) -> list[str]:

@@ -58,6 +58,14 @@ def test_momentum_encoders_that_are_missing_start_as_the_online_ones(kind):
         assert torch.equal(tensor, expected), name
 
 
+def test_of_momentum_encoders_that_are_there_in_part_the_rest_starts_as_the_online_ones():
+    model = tiny.retrieval()
+    weights = {name: tensor for name, tensor in shifted(model).items() if not name.startswith("text_proj_m.")}
+    load_retrieval_weights(model, weights, "x")
+    assert torch.equal(model.text_proj_m.weight, weights["text_proj.weight"])
+    assert torch.equal(model.vision_proj_m.weight, weights["vision_proj_m.weight"])
+
+
 @KINDS
 def test_queues_of_another_size_start_anew_and_the_rest_is_loaded(kind):
     model = tiny.PAIR_MODELS[kind]()
