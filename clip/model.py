@@ -19,7 +19,7 @@ from madtp.importance import AttentionStatistics
 from madtp.packing import pack
 from madtp.pruning import OFF, Layout, PruneSetting, TokenPruner
 from models.attention import Causal, attend
-from models.tower import Encoded, PreNormBlock, block_flops, class_tokens, run_blocks
+from models.tower import Encoded, PreNormBlock, block_flops, checkpoint_last, class_tokens, run_blocks
 
 MLP_RATIO = 4
 START_SCALE = math.log(1 / 0.07)
@@ -101,7 +101,8 @@ class Transformer(nn.Module):
 
 
 class VisionTower(nn.Module):
-    def __init__(self, size: ClipSize, make_pruner: MakePruner):
+    def __init__(self, size: ClipSize, make_pruner: MakePruner, checkpoint_blocks: int = 0):
+        """checkpoint_blocks: how many of the last blocks recompute their activations in the backward pass."""
         super().__init__()
         width, patches = size.vision_width, (size.image_size // size.patch_size) ** 2
         self.conv1 = nn.Conv2d(3, width, size.patch_size, size.patch_size, bias=False)
@@ -109,6 +110,7 @@ class VisionTower(nn.Module):
         self.positional_embedding = nn.Parameter(torch.randn(1 + patches, width) * width**-0.5)
         self.ln_pre = nn.LayerNorm(width)
         self.transformer = Transformer(width, size.vision_layers, size.vision_heads, None, make_pruner)
+        checkpoint_last(self.transformer.resblocks, checkpoint_blocks)
         self.ln_post = nn.LayerNorm(width)
         self.proj = nn.Parameter(torch.randn(width, size.embed_dim) * width**-0.5)
 
@@ -132,7 +134,7 @@ class VisionTower(nn.Module):
 class Clip(nn.Module):
     def __init__(
         self, size: ClipSize, make_pruner: MakePruner = lambda dim: None, learnable_tokens: tuple[int, int, float] | None = None,
-        text_order: Causal = "class_last",
+        text_order: Causal = "class_last", checkpoint_blocks: int = 0,
     ):  # fmt: skip
         """
         Args:
@@ -140,10 +142,11 @@ class Clip(nn.Module):
             learnable_tokens: number K, width D and initial std of the tokens that both towers share; None without pruners.
             text_order: "class_first" is what the authors' code does: the start token is the class token, padding takes part. It
                 reads the wrong token once tokens are pruned, so it is for comparing unpruned texts alone.
+            checkpoint_blocks: how many of the image tower's last blocks recompute their activations in the backward pass.
         """
         super().__init__()
         width, self.text_order = size.text_width, text_order
-        self.visual = VisionTower(size, make_pruner)
+        self.visual = VisionTower(size, make_pruner, checkpoint_blocks)
         self.transformer = Transformer(width, size.text_layers, size.text_heads, text_order, make_pruner)
         self.token_embedding = nn.Embedding(size.vocab_size, width)
         self.positional_embedding = nn.Parameter(torch.randn(size.context_length, width) * 0.01)

@@ -16,11 +16,9 @@ def write_json(content: object, path: Path) -> None:
 
 
 def count_parameters(model: nn.Module) -> dict[str, int]:
-    """All parameters, and those that are not zero."""
-    return {
-        "total": sum(p.numel() for p in model.parameters()),
-        "nonzero": sum(int(p.count_nonzero()) for p in model.parameters()),
-    }
+    """All parameters that are trained, so not momentum copies, which no user deploys; and those that are not zero."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return {"total": sum(p.numel() for p in trained), "nonzero": sum(int(p.count_nonzero()) for p in trained)}
 
 
 class RunLog:

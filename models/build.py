@@ -43,8 +43,13 @@ def vision_transformer(config: Config, make_pruner: Callable[[int], TokenPruner 
         **config.vit_sizes.model_dump(),
         drop_path=config.drop_path,
         make_pruner=make_pruner,
-        checkpoint_blocks=config.vit_ckpt_layer if config.vit_grad_ckpt else 0,
+        checkpoint_blocks=checkpoint_blocks(config),
     )
+
+
+def checkpoint_blocks(config: Config) -> int:
+    """Image blocks that recompute their activations."""
+    return config.vit_ckpt_layer if config.vit_grad_ckpt else 0
 
 
 def nlvr_from_config(config: NlvrConfig, vocab_size: int) -> BlipNlvr:
@@ -79,7 +84,14 @@ def retrieval_from_config(config: RetrievalConfig, vocab_size: int, enc_token: i
 
 def clip_from_config(config: ClipRetrievalConfig, vocab_size: int) -> ClipRetrieval:
     size = ClipSize(image_size=config.image_size, vocab_size=vocab_size, **config.clip.model_dump())
-    return ClipRetrieval(size, config.queue_size, config.momentum, pruner_factory(config), learnable_tokens(config))
+    return ClipRetrieval(
+        size,
+        config.queue_size,
+        config.momentum,
+        pruner_factory(config),
+        learnable_tokens(config),
+        checkpoint_blocks=checkpoint_blocks(config),
+    )
 
 
 def caption_from_config(config: CaptionConfig, vocab_size: int, prompt: list[int], end: int, padding: int) -> BlipCaption:

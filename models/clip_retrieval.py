@@ -26,8 +26,9 @@ class ClipRetrieval(Clip, MomentumModel):
         make_pruner: MakePruner = lambda dim: None,
         learnable_tokens: tuple[int, int, float] | None = None,
         text_order: Causal = "class_last",
+        checkpoint_blocks: int = 0,
     ):
-        super().__init__(size, make_pruner, learnable_tokens, text_order)
+        super().__init__(size, make_pruner, learnable_tokens, text_order, checkpoint_blocks)
         self.init_momentum(MOMENTUM_PARTS, size.embed_dim, queue_size, momentum)
 
     @property

@@ -176,6 +176,15 @@ class PreNormBlock(nn.Module):
         return total
 
 
+def checkpoint_last(blocks: nn.ModuleList, number: int) -> None:
+    """Let the last `number` blocks recompute their activations in the backward pass, by fairscale, imported only then."""
+    if number:
+        from fairscale.nn.checkpoint import checkpoint_wrapper
+
+        for index in range(max(0, len(blocks) - number), len(blocks)):
+            blocks[index] = checkpoint_wrapper(blocks[index])
+
+
 def run_blocks(
     blocks: Iterable[nn.Module],
     x: Tensor,

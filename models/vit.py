@@ -15,7 +15,7 @@ from madtp.importance import AttentionStatistics
 from madtp.packing import pack
 from madtp.pruning import OFF, Layout, PruneSetting, TokenPruner
 from models.attention import attend
-from models.tower import PreNormBlock, TowerRecord, block_flops, run_blocks
+from models.tower import PreNormBlock, TowerRecord, block_flops, checkpoint_last, run_blocks
 
 NORM_EPS = 1e-6
 
@@ -80,8 +80,7 @@ class VisionTransformer(nn.Module):
         trunc_normal_(self.cls_token, std=0.02)
         trunc_normal_(self.pos_embed, std=0.02)
         self.apply(_init_linear)
-        for index in range(max(0, depth - checkpoint_blocks), depth):
-            self.blocks[index] = checkpoint_wrapper(self.blocks[index])
+        checkpoint_last(self.blocks, checkpoint_blocks)
 
     @property
     def depth(self) -> int:
@@ -111,13 +110,6 @@ class VisionTransformer(nn.Module):
         first, last = record.entering[0], record.leaving[-1]
         total = flops.linear(first - 1, patch.weight[0].numel(), self.embed_dim) + flops.layer_norm(last, self.embed_dim)
         return total + block_flops(self.blocks, record, setting, training)
-
-
-def checkpoint_wrapper(module: nn.Module) -> nn.Module:
-    """fairscale's activation checkpointing, imported only by those who ask for it."""
-    from fairscale.nn.checkpoint import checkpoint_wrapper as wrap
-
-    return wrap(module)
 
 
 def _init_linear(module: nn.Module) -> None:
