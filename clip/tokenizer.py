@@ -3,7 +3,7 @@
 The end-of-text token has the highest id, and padding, which is 0, stands behind it: so a text's end is where its ids are highest.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -13,18 +13,21 @@ from utils import UserError
 
 OPENAI = "clip"
 UNKNOWN = "[UNK]"
+START, END = "[START]", "[END]"  # how the special tokens are shown
+WORD_END = "</w>"  # in OpenAI's byte pairs
 
 
 class ClipTokenizer:
     """Texts to ids. `len` is the model's vocabulary size."""
 
-    def __init__(self, words: Callable[[str], list[int]], start: int, end: int):
+    def __init__(self, words: Callable[[str], list[int]], name: Callable[[int], str], start: int, end: int):
         """
         Args:
             words: maps a text to ids, special tokens left out.
+            name: what such an id stands for.
             start, end: ids of the start-of-text and of the end-of-text token, the two highest.
         """
-        self.words, self.start, self.end = words, start, end
+        self.words, self.name, self.start, self.end = words, name, start, end
 
     def __len__(self) -> int:
         return self.end + 1
@@ -44,6 +47,10 @@ class ClipTokenizer:
         lengths = torch.tensor([len(row) for row in ids])
         return {"input_ids": padded, "attention_mask": (torch.arange(longest) < lengths.unsqueeze(1)).long()}
 
+    def convert_ids_to_tokens(self, ids: Iterable[int]) -> list[str]:
+        special = {self.start: START, self.end: END}
+        return [special[number] if number in special else self.name(number) for number in ids]
+
 
 def load_clip_tokenizer(source: str) -> ClipTokenizer:
     """OpenAI's for `source` "clip", as open_clip carries it; else of the list of words in the file `source`, one a line.
@@ -55,7 +62,8 @@ def load_clip_tokenizer(source: str) -> ClipTokenizer:
         from open_clip.tokenizer import SimpleTokenizer  # imports whole model families
 
         pairs = SimpleTokenizer()
-        return ClipTokenizer(pairs.encode, pairs.sot_token_id, pairs.eot_token_id)
+        pieces = pairs.decoder
+        return ClipTokenizer(pairs.encode, lambda i: pieces[i].removesuffix(WORD_END), pairs.sot_token_id, pairs.eot_token_id)
     try:
         words = Path(source).read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -65,4 +73,5 @@ def load_clip_tokenizer(source: str) -> ClipTokenizer:
         raise UserError(f"{source}: has no {UNKNOWN}; set the key 'tokenizer' to 'clip' or to a list of words")
     numbers = {word: number for number, word in enumerate(words)}
     unknown = numbers[UNKNOWN]
-    return ClipTokenizer(lambda text: [numbers.get(word, unknown) for word in text.split()], len(words), len(words) + 1)
+    start, end = len(words), len(words) + 1
+    return ClipTokenizer(lambda text: [numbers.get(word, unknown) for word in text.split()], words.__getitem__, start, end)

@@ -104,3 +104,11 @@ def test_what_is_no_list_of_words_is_named_in_one_line(tmp_path, content, said):
         path.write_bytes(content)
     with pytest.raises(UserError, match=rf"\A{path}: {said}; set the key 'tokenizer' to 'clip' or to a list of words\Z"):
         load_clip_tokenizer(str(path))
+
+
+def test_ids_are_shown_as_what_they_stand_for(openai, words):
+    ids = openai(["a photo of antidisestablishmentarianism"])["input_ids"][0].tolist()
+    pieces = ["anti", "dise", "stab", "lish", "ment", "arianism"]
+    assert openai.convert_ids_to_tokens(ids) == ["[START]", "a", "photo", "of", *pieces, "[END]"]
+    ids = words(["a red cat"])["input_ids"][0].tolist()
+    assert words.convert_ids_to_tokens(ids) == ["[START]", "a", "red", "[UNK]", "[END]"]
