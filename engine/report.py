@@ -14,7 +14,13 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, ScalarFormatter
 
-METRICS = {"acc": "accuracy, %"}  # the words for result.json's names; others stand for themselves
+RECALLS = {
+    "mean recall, %": ("r_mean",),
+    "text R@1 / 5 / 10": ("txt_r1", "txt_r5", "txt_r10"),
+    "image R@1 / 5 / 10": ("img_r1", "img_r5", "img_r10"),
+}
+# The columns of a task: words for result.json's names. The first holds what selects, and stands there for validation too.
+METRICS = {"nlvr": {"accuracy, %": ("acc",)}, "retrieval": RECALLS, "retrieval_clip": RECALLS}
 DENSE, COLOURS = "#6b7280", ("#2563a8", "#c2570c", "#2f7d4f", "#8b4a9c")
 BAND = (10, 90)  # percentiles
 
@@ -50,24 +56,39 @@ class Picture:
 
 def table(runs: Sequence[ReportedRun]) -> list[list[str]]:
     """The comparison, its header first. The first run is the one that the others are compared with."""
-    first = runs[0]
-    metrics = list(first.result["metrics"]["test"])
-    header = ["model", *(f"{METRICS.get(name, name)} ({split})" for name in metrics for split in ("test", "val"))]
-    header += ["GFLOPs", "fewer", "GFLOPs (test)", "temperature", "parameters, M", "images/s", "speed-up"]
-    rows = []
-    for run in runs:
-        result, gflops = run.result, run.result["gflops"]
-        scores = [f"{result['metrics'][split][name]:.2f}" for name in metrics for split in ("test", "val")]
-        strength = "-" if result["temperature"] is None else f"{result['temperature']:.4g}"
-        if result["prune_from"]:
-            strength += f" from block {result['prune_from'] + 1}"
-        fewer = 100 * (1 - gflops["measured"] / gflops["uncompressed"])
-        speed = run.images_per_second
-        rows.append(
-            [run.label, *scores, f"{gflops['measured']:.4f}", f"{fewer:.1f} %", f"{gflops['test']:.4f}", strength]
-            + [f"{result['params']['total'] / 1e6:.2f}", f"{speed:.0f}", f"{speed / first.images_per_second:.2f}x"]
-        )
-    return [header, *rows]
+    rows = [_cells(run, runs[0]) for run in runs]
+    return [list(rows[0]), *(list(row.values()) for row in rows)]
+
+
+def _cells(run: ReportedRun, first: ReportedRun) -> dict[str, str]:
+    """A run's row by the words above it. What a sample costs in deployment is shown where that is not what p counts."""
+    gflops, whole = run.result["gflops"], first.result["gflops"]
+    cells = {"model": run.label}
+    for number, (words, names) in enumerate(METRICS[run.result["task"]].items()):
+        for split in ("test", "val") if number == 0 else ("test",):
+            scores = [run.result["metrics"][split][name] for name in names]
+            cells[f"{words} ({split})"] = " / ".join(f"{score:.{2 if len(names) == 1 else 1}f}" for score in scores)
+    cells["GFLOPs"] = f"{gflops['measured']:.4f}"
+    cells["fewer"] = _fewer(gflops["measured"], gflops["uncompressed"])
+    cells["GFLOPs (test)"] = f"{gflops['test']:.4f}"
+    if whole["deployment"] != whole["measured"]:
+        cells["GFLOPs (deployment)"] = f"{gflops['deployment']:.4f}"
+        cells["fewer (deployment)"] = _fewer(gflops["deployment"], whole["deployment"])
+    cells["temperature"] = _strength(run)
+    cells["parameters, M"] = f"{run.result['params']['total'] / 1e6:.2f}"
+    cells["images/s"] = f"{run.images_per_second:.0f}"
+    cells["speed-up"] = f"{run.images_per_second / first.images_per_second:.2f}x"
+    return cells
+
+
+def _fewer(gflops: float, whole: float) -> str:
+    return f"{100 * (1 - gflops / whole):.1f} %"
+
+
+def _strength(run: ReportedRun) -> str:
+    temperature, first_block = run.result["temperature"], run.result["prune_from"]
+    text = "-" if temperature is None else f"{temperature:.4g}"
+    return f"{text} from block {first_block + 1}" if first_block else text
 
 
 def text_table(rows: Sequence[Sequence[str]]) -> str:
@@ -165,7 +186,7 @@ def write_report(
         " Class token and merged token are counted, padding is not.</p>",
         "<h2>Which patches and words survive</h2>",
         "<p>Pale patches and struck-out words are pruned; the number below a picture is that of its patches left."
-        " [SEP] ends a sentence.</p>",
+        " A token in brackets begins or ends a text. The GFLOPs above are what the sample costs in deployment.</p>",
         *map(_figure, pictures),
         "<h2>Commands</h2>",
         f"<pre>{html.escape(chr(10).join(commands))}</pre>",

@@ -2,7 +2,8 @@
 
     python tools/demo.py --task nlvr
 
-Writes output/demo/TASK_pX/ (a run each), output/demo/summary.json (their results) and output/demo/report.html.
+Writes output/demo/TASK_pX/ (a run each), output/demo/summary.json (their results) and output/demo/report.html; the last task's
+take the place of those before.
 """
 
 import argparse
@@ -18,54 +19,83 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from config import CONFIGS  # noqa: E402
 from engine.report import Picture, ReportedRun, table, text_table, write_report  # noqa: E402
 from engine.results import write_json  # noqa: E402
-from options import load_config  # noqa: E402
-from tools.visualize import DPI, VIEWS, View, draw, open_view, spread  # noqa: E402
+from options import load_any_config  # noqa: E402
+from tools.views import View, open_view, spread  # noqa: E402
+from tools.visualize import DPI, draw  # noqa: E402
 from utils import UserError, run_main  # noqa: E402
 
-REDUCTIONS = (0.0, 0.5, 0.8)  # the values of p; 0 evaluates the uncompressed model
-OUTPUT = Path("output/demo")
-
-# The data. Another seed than pretraining's: its pictures have not been seen.
-SHAPES = Path("datasets/shapes")
-SEED, SIZE, STATEMENTS_PER_PAIR, VAL_SIZE, TEST_SIZE = 7, 6_000, 8, 1_000, 4_000
+OUTPUT, SHAPES = Path("output/demo"), Path("datasets/shapes")
+SEED = 7  # of the data; another than pretraining's: its pictures have not been seen
 
 # What is measured for the report.
 TIMED_BATCHES, TIMED_ROUNDS = 2, 9
 COUNTED_SAMPLES = 512
-DRAWN = (0.0, 0.25, 0.5, 0.75, 1.0)  # samples are drawn at these ranks of the tokens that they keep
+DRAWN = (0.0, 0.25, 0.5, 0.75, 1.0)  # of the counted samples, these ranks of the tokens that they keep are drawn
 
 
 @dataclass(frozen=True)
 class Task:
-    """What differs from task to task: what runs, on what, and how its models are looked at."""
+    """What differs from task to task: on what it runs, and what its report has to say.
+
+    reductions: the values of p, beside the uncompressed model
+    shapes, options: its name in tools/make_shapes.py, and what else that is told
+    demo_size, study_size: training pairs (NLVR2) or pictures
+    annotations: the files that it reads
+    notes: how its numbers are to be read
+    """
 
     title: str
-    script: str
-    config: Path
-    shapes: str  # its name in tools/make_shapes.py
-    annotations: tuple[str, ...]  # the files that it reads
-    view: type
+    reductions: tuple[float, ...]
+    shapes: str
+    options: str
+    demo_size: int
+    study_size: int
+    annotations: tuple[str, ...]
+    notes: tuple[str, ...] = ()
 
 
+RECALL_NOTE = (
+    "text R@k: of the pictures, the share with one of their five captions among the first k of all captions; image R@k: of the"
+    " captions, the share with their picture among the first k of all pictures; mean recall: the mean of the six."
+)
+PAIR_NOTE = (
+    "A sample is a pair of a picture and a caption in a training step: both encoders, both momentum encoders{}, and the products"
+    " with the queues. In deployment both encoders run once{}. The parameters leave out the momentum encoders."
+)
+RETRIEVAL = Task(
+    title="Retrieval on Shapes: which caption belongs to a picture, and which picture to a caption?",
+    reductions=(0.5, 0.75),
+    shapes="retrieval",
+    options="--eval-size 1000 --val-size 500",
+    demo_size=26_000,  # a run draws 25,600 pairs: no picture needs to come twice
+    study_size=26_000,
+    annotations=("flickr30k_train.json", "flickr30k_val.json", "flickr30k_test.json"),
+    notes=(RECALL_NOTE, PAIR_NOTE.format(", three passes of the matching head's encoder", ", and that encoder once")),
+)
 TASKS = {
     "nlvr": Task(
-        "NLVR2 on Shapes: does a sentence hold for two images?",
-        "compress_nlvr_dtp.py",
-        Path("configs/shapes/nlvr.yaml"),
-        "nlvr",
-        ("nlvr_train.json", "nlvr_dev.json", "nlvr_test.json"),
-        VIEWS["nlvr"],
-    )
+        title="NLVR2 on Shapes: does a sentence hold for two images?",
+        reductions=(0.5, 0.8),
+        shapes="nlvr",
+        options="--statements-per-pair 8 --eval-size 4000 --val-size 1000",
+        demo_size=6_000,
+        study_size=40_000,
+        annotations=("nlvr_train.json", "nlvr_dev.json", "nlvr_test.json"),
+    ),
+    "retrieval": RETRIEVAL,
+    "retrieval_clip": replace(RETRIEVAL, title=f"{RETRIEVAL.title} (CLIP)", notes=(RECALL_NOTE, PAIR_NOTE.format("", ""))),
 }
 
 
@@ -73,40 +103,46 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--task", default="nlvr", choices=TASKS)
     name = parser.parse_args().task
-    task = TASKS[name]
+    task, script = TASKS[name], CONFIGS[name].script
     os.chdir(ROOT)
     started = time.time()
-    steps = 2 + len(REDUCTIONS)
+    reductions = (0.0, *task.reductions)
+    steps = 2 + len(reductions)
     headline(f"1/{steps} data")
-    commands = make_data(task)
-    folders = [OUTPUT / f"{name}_p{p:g}" for p in REDUCTIONS]
-    for number, (p, folder) in enumerate(zip(REDUCTIONS, folders, strict=True), 2):
+    commands = make_data(task, SHAPES, task.demo_size)
+    folders = [OUTPUT / f"{name}_p{p:g}" for p in reductions]
+    for number, (p, folder) in enumerate(zip(reductions, folders, strict=True), 2):
         headline(f"{number}/{steps} " + (f"compression at p = {p:g}" if p else "uncompressed evaluation"))
         shutil.rmtree(folder, ignore_errors=True)  # an earlier demo's
-        command = [task.script, "--config", str(task.config), "--p", f"{p:g}", "--output_dir", str(folder)]
+        command = [script, "--config", str(config_of(name)), "--p", f"{p:g}", "--output_dir", str(folder)]
         commands.append(execute(command + ([] if p else ["--evaluate"])))
     headline(f"{steps}/{steps} report")
     runs, report = gather(task, folders, commands)
-    print(f"\n{text_table(table(runs))}\n\n{report} ({minutes(time.time() - started)})")
+    columns = zip(*table(runs), strict=True)  # a column a run: it fits a terminal
+    print(f"\n{text_table(list(columns))}\n\n{report} ({minutes(time.time() - started)})")
 
 
-def make_data(task: Task) -> list[str]:
-    """Write the Shapes data set, unless the same one is there. Returns the command, if it was needed.
+def config_of(name: str) -> Path:
+    return Path(f"configs/shapes/{name}.yaml")
+
+
+def make_data(task: Task, folder: Path, size: int) -> list[str]:
+    """Write a Shapes data set of `size` to `folder`, unless the same one is there. Returns the command, if it was needed.
 
     Raises:
         UserError: when there are data that this program did not write.
     """
-    command = ["tools/make_shapes.py", "--out", str(SHAPES), "--seed", str(SEED), "--size", str(SIZE), "--tasks", task.shapes]
-    command += ["--statements-per-pair", str(STATEMENTS_PER_PAIR), "--eval-size", str(TEST_SIZE), "--val-size", str(VAL_SIZE)]
+    command = ["tools/make_shapes.py", "--out", str(folder), "--seed", str(SEED), "--size", str(size), "--tasks", task.shapes]
+    command += task.options.split()
     stamp = {"command": shlex.join(command), "generator": digest(Path("data/shapes")), "complete": True}
-    path = SHAPES / f"demo_{task.shapes}.json"
+    path = folder / f"demo_{task.shapes}.json"
     found = json.loads(path.read_text()) if path.is_file() else None
     if found == stamp:
-        print(f"{SHAPES}: made before by the same command and code, used again")
+        print(f"{folder}: made before by the same command and code, used again")
         return []
-    if found is None and any((SHAPES / "annotations" / name).exists() for name in task.annotations):
-        raise UserError(f"{SHAPES}: holds data that this demo did not make; move them away, it needs data of its own there")
-    SHAPES.mkdir(parents=True, exist_ok=True)
+    if found is None and any((folder / "annotations" / name).exists() for name in task.annotations):
+        raise UserError(f"{folder}: holds data that this program did not make; move them away, it needs data of its own there")
+    folder.mkdir(parents=True, exist_ok=True)
     write_json({**stamp, "complete": False}, path)
     done = execute(command)
     write_json(stamp, path)
@@ -138,26 +174,28 @@ def execute(arguments: Sequence[str]) -> str:
 def gather(task: Task, folders: Sequence[Path], commands: Sequence[str]) -> tuple[list[ReportedRun], Path]:
     """Measure the models of the runs, write summary.json and report.html."""
     results = [json.loads((folder / "result.json").read_text()) for folder in folders]
-    views = [open_run(task, folder) for folder in folders]
-    speeds, batches = throughput(views)
-    counted = spread(views[0].ids, COUNTED_SAMPLES)
-    print(f"counting the tokens of {len(counted)} test samples", flush=True)
+    views = [open_run(folder) for folder in folders]
+    speeds, timed = throughput(views)
+    ids = spread(views[0].ids, COUNTED_SAMPLES)
+    print(f"counting the tokens of {len(ids)} test samples", flush=True)
+    counts = [count_tokens(view, ids) for view in views]
     runs = [
-        ReportedRun(result, read_log(folder), speed, count_tokens(view, counted))
-        for result, folder, speed, view in zip(results, folders, speeds, views, strict=True)
+        ReportedRun(result, read_log(folder), speed, tokens)
+        for result, folder, speed, (tokens, _) in zip(results, folders, speeds, counts, strict=True)
     ]
-    pictures = draw_samples([(run, view) for run, view in zip(runs, views, strict=True) if run.compressed], folders[1])
+    ranked = [sample for _, sample in sorted(zip(counts[1][1], ids, strict=True))]
+    pictures = draw_samples([(run, view) for run, view in zip(runs, views, strict=True) if run.compressed], ranked)
     write_json(results, OUTPUT / "summary.json")
     path = OUTPUT / "report.html"
-    notes = [*counting_notes(results[0]), *timing_notes(views[0], batches)]
-    write_report(path, f"MADTP: {task.title}", runs, notes, len(counted), pictures, commands)
+    notes = [*counting_notes(results[0]), *task.notes, *timing_notes(views[0], timed)]
+    write_report(path, f"MADTP: {task.title}", runs, notes, len(ids), pictures, commands)
     return runs, path
 
 
-def open_run(task: Task, folder: Path) -> View:
+def open_run(folder: Path) -> View:
     """The model that a run left behind; of an evaluation, the one that it evaluated."""
-    config = load_config(task.view.config_class, folder / "config.yaml")
-    return open_view(task.view, config, config.pretrained if config.evaluate else folder / "checkpoint_best.pth")
+    config = load_any_config(folder / "config.yaml")
+    return open_view(config, config.pretrained if config.evaluate else folder / "checkpoint_best.pth")
 
 
 def read_log(folder: Path) -> list[dict]:
@@ -165,13 +203,13 @@ def read_log(folder: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
 
 
-def throughput(views: Sequence[View]) -> tuple[list[float], list[dict]]:
-    """Images per second of each model on the same real test batches, in memory; and these batches.
+def throughput(views: Sequence[View]) -> tuple[list[float], int]:
+    """Images per second of each model on the same real test samples, in memory; and the number of samples.
 
     The models take turns, so that a machine that slows down slows all of them; the median of the rounds after a warm-up counts.
     """
-    size = views[0].config.batch_size_test
-    batches = list(views[0].batches(views[0].ids[: TIMED_BATCHES * size]))
+    ids = views[0].ids[: TIMED_BATCHES * views[0].config.batch_size_test]
+    batches = list(views[0].batches(ids))
     print(f"measuring images/s: {TIMED_ROUNDS} rounds of {len(batches)} batches, models in turn", flush=True)
     seconds: list[list[float]] = [[] for _ in views]
     for _ in range(1 + TIMED_ROUNDS):
@@ -180,8 +218,8 @@ def throughput(views: Sequence[View]) -> tuple[list[float], list[dict]]:
             for batch in batches:
                 view.forward(batch)
             times.append(synchronised_time(view) - started)
-    images = views[0].pictures_per_sample * sum(len(batch["ids"]) for batch in batches)
-    return [images / statistics.median(times[1:]) for times in seconds], batches
+    images = len(views[0].labels) * len(ids)
+    return [images / statistics.median(times[1:]) for times in seconds], len(ids)
 
 
 def synchronised_time(view: View) -> float:
@@ -190,20 +228,21 @@ def synchronised_time(view: View) -> float:
     return time.perf_counter()
 
 
-def count_tokens(view: View, ids: Sequence[str]) -> dict:
-    """Tower -> (samples, 1 + blocks) tokens."""
-    counts = [view.tokens(view.forward(batch)) for batch in view.batches(ids)]
-    return {tower: torch.cat([count[tower] for count in counts]).cpu().numpy() for tower in counts[0]}
+def count_tokens(view: View, ids: Sequence[str]) -> tuple[dict[str, np.ndarray], list[int]]:
+    """Tower -> (pictures or texts, 1 + blocks) tokens; and the tokens that each sample keeps to the end."""
+    counts, left = [], []
+    for batch in view.batches(ids):
+        output = view.forward(batch)
+        counts.append(view.tokens(output))
+        left += view.tokens_left(output).tolist()
+    return {tower: torch.cat([count[tower] for count in counts]).cpu().numpy() for tower in counts[0]}, left
 
 
-def draw_samples(compressed: Sequence[tuple[ReportedRun, View]], folder: Path) -> list[Picture]:
-    """The same test samples under each compressed model: from few tokens kept to many, as the run in `folder` ranks them."""
-    predictions = json.loads((folder / "predictions_test.json").read_text())
-    ranked = sorted(predictions, key=lambda sample: (predictions[sample]["tokens_kept"], sample))
+def draw_samples(compressed: Sequence[tuple[ReportedRun, View]], ranked: Sequence[str]) -> list[Picture]:
+    """The same test samples under each compressed model: from few tokens kept to many, as the first of these ranks them."""
     chosen = [ranked[round(rank * (len(ranked) - 1))] for rank in DRAWN]
     print(f"drawing {len(chosen)} test samples", flush=True)
-    views = [view for _, view in compressed]
-    drawn = [{sample.id: sample for batch in view.batches(chosen) for sample in view.samples(batch)} for view in views]
+    drawn = [{sample.id: sample for batch in view.batches(chosen) for sample in view.samples(batch)} for _, view in compressed]
     labels = [run.label for run, _ in compressed]
     pictures = []
     for rank, sample in zip(DRAWN, chosen, strict=True):
@@ -225,13 +264,13 @@ def counting_notes(result: dict) -> list[str]:
     ]
 
 
-def timing_notes(view: View, batches: Sequence[dict]) -> list[str]:
-    device = view.run.device
+def timing_notes(view: View, samples: int) -> list[str]:
+    device, number = view.run.device, len(view.labels)
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{cpu_name()}, {torch.get_num_threads()} threads"
     precision = f"autocast to {str(view.precision.dtype).removeprefix('torch.')}" if view.config.amp else "float32"
     return [
-        f"images/s: the whole forward pass of batches of {view.config.batch_size_test} test samples in memory,"
-        f" {view.pictures_per_sample} images each; median of {TIMED_ROUNDS} rounds after a warm-up, models in turn.",
+        f"images/s: {view.timed}; {samples} test samples in memory, {number} image{'s' * (number > 1)} each, in batches of"
+        f" {view.config.batch_size_test}; median of {TIMED_ROUNDS} rounds after a warm-up, models in turn.",
         f"Machine: {device.type}, {where}; {precision}; PyTorch {torch.__version__}.",
     ]
 

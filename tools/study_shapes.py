@@ -20,8 +20,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from config import CONFIGS  # noqa: E402
 from engine.results import write_json  # noqa: E402
-from tools.demo import TASKS, make_data  # noqa: E402
+from tools.demo import SHAPES, TASKS, config_of, make_data  # noqa: E402
 from utils import UserError, run_main  # noqa: E402
 
 OUTPUT, RESULTS = Path("output/study"), Path("results")
@@ -46,7 +47,7 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, which share the processor's cores")
     args = parser.parse_args()
     os.chdir(ROOT)
-    make_data(TASKS[args.task])
+    make_data(TASKS[args.task], SHAPES, TASKS[args.task].demo_size)
     pairs = [(row, seed) for row, (_, each) in ROWS.items() for seed in (SEEDS if each else SEEDS[:1])]
     runs = {(row, seed): folder_of(args.task, row, seed) for row, seed in pairs}
     with ThreadPoolExecutor(args.jobs) as pool:
@@ -73,8 +74,8 @@ def run(args: argparse.Namespace, row: str, seed: int, folder: Path) -> None:
     """One row's run with one seed, its output in `folder`.txt."""
     if (folder / "result.json").is_file():
         return
-    task = TASKS[args.task]
-    command = [task.script, "--config", str(task.config), "--seed", str(seed), "--output_dir", str(folder), *ROWS[row][0].split()]
+    command = [CONFIGS[args.task].script, "--config", str(config_of(args.task)), "--seed", str(seed), "--output_dir", str(folder)]
+    command += ROWS[row][0].split()
     print(f"$ python {shlex.join(command)}", flush=True)
     folder.mkdir(parents=True, exist_ok=True)
     threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // args.jobs))}

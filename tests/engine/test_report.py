@@ -1,0 +1,45 @@
+"""The report: what its table says, and that it stands alone."""
+
+import html
+from pathlib import Path
+
+import numpy as np
+
+from engine.report import Picture, ReportedRun, table, text_table, write_report
+from tests.tiny_run import log_of, result_of
+
+
+def fake_run(p: float, epochs: int = 0, task: str = "nlvr") -> ReportedRun:
+    result = result_of(task, p)
+    tokens = {"image": np.full((4, 3), 17), "text": np.full((2, 2), 9)}
+    return ReportedRun(result, log_of(result, epochs), 100 * (1 + p), tokens)
+
+
+def test_the_table_compares_with_the_first_run() -> None:
+    header, dense, half = table([fake_run(0), fake_run(0.5, 2)])
+    named = dict(zip(header, half, strict=True))
+    assert named["model"] == "p = 0.5" and named["accuracy, % (test)"] == "81.25" and named["fewer"] == "50.0 %"
+    assert named["images/s"] == "150" and named["speed-up"] == "1.50x" and named["temperature"] == "6.37 from block 2"
+    assert dense[0] == "uncompressed" and dense[header.index("temperature")] == "-"
+    assert not any("deployment" in words for words in header)  # where it is what p counts
+    lines = text_table([header, dense, half]).splitlines()
+    assert len({len(line) for line in lines}) == 1
+
+
+def test_retrieval_has_its_recalls_and_what_a_pair_costs_in_deployment() -> None:
+    header, _, half = table([fake_run(p, 1, "retrieval") for p in (0.0, 0.5)])
+    named = dict(zip(header, half, strict=True))
+    assert header[1:5] == ["mean recall, % (test)", "mean recall, % (val)", "text R@1 / 5 / 10 (test)", "image R@1 / 5 / 10 (test)"]
+    assert half[1:5] == ["81.25", "80.00", "82.2 / 83.2 / 84.2", "85.2 / 86.2 / 87.2"]
+    assert named["GFLOPs (deployment)"] == "0.7000" and named["fewer (deployment)"] == "30.0 %" and named["fewer"] == "50.0 %"
+
+
+def test_the_report_needs_nothing_beside_it(tmp_path: Path) -> None:
+    runs = [fake_run(0), fake_run(0.5, 3), fake_run(0.8, 1)]
+    path = tmp_path / "report.html"
+    write_report(path, "Title & more", runs, ["a note"], 2, [Picture("a < b", b"png")], ["python x.py --p 0.5"])
+    page = path.read_text()
+    assert "://" not in page and "<script" not in page and "<link" not in page
+    assert page.count("<img ") == page.count('src="data:image/') == 3
+    for text in ("Title & more", "p = 0.8", "81.25", "a note", "a < b", "python x.py --p 0.5"):
+        assert html.escape(text) in page

@@ -1,0 +1,114 @@
+"""The demo around the runs: its data, its report, and how it stops."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from engine.report import METRICS
+from options import load_any_config
+from tests.tiny_run import SAMPLES, log_of, result_of, write_run
+from tools import demo
+from tools.views import VIEWS
+from utils import UserError
+
+NLVR, RETRIEVAL, CLIP = (demo.TASKS[name] for name in ("nlvr", "retrieval", "retrieval_clip"))
+
+
+@pytest.fixture
+def recorded(monkeypatch) -> list[str]:
+    """The commands that making data ran."""
+    commands: list[str] = []
+    monkeypatch.setattr(demo, "execute", lambda command: commands.append(command[0]) or " ".join(command))
+    return commands
+
+
+def test_data_are_made_once(recorded: list[str], tmp_path: Path) -> None:
+    for _ in range(2):
+        demo.make_data(NLVR, tmp_path, 10)
+    assert recorded == ["tools/make_shapes.py"]
+    demo.make_data(NLVR, tmp_path, 11)
+    assert len(recorded) == 2
+
+
+def test_data_of_several_tasks_lie_side_by_side_and_those_for_retrieval_are_shared(recorded: list[str], tmp_path: Path) -> None:
+    for task in (NLVR, RETRIEVAL, CLIP, NLVR):
+        demo.make_data(task, tmp_path, 10)
+    assert len(recorded) == 2
+
+
+def test_data_that_were_cut_short_are_made_again(recorded: list[str], tmp_path: Path, monkeypatch) -> None:
+    def interrupted(command):
+        raise SystemExit(130)
+
+    whole = demo.execute
+    monkeypatch.setattr(demo, "execute", interrupted)
+    with pytest.raises(SystemExit):
+        demo.make_data(NLVR, tmp_path, 10)
+    monkeypatch.setattr(demo, "execute", whole)
+    demo.make_data(NLVR, tmp_path, 10)
+    assert len(recorded) == 1
+
+
+@pytest.mark.parametrize(("task", "file"), [(NLVR, "nlvr_train.json"), (RETRIEVAL, "flickr30k_test.json")])
+def test_data_of_others_are_not_overwritten(recorded: list[str], tmp_path: Path, task: demo.Task, file: str) -> None:
+    (tmp_path / "annotations").mkdir(parents=True)
+    (tmp_path / "annotations" / file).write_text("[]")
+    with pytest.raises(UserError, match="did not make"):
+        demo.make_data(task, tmp_path, 10)
+    assert recorded == []
+
+
+@pytest.mark.parametrize("name", demo.TASKS)
+def test_every_task_has_a_config_a_view_and_words_for_its_metrics(name: str) -> None:
+    assert load_any_config(demo.config_of(name)).task == name
+    assert name in VIEWS and name in METRICS
+
+
+@pytest.mark.parametrize("name", ["retrieval", "retrieval_clip"])
+def test_a_run_need_not_meet_a_picture_twice(name: str) -> None:
+    config = load_any_config(demo.config_of(name))
+    drawn = config.max_epoch * config.epoch_steps * config.batch_size_train
+    assert drawn <= min(demo.TASKS[name].demo_size, demo.TASKS[name].study_size)
+
+
+def test_the_demo_ends_with_the_exit_code_of_what_failed(capfd) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        demo.execute(["-c", "import sys; print('working'); sys.exit(3)"])
+    assert stopped.value.code == 3
+    printed = capfd.readouterr()
+    assert "working" in printed.out and printed.out.startswith("$ ") and "exit code 3" in printed.err
+
+
+@pytest.mark.parametrize("name", demo.TASKS)
+def test_the_report_of_a_task(name: str, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(demo, "OUTPUT", tmp_path)
+    monkeypatch.setattr(demo, "TIMED_ROUNDS", 1)
+    reductions = (0.0, *demo.TASKS[name].reductions)
+    folders = [write_run(tmp_path / f"{name}_p{p:g}", name, p) for p in reductions]
+    for p, folder in zip(reductions, folders, strict=True):
+        result = result_of(name, p)
+        (folder / "result.json").write_text(json.dumps(result))
+        if p:
+            (folder / "log.txt").write_text("".join(json.dumps(entry) + "\n" for entry in log_of(result, 2)))
+    runs, path = demo.gather(demo.TASKS[name], folders, ["python x.py"])
+    assert json.loads((tmp_path / "summary.json").read_text()) == [run.result for run in runs]
+    pictures = 2 if name == "nlvr" else 1
+    for run in runs:
+        assert run.images_per_second > 0
+        assert run.tokens["image"].shape == (pictures * SAMPLES, 4) and run.tokens["text"].shape == (SAMPLES, 3)
+        assert (run.tokens["image"][:, -1] < 17).any() == run.compressed
+    page = path.read_text()
+    assert page.count("<figcaption>") == len(demo.DRAWN) and page.count("images/s: ") == 1
+    recalls = ("mean recall, % (val)", "text R@1 / 5 / 10 (test)", "fewer (deployment)", "both towers once")
+    expected = ("accuracy, % (val)", "the whole forward pass") if name == "nlvr" else recalls
+    assert all(words in page for words in (*expected, f"p = {reductions[-1]:g}"))
+    assert ("matching" in page) == (name == "retrieval")
+
+
+def test_pictures_go_from_few_tokens_kept_to_many(tmp_path: Path) -> None:
+    views = [demo.open_run(write_run(tmp_path / name, "retrieval", p)) for name, p in (("a", 0.0), ("b", 0.4))]
+    ids = views[1].ids
+    (_, whole), (_, left) = (demo.count_tokens(view, ids) for view in views)
+    assert all(few < all_of_them for few, all_of_them in zip(left, whole, strict=True))
+    assert whole[0] == 17 + 5 and len(set(left)) > 1  # an image of 16 patches, three words, three class tokens

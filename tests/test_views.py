@@ -1,0 +1,116 @@
+"""What the views show of a model: the words and patches that its records say are alive, for every task."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from models.tower import TowerRecord
+from options import load_any_config
+from tests.tiny_run import SENTENCES, TEMPERATURE, write_run
+from tools.views import VIEWS, View, open_view, spread
+
+LAST = {"nlvr": ["[SEP]"], "retrieval": ["[SEP]"], "retrieval_clip": []}
+FIRST = {"nlvr": [], "retrieval": [], "retrieval_clip": ["[START]"]}
+
+
+def opened(folder: Path, task: str, p: float = 0.4) -> View:
+    run = write_run(folder, task, p)
+    return open_view(load_any_config(run / "config.yaml"), run / "checkpoint_best.pth")
+
+
+@pytest.fixture(params=VIEWS)
+def task(request) -> str:
+    return request.param
+
+
+@pytest.fixture
+def view(task: str, tmp_path: Path) -> View:
+    return opened(tmp_path, task)
+
+
+def read_plainly(record: TowerRecord, sample: int, tokens: int) -> list[list[bool]]:
+    """Which of a sample's tokens stand where they may still be told apart, block by block: None is a merged token."""
+    standing, layers = list(range(tokens)), []
+    for kept, leaving in zip(record.kept, record.leaving, strict=True):
+        if kept is not None:
+            standing = [token for token, stays in zip(standing, kept[sample].tolist(), strict=False) if stays]
+            merged = int(leaving[sample]) - 1 - len(standing)
+            standing += [None] * merged
+        layers.append([token in standing for token in range(tokens)])
+    return layers
+
+
+def test_what_is_alive_is_what_the_records_say(view: View) -> None:
+    pruned = {"patches": 0, "words": 0}
+    for batch in view.batches(view.ids):
+        records = view.records(view.forward(batch))
+        samples = view.samples(batch)
+        for i, sample in enumerate(samples):
+            for place, (label, picture, alive) in enumerate(sample.pictures):
+                assert label == view.labels[place] and picture.shape == (32, 32, 3) and alive.shape == (3, 4, 4)
+                expected = read_plainly(records["image"], place * len(samples) + i, 16)
+                assert alive.reshape(3, 16).tolist() == expected
+                pruned["patches"] += 16 - alive[-1].sum()
+            ((words, alive),) = sample.texts
+            assert alive.tolist() == read_plainly(records["text"], i, len(words))
+            pruned["words"] += len(words) - alive[-1].sum()
+    assert pruned["patches"] > 20 and pruned["words"] > 2
+
+
+def test_words_are_those_of_the_text_in_its_order_without_padding(view: View, task: str) -> None:
+    samples = [sample for batch in view.batches(view.ids) for sample in view.samples(batch)]
+    assert [sample.id for sample in samples] == view.ids
+    for sample, sentence in zip(samples, SENTENCES, strict=True):
+        ((words, alive),) = sample.texts
+        assert words == [*FIRST[task], *sentence.split(), *LAST[task]]
+        assert alive.shape == (2, len(words)) and alive[0].all()  # the first layer is left alone
+
+
+def test_tokens_left_are_those_of_all_towers(view: View) -> None:
+    (batch, *_) = view.batches(view.ids)
+    output = view.forward(batch)
+    tokens = view.tokens(output)
+    by_hand = [
+        sum(int(tokens["image"][place * 3 + i, -1]) for place in range(len(view.labels))) + int(tokens["text"][i, -1])
+        for i in range(3)
+    ]
+    assert view.tokens_left(output).tolist() == by_hand
+
+
+def test_an_uncompressed_model_keeps_everything(task: str, tmp_path: Path) -> None:
+    view = opened(tmp_path, task, p=0.0)
+    (batch, *_) = view.batches(view.ids[:1])
+    (sample,) = view.samples(batch)
+    assert "uncompressed" in sample.heading
+    assert all(alive.all() for _, _, alive in sample.pictures) and all(alive.all() for _, alive in sample.texts)
+
+
+@pytest.mark.parametrize(("task", "said"), [("retrieval", ("similarity ", ", match ")), ("retrieval_clip", ("similarity ",))])
+def test_a_pair_is_headed_by_what_the_model_finds_of_it(view: View, said: tuple[str, ...]) -> None:
+    (batch, *_) = view.batches(view.ids[1:2])
+    (sample,) = view.samples(batch)
+    assert sample.heading.startswith(f"1a.jpg, p = 0.4 (T = {TEMPERATURE:g}): similarity ")
+    assert all(words in sample.heading for words in said) and sample.heading.count("match") == len(said) - 1
+    image, text = view.forward(batch)
+    assert f"similarity {float(torch.dot(image.feature[0], text.feature[0])):.2f}" in sample.heading
+
+
+def test_a_samples_gflops_are_those_of_deployment(view: View) -> None:
+    (batch, *_) = view.batches(view.ids[:1])
+    _, gflops = view.model.costs(*view.inputs(batch), setting=view.setting, packed=True)
+    assert view.samples(batch)[0].heading.endswith(f" tokens left, {float(gflops):.4g} GFLOPs")
+
+
+def test_samples_are_evenly_spaced() -> None:
+    ids = [str(i) for i in range(10)]
+    assert spread(ids, 2) == ["2", "7"]
+    assert spread(ids, 99) == ids
+
+
+def test_pictures_look_as_in_their_files(view: View, tmp_path: Path) -> None:
+    (batch, *_) = view.batches(view.ids[:1])
+    _, picture, _ = view.samples(batch)[0].pictures[0]
+    np.testing.assert_allclose(picture, np.asarray(Image.open(tmp_path / "0a.jpg")) / 255, atol=1e-5)
