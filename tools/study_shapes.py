@@ -1,9 +1,9 @@
 """What the Shapes results rest on: several seeds, pruning at random, pruning without fine-tuning, models that see less.
 
-    python tools/study_shapes.py --jobs 2
+    python tools/study_shapes.py --task nlvr --jobs 2
 
-Makes the demo's data, runs the task's script once a row and seed (a run that has ended is not run again) and writes
-results/shapes_TASK.md and the results themselves, results/shapes_TASK.json.
+Makes the data, runs the task's script once a row and seed (a run that has ended is not run again), and after each run writes what
+there is to results/shapes_TASK.md and, the results themselves, to results/shapes_TASK.json.
 """
 
 import argparse
@@ -13,32 +13,42 @@ import shlex
 import statistics
 import subprocess
 import sys
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from config import CONFIGS  # noqa: E402
+from engine.report import METRICS  # noqa: E402
 from engine.results import write_json  # noqa: E402
 from tools.demo import SHAPES, TASKS, config_of, make_data  # noqa: E402
 from utils import UserError, run_main  # noqa: E402
 
 OUTPUT, RESULTS = Path("output/study"), Path("results")
+STUDY_SHAPES = Path("datasets/shapes_study")  # of tasks that want more data than their demo
 SEEDS = (42, 43, 44)
-
-# row: (arguments, whether it is run once a seed)
-ROWS = {
-    "uncompressed": ("--p 0 --evaluate", False),
-    "p = 0.5": ("--p 0.5", True),
-    "p = 0.8": ("--p 0.8", True),
-    "p = 0.8, at random": ("--p 0.8 --set method=random", True),
-    "p = 0.5, not fine-tuned": ("--p 0.5 --evaluate", True),
-    "p = 0.8, not fine-tuned": ("--p 0.8 --evaluate", True),
-    "trained on the text alone": ("--p 0 --set text_only=true", False),
-    "trained on the left image alone": ("--p 0 --set images=left", False),
+MORE_ROWS = {
+    "nlvr": {
+        "trained on the text alone": ("--p 0 --set text_only=true", False),
+        "trained on the left image alone": ("--p 0 --set images=left", False),
+    }
 }
+
+
+@dataclass(frozen=True)
+class Job:
+    """A row's run with one seed."""
+
+    row: str
+    folder: Path
+    command: list[str]
+
+    @property
+    def result(self) -> Path:
+        return self.folder / "result.json"
 
 
 def main() -> None:
@@ -47,55 +57,84 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, which share the processor's cores")
     args = parser.parse_args()
     os.chdir(ROOT)
-    make_data(TASKS[args.task], SHAPES, TASKS[args.task].demo_size)
-    pairs = [(row, seed) for row, (_, each) in ROWS.items() for seed in (SEEDS if each else SEEDS[:1])]
-    runs = {(row, seed): folder_of(args.task, row, seed) for row, seed in pairs}
+    task = TASKS[args.task]
+    data = SHAPES if task.study_size == task.demo_size else STUDY_SHAPES
+    make_data(task, data, task.study_size)
+    jobs = jobs_of(args.task, data)
+    problems, text = [], ""
     with ThreadPoolExecutor(args.jobs) as pool:
-        done = [pool.submit(run, args, row, seed, folder) for (row, seed), folder in runs.items()]
-        for future in done:
-            future.result()
-    results = {row: [read(folder) for (name, _), folder in runs.items() if name == row] for row in ROWS}
-    RESULTS.mkdir(exist_ok=True)
-    write_json(results, RESULTS / f"shapes_{args.task}.json")
-    text = f"Made by `python {shlex.join(sys.argv)}`.\n\n{table(results)}\n"
-    (RESULTS / f"shapes_{args.task}.md").write_text(text, encoding="utf-8")
+        try:
+            for ended in as_completed([pool.submit(run, job, args.jobs) for job in jobs]):
+                problems += [ended.exception()] if ended.exception() else []  # the other runs go on
+                text = write_results(args.task, jobs)
+        finally:
+            pool.shutdown(cancel_futures=True)
     print(text)
+    if problems:
+        raise problems[0]
 
 
-def folder_of(task: str, row: str, seed: int) -> Path:
-    return OUTPUT / f"{task}_{row.replace(' = ', '').replace(', ', '_').replace(' ', '_')}_{seed}"
+def jobs_of(name: str, data: Path) -> list[Job]:
+    """All runs, in the order of the rows; `data` is the folder of the data set."""
+    shared = [CONFIGS[name].script, "--config", str(config_of(name))]
+    if data != SHAPES:  # where the config looks
+        shared += ["--set", f"image_root={data / 'images'}", "--set", f"ann_root={data / 'annotations'}"]
+    jobs = []
+    for row, (arguments, each) in rows_of(name).items():
+        for seed in SEEDS if each else SEEDS[:1]:
+            folder = OUTPUT / f"{name}_{row.replace(' = ', '').replace(', ', '_').replace(' ', '_')}_{seed}"
+            jobs.append(Job(row, folder, [*shared, "--seed", str(seed), "--output_dir", str(folder), *arguments.split()]))
+    return jobs
 
 
-def read(folder: Path) -> dict:
-    return json.loads((folder / "result.json").read_text())
+def rows_of(name: str) -> dict[str, tuple[str, bool]]:
+    """Row -> its arguments, and whether it is run once a seed."""
+    reductions = TASKS[name].reductions
+    rows = {"uncompressed": ("--p 0 --evaluate", False)}
+    rows |= {f"p = {p:g}": (f"--p {p:g}", True) for p in reductions}
+    rows[f"p = {reductions[-1]:g}, at random"] = (f"--p {reductions[-1]:g} --set method=random", True)
+    rows |= {f"p = {p:g}, not fine-tuned": (f"--p {p:g} --evaluate", True) for p in reductions}
+    return rows | MORE_ROWS.get(name, {})
 
 
-def run(args: argparse.Namespace, row: str, seed: int, folder: Path) -> None:
-    """One row's run with one seed, its output in `folder`.txt."""
-    if (folder / "result.json").is_file():
+def run(job: Job, at_a_time: int) -> None:
+    """Its output goes to `folder`.txt; `at_a_time` runs share the processor."""
+    if job.result.is_file():
         return
-    command = [CONFIGS[args.task].script, "--config", str(config_of(args.task)), "--seed", str(seed), "--output_dir", str(folder)]
-    command += ROWS[row][0].split()
-    print(f"$ python {shlex.join(command)}", flush=True)
-    folder.mkdir(parents=True, exist_ok=True)
-    threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // args.jobs))}
-    with open(f"{folder}.txt", "w", encoding="utf-8") as log:
-        code = subprocess.run([sys.executable, *command], stdout=log, stderr=log, env={**os.environ, **threads}).returncode
+    print(f"$ python {shlex.join(job.command)}", flush=True)
+    job.folder.mkdir(parents=True, exist_ok=True)
+    threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // at_a_time))}
+    with open(f"{job.folder}.txt", "w", encoding="utf-8") as log:
+        code = subprocess.run([sys.executable, *job.command], stdout=log, stderr=log, env={**os.environ, **threads}).returncode
     if code:
-        raise UserError(f"{row}, seed {seed}: ended with exit code {code}; see {folder}.txt")
+        raise UserError(f"{job.folder.name}: ended with exit code {code}; see {job.folder}.txt")
 
 
-def table(results: dict[str, Sequence[dict]]) -> str:
-    """Markdown; of several seeds the mean and the standard deviation."""
-    head = ("model", "accuracy (test)", "accuracy (val)", "GFLOPs (slice)", "fewer", "off target", "seeds")
+def write_results(name: str, jobs: Sequence[Job]) -> str:
+    """The results of the runs that have ended; returns the table."""
+    results: dict[str, list[dict]] = {}
+    for job in jobs:
+        if job.result.is_file():
+            results.setdefault(job.row, []).append(json.loads(job.result.read_text()))
+    RESULTS.mkdir(exist_ok=True)
+    write_json(results, RESULTS / f"shapes_{name}.json")
+    text = f"Made by `python {shlex.join(sys.argv)}`.\n\n{table(name, results)}\n"
+    (RESULTS / f"shapes_{name}.md").write_text(text, encoding="utf-8")
+    return text
+
+
+def table(name: str, results: Mapping[str, Sequence[dict]]) -> str:
+    """Markdown; of several seeds the mean and the standard deviation. The task's main metric stands for it."""
+    words, (metric, *_) = next(iter(METRICS[name].items()))
+    head = ("model", f"{words} (test)", f"{words} (val)", "GFLOPs (slice)", "fewer", "off target", "seeds")
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for row, found in results.items():
-        accuracies = [spread([result["metrics"][split]["acc"] for result in found]) for split in ("test", "val")]
+        test, val = (spread([result["metrics"][split][metric] for result in found]) for split in ("test", "val"))
         gflops = [result["gflops"] for result in found]
-        measured, target = (statistics.mean(each[key] for each in gflops) for key in ("measured", "target"))
+        measured = statistics.mean(each["measured"] for each in gflops)
         off = max(abs(each["measured"] / each["target"] - 1) for each in gflops)
         fewer = 1 - measured / gflops[0]["uncompressed"]
-        lines.append(f"| {row} | {accuracies[0]} | {accuracies[1]} | {measured:.4f} | {fewer:.1%} | {off:.2%} | {len(found)} |")
+        lines.append(f"| {row} | {test} | {val} | {measured:.4f} | {fewer:.1%} | {off:.2%} | {len(found)} |")
     return "\n".join(lines)
 
 

@@ -1,0 +1,100 @@
+"""The study: its rows, and what it writes while runs are missing."""
+
+import json
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from engine.results import write_json
+from tests.tiny_run import result_of
+from tools import study_shapes
+from tools.demo import SHAPES
+from utils import UserError
+
+
+@pytest.fixture
+def study(tmp_path: Path, monkeypatch):
+    """Runs the study of a task; `outcomes` maps a command to its exit code. Returns the commands and the table's rows."""
+    monkeypatch.chdir(Path(__file__).parents[1])
+    monkeypatch.setattr(study_shapes, "OUTPUT", tmp_path / "study")
+    monkeypatch.setattr(study_shapes, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(study_shapes, "make_data", lambda *arguments: [])
+
+    def conduct(task: str, outcome=lambda command: 0) -> tuple[list[str], list[str]]:
+        commands = []
+
+        def run(arguments, **options):
+            command = " ".join(arguments[1:])
+            commands.append(command)
+            done = type("Done", (), {"returncode": outcome(command)})
+            if not done.returncode:
+                p = float(command.split("--p ")[1].split()[0])
+                folder = Path(command.split("--output_dir ")[1].split()[0])
+                write_json(result_of(task, p), folder / "result.json")
+            return done
+
+        monkeypatch.setattr(study_shapes.subprocess, "run", run)
+        monkeypatch.setattr("sys.argv", ["tools/study_shapes.py", "--task", task])
+        try:
+            study_shapes.main()
+        finally:
+            text = (tmp_path / "results" / f"shapes_{task}.md").read_text()
+            rows = [line for line in text.splitlines() if line.startswith("| ")][1:]
+        return commands, rows
+
+    return conduct
+
+
+@pytest.mark.parametrize("task", ["retrieval", "retrieval_clip"])
+def test_the_rows_of_retrieval(study, task: str) -> None:
+    commands, rows = study(task)
+    assert [row.split(" | ")[0] for row in rows] == [
+        "| uncompressed",
+        "| p = 0.5",
+        "| p = 0.75",
+        "| p = 0.75, at random",
+        "| p = 0.5, not fine-tuned",
+        "| p = 0.75, not fine-tuned",
+    ]
+    assert len(commands) == 1 + 5 * 3 and not any("image_root" in command for command in commands)
+    assert rows[1] == "| p = 0.5 | 81.25 ± 0.00 | 80.00 ± 0.00 | 1.0000 | 50.0% | 0.00% | 3 |"
+
+
+def test_nlvr_has_models_that_see_less_and_more_data_than_the_demo(study) -> None:
+    commands, rows = study("nlvr")
+    assert len(rows) == 8 and "| trained on the text alone | 81.25 |" in rows[-2]
+    assert all(f"--set image_root={study_shapes.STUDY_SHAPES}/images" in command for command in commands)
+    assert study_shapes.STUDY_SHAPES != SHAPES
+
+
+def test_rows_that_have_not_run_are_left_out_and_what_failed_is_run_again(study, tmp_path: Path) -> None:
+    def fails(command: str) -> int:
+        return 3 if "at random" in command or "method=random" in command or "p0.5_43" in command else 0
+
+    with pytest.raises(UserError, match="ended with exit code 3; see "):
+        study("retrieval", fails)
+    results = json.loads((tmp_path / "results" / "shapes_retrieval.json").read_text())
+    assert "p = 0.75, at random" not in results and len(results["p = 0.5"]) == 2 and len(results) == 5
+    commands, rows = study("retrieval")
+    assert len(commands) == 4 and len(rows) == 6
+
+
+def test_an_interrupted_study_leaves_what_it_knows(study, tmp_path: Path) -> None:
+    written = tmp_path / "results" / "shapes_retrieval.md"
+
+    def interrupts(command: str) -> int:
+        if "p0.75_42" not in command:
+            return 0
+        for _ in range(100):  # until the program has written what ended before
+            if written.is_file() and "| 3 |" in written.read_text():
+                break
+            time.sleep(0.1)
+        os.kill(os.getpid(), signal.SIGINT)
+        return 1
+
+    with pytest.raises(KeyboardInterrupt):
+        study("retrieval", interrupts)
+    assert "| uncompressed |" in written.read_text() and "| p = 0.5 |" in written.read_text()
