@@ -1,0 +1,166 @@
+"""Scores of captions against references, by pycocoevalcap: texts in, percent out.
+
+Its tokenizer (PTB), METEOR and SPICE are Java programs, and SPICE wants a download. What cannot be computed is named with the
+reason, and without Java the words are split here; the rest is scored all the same.
+"""
+
+import json
+import math
+import re
+import subprocess
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Literal, NamedTuple
+
+import pycocoevalcap
+from pycocoevalcap.bleu.bleu import Bleu
+from pycocoevalcap.cider.cider import Cider
+from pycocoevalcap.meteor.meteor import Meteor
+from pycocoevalcap.rouge.rouge import Rouge
+from pycocoevalcap.spice.get_stanford_models import JAR, SPICELIB
+from pycocoevalcap.spice.spice import SPICE_JAR
+from pycocoevalcap.tokenizer.ptbtokenizer import PUNCTUATIONS, STANFORD_CORENLP_3_4_1_JAR
+
+ORDERS = 4  # of BLEU
+
+_PROGRAMS = Path(pycocoevalcap.__path__[0])
+_CLITIC = re.compile(r"(n't|'(?:s|m|d|ll|re|ve))\b")
+# Words with what may stand within one, as in and/or, o'clock, 1,000.5 and 12:30; then signs one by one.
+_WORD = re.compile(r"n't|'(?:s|m|d|ll|re|ve)\b|\w+(?:(?:[-/']|(?<=\d)[.,:](?=\d))\w+)*|[^\w\s]")
+_PLAIN_QUOTES = str.maketrans("‘’“”", "''\"\"")
+_REMOVED = {*PUNCTUATIONS, '"', "…", "–", "—"}
+_BRACKETS = dict(zip("()[]{}", "-lrb- -rrb- -lsb- -rsb- -lcb- -rcb-".split(), strict=True))
+
+Texts = dict[int, list[str]]  # words with spaces between them
+
+
+class CaptionScores(NamedTuple):
+    """scores: metric -> percent, of CIDEr too (its 1.33 is 133 here, as papers print it); not_computed: metric -> why not;
+    tokenizer: what split the captions into words. Figures by "words" differ a little from published ones."""
+
+    scores: dict[str, float]
+    not_computed: dict[str, str]
+    tokenizer: Literal["PTB", "words"]
+
+
+class _NotComputed(Exception):
+    """The reason, in one line."""
+
+
+def caption_scores(
+    predictions: Mapping[int | str, str], references: Mapping[int | str, Sequence[str]], slow: bool = True
+) -> CaptionScores:
+    """Bleu_1 to Bleu_4, METEOR, ROUGE_L, CIDEr and SPICE of one caption per image against its references.
+
+    Both map an image's id. `slow` False leaves out METEOR, which takes ten seconds to start, and SPICE, which takes minutes.
+
+    Raises:
+        ValueError: when there is no image, or one has no prediction or no reference.
+    """
+    if not predictions or predictions.keys() != references.keys() or not all(references.values()):
+        raise ValueError("captions are scored where images have a prediction and references each, and there is one at least")
+    texts = [[predictions[image], *references[image]] for image in predictions]
+    words, tokenizer = _tokenize([" ".join(text.split()) for image in texts for text in image])
+    split = [[next(words) for _ in image] for image in texts]
+    said = {index: image[:1] for index, image in enumerate(split)}
+    truth = {index: image[1:] for index, image in enumerate(split)}
+
+    scores = {f"Bleu_{n}": value for n, value in enumerate(Bleu(ORDERS).compute_score(truth, said, verbose=0)[0], 1)}
+    not_computed = {}
+    for name, (score, is_slow) in _SCORERS.items():
+        if slow or not is_slow:
+            try:
+                scores[name] = score(truth, said)
+            except _NotComputed as reason:
+                not_computed[name] = str(reason)
+    return CaptionScores({name: 100 * float(value) for name, value in scores.items()}, not_computed, tokenizer)
+
+
+def _tokenize(texts: list[str]) -> tuple[Iterator[str], Literal["PTB", "words"]]:
+    """The words of each text, with spaces between them, and what split them."""
+    try:
+        lines = _java(
+            "tokenizer",
+            *("-cp", STANFORD_CORENLP_3_4_1_JAR, "edu.stanford.nlp.process.PTBTokenizer", "-preserveLines", "-lowerCase"),
+            text="".join(f"{text}\n" for text in texts),
+        ).splitlines()
+        if len(lines) == len(texts):
+            return (_kept(line.split()) for line in lines), "PTB"
+    except _NotComputed:
+        pass
+    return map(split_words, texts), "words"
+
+
+def split_words(text: str) -> str:
+    """Lower case, without punctuation, "don't" as do n't: what PTB makes of a text but for abbreviations and rare cases."""
+    text = _CLITIC.sub(r" \1", text.lower().translate(_PLAIN_QUOTES))
+    return _kept(_BRACKETS.get(word, word) for word in _WORD.findall(text))
+
+
+def _kept(words: Iterable[str]) -> str:
+    """Brackets stay, as officially: the list of what goes has them in capitals, and the words are in lower case by then."""
+    return " ".join(word for word in words if word not in _REMOVED)
+
+
+def _rouge(truth: Texts, said: Texts) -> float:
+    return Rouge().compute_score(truth, said)[0]
+
+
+def _cider(truth: Texts, said: Texts) -> float:
+    if not any(text for texts in truth.values() for text in texts):
+        raise _NotComputed("no reference has a word in it")
+    return Cider().compute_score(truth, said)[0]
+
+
+def _meteor(truth: Texts, said: Texts) -> float:
+    _java("meteor", "-version")  # else a Java that is missing or broken is known by no more than silence
+    meteor = Meteor()
+    try:
+        return meteor.compute_score(truth, said)[0]
+    except (OSError, ValueError):  # it ended before it answered
+        raise _NotComputed("its Java program failed; it needs 2 GB of memory") from None
+    finally:  # its destructor would wait for a lock that a failure leaves held, and complain of the pipe
+        with suppress(OSError):
+            meteor.meteor_p.stdin.close()
+        if meteor.lock.locked():
+            meteor.lock.release()
+
+
+def _spice(truth: Texts, said: Texts) -> float:
+    """SPICE's program with its files in a temporary folder: pycocoevalcap's own wrapper downloads, and writes where it lies."""
+    if not (_PROGRAMS / "spice" / SPICELIB / f"{JAR}-models.jar").exists():
+        raise _NotComputed("needs Stanford's models: fetch them once with python -m pycocoevalcap.spice.get_stanford_models")
+    with TemporaryDirectory() as folder:
+        asked, answered = Path(folder, "asked.json"), Path(folder, "answered.json")
+        entries = [{"image_id": index, "test": said[index][0], "refs": truth[index]} for index in truth]
+        asked.write_text(json.dumps(entries), encoding="utf-8")
+        files = ["-cache", str(Path(folder, "cache")), "-out", str(answered)]
+        Path(folder, "cache").mkdir()
+        _java("spice", "-jar", "-Xmx8G", SPICE_JAR, str(asked), *files, "-subset", "-silent")
+        values = [entry["scores"]["All"]["f"] for entry in json.loads(answered.read_text(encoding="utf-8"))]
+    if not all(isinstance(value, int | float) and math.isfinite(value) for value in values):
+        raise _NotComputed("its Java program gave no number for some image")
+    return sum(values) / len(values)
+
+
+def _java(program: str, *arguments: str, text: str = "") -> str:
+    """What Java prints, given `text`, in the folder of one of pycocoevalcap's programs.
+
+    Raises:
+        _NotComputed: when there is no Java, or it fails.
+    """
+    try:
+        done = subprocess.run(
+            ["java", *arguments], cwd=_PROGRAMS / program, input=text.encode("utf-8", "replace"), capture_output=True, check=False
+        )
+    except OSError:
+        raise _NotComputed("needs Java, which is not on the PATH") from None
+    if done.returncode:
+        said = done.stderr.decode("utf-8", "replace").splitlines() or ["it says nothing"]
+        raise _NotComputed(f"its Java program failed ({said[0]}); Java 8 is what it is made for")
+    return done.stdout.decode("utf-8")
+
+
+_SCORERS = {"METEOR": (_meteor, True), "ROUGE_L": (_rouge, False), "CIDEr": (_cider, False), "SPICE": (_spice, True)}
