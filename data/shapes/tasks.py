@@ -1,5 +1,6 @@
 """Captions and questions about a single picture of the Shapes world."""
 
+from collections.abc import Sequence
 from itertools import permutations
 from typing import NamedTuple
 
@@ -18,7 +19,8 @@ from data.shapes.world import COLOURS, SHAPES, Scene, Thing
 ATTEMPTS = 30  # descriptions tried before another kind of question is asked
 ANSWERS = 10  # per question, as in VQA v2
 MANY = len(NUMBERS)  # more things than that are not told apart
-MENTION_LARGE = 3.0  # how much likelier a caption names a large thing than a small one
+MENTION_LARGE = 3.0  # how much likelier a drawn description names a large thing than a small one
+CAPTIONED = 3  # things that a caption names
 PROMPT = "a picture of"
 QUESTIONS = {
     "exists": "is there a {}",
@@ -97,21 +99,30 @@ def counted(description: Description, scene: Scene) -> Counted:
     return Counted(min(count(description, scene), MANY), description)
 
 
-def describe(rng: np.random.Generator, scene: Scene, mentions: int) -> list[Related | Counted]:
-    """A relation between two things, then up to `mentions` others with their number; of a single thing, its name."""
-    if len(scene) == 1:
-        return [counted(name(rng, scene[0]), scene)]
-    salience = np.array([MENTION_LARGE if t.kind.size == "large" else 1.0 for t in scene])
-    chosen = min(2 + mentions, len(scene))
-    order = rng.choice(len(scene), chosen, replace=False, p=salience / salience.sum())
-    one, other, *rest = (scene[i] for i in order)
+def tell(rng: np.random.Generator, things: Sequence[Thing], scene: Scene) -> list[Related | Counted]:
+    """Where the first of some things is, seen from the second, then the number of each other one; of one alone its name."""
+    if len(things) == 1:
+        return [counted(name(rng, things[0]), scene)]
+    one, other, *rest = things
     relation = Related(name(rng, one), relate(rng, one, other), name(rng, other))
     return [relation, *(counted(name(rng, thing), scene) for thing in rest)]
 
 
+def describe(rng: np.random.Generator, scene: Scene, mentions: int) -> list[Related | Counted]:
+    """A relation between two things, then up to `mentions` others with their number; all drawn, of two things at least."""
+    salience = np.array([MENTION_LARGE if t.kind.size == "large" else 1.0 for t in scene])
+    chosen = min(2 + mentions, len(scene))
+    order = rng.choice(len(scene), chosen, replace=False, p=salience / salience.sum())
+    return tell(rng, [scene[i] for i in order], scene)
+
+
 def caption(rng: np.random.Generator, scene: Scene) -> str:
-    """What a picture shows, in part."""
-    return " and ".join(part.text() for part in describe(rng, scene, mentions=1))
+    """What a picture shows: the first few things, large ones before small ones, in the order of reading.
+
+    So captions of one picture mostly agree, and a caption that fits no picture in particular scores little against them.
+    """
+    things = sorted(scene, key=lambda thing: (thing.kind.size != "large", thing.row, thing.column))
+    return " and ".join(part.text() for part in tell(rng, things[:CAPTIONED], scene))
 
 
 def near_or_fitting(rng: np.random.Generator, scene: Scene, fits: bool) -> Description:
