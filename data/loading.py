@@ -53,8 +53,8 @@ def read_entries(file: Path, problem: Callable[[dict[str, Any]], str | None]) ->
     return entries
 
 
-def load_image(path: str | Path) -> Image.Image:
-    """The picture as RGB.
+def load_image(path: str | Path, key: str = "image_root") -> Image.Image:
+    """The picture as RGB. `key` is the one whose folder it lies in.
 
     Raises:
         UserError: when it is missing or unreadable.
@@ -63,24 +63,24 @@ def load_image(path: str | Path) -> Image.Image:
         with Image.open(path) as image:
             return image.convert("RGB")
     except FileNotFoundError:
-        raise no_such_picture(path) from None
+        raise no_such_picture(path, key) from None
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # what PIL raises for broken files
         raise UserError(f"{path}: not a readable picture ({error}); fetch it again") from None
 
 
-def check_images(image_root: Path, names: Iterable[str]) -> None:
-    """Stop a run before it starts when its first pictures are not below `image_root`.
+def check_images(image_root: Path, names: Iterable[str], key: str = "image_root") -> None:
+    """Stop a run before it starts when its first pictures are not below `image_root`, the folder of `key`.
 
     Raises:
         UserError: names the missing one.
     """
     for name in names:
         if not (image_root / name).exists():
-            raise no_such_picture(image_root / name)
+            raise no_such_picture(image_root / name, key)
 
 
-def no_such_picture(path: str | Path) -> UserError:
-    return UserError(f"{path}: no such picture; set the key 'image_root' to the folder that holds it")
+def no_such_picture(path: str | Path, key: str = "image_root") -> UserError:
+    return UserError(f"{path}: no such picture; set the key '{key}' to the folder that holds it")
 
 
 def calibration_subset(dataset: Dataset, size: int) -> Subset:
