@@ -20,7 +20,7 @@ from models.blip_nlvr import reference_gflops
 from models.build import nlvr_from_config
 from models.pretrained import load_nlvr_weights, read_checkpoint
 from options import parse_command_line
-from utils import gather_objects, init_run, run_main
+from utils import gather_dicts, init_run, run_main
 
 
 def main() -> None:
@@ -74,8 +74,7 @@ def main() -> None:
             for sample, target, score, tokens, cost in zip(batch["ids"], batch["targets"].tolist(), scores, *kept, strict=True):
                 rows[sample] = {"prediction": score > 0.5, "score": score, "tokens_kept": tokens, "gflops": cost}
                 right[sample] = rows[sample]["prediction"] == bool(target)
-        gathered = gather_objects((rows, right))
-        rows, right = ({sample: value for part in parts for sample, value in part.items()} for parts in zip(*gathered, strict=True))
+        rows, right = gather_dicts(rows), gather_dicts(right)
         gflops = sum(row["gflops"] for row in rows.values()) / len(rows)
         accuracy = 100 * sum(right.values()) / len(right)
         return Evaluation({"acc": accuracy}, gflops, rows)

@@ -74,6 +74,11 @@ def gather_objects(value: object) -> list:
     return gathered
 
 
+def gather_dicts(entries: dict) -> dict:
+    """The entries of every rank in one dict, on every rank."""
+    return {key: value for part in gather_objects(entries) for key, value in part.items()}
+
+
 def gather_tensors(values: torch.Tensor) -> torch.Tensor:
     """(B, ...) of every process, of one shape everywhere, in the order of the ranks. Gradients find their way back."""
     return _Gather.apply(values) if dist.is_initialized() else values

@@ -1,13 +1,14 @@
 """Pictures with captions, as in BLIP's annotation files of COCO (Karpathy's split) and Flickr30k."""
 
-from collections.abc import Sequence
-from pathlib import Path
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 import torch
 from torch.utils.data import Dataset
 
-from config import Config, RetrievalConfig
+from config import CaptionConfig, Config, RetrievalConfig
 from data.loading import CHECKED, Loader, build_loader, calibration_subset, check_images, load_image, read_entries
 from data.text import Tokenizer, clean_sentence, encode
 from transform.images import ImageTransform, eval_transform, keeps_truth, train_transform
@@ -111,28 +112,39 @@ class CaptionTexts(Dataset):
 class FirstPairs(Dataset):
     """Each picture of an evaluation file with the first of its captions: items as those of CaptionPairs."""
 
-    def __init__(self, images: CaptionImages, texts: CaptionTexts) -> None:
-        self.images, self.texts = images, texts
+    def __init__(self, images: CaptionImages, texts: CaptionTexts, prompt: str = "") -> None:
+        self.images, self.texts, self.prompt = images, texts, prompt
         self.first = {image: text for text, image in reversed(list(enumerate(texts.image_of_text)))}
 
     def __len__(self) -> int:
         return len(self.images)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        return {"image": self.images[index]["image"], "caption": self.texts[self.first[index]]["caption"], "image_id": index}
+        caption = self.prompt + self.texts[self.first[index]]["caption"]
+        return {"image": self.images[index]["image"], "caption": caption, "image_id": index}
 
 
 class Split(NamedTuple):
     """What is ranked: loaders of this process's share of pictures and captions, and of some pairs, for counting GFLOPs.
 
-    image_of_text: of each caption of the split, the number of its picture; names: the pictures' paths
+    image_of_text: of each caption of the split, the number of its picture; captions: as the file has them; names: the pictures'
+    paths
     """
 
     images: Loader
     texts: Loader
     pairs: Loader
     image_of_text: list[int]
+    captions: list[str]
     names: list[str]
+
+    @property
+    def references(self) -> dict[str, list[str]]:
+        """The captions of each picture, by its path."""
+        found: dict[str, list[str]] = {name: [] for name in self.names}
+        for image, caption in zip(self.image_of_text, self.captions, strict=True):
+            found[self.names[image]].append(caption)
+        return found
 
 
 class TextCollate:
@@ -166,16 +178,16 @@ def collate_images(items: list[dict[str, Any]]) -> dict[str, Any]:
     return {"image": _stack(items), "ids": [item["id"] for item in items]}
 
 
-def build_datasets(config: Config) -> dict[str, Any]:
+def build_datasets(config: Config, prompt: str = "") -> dict[str, Any]:
     """The datasets "train" and "calibration" (a fixed part of the pairs, untouched); the two of "val" and of "test".
 
-    An evaluation split is its CaptionImages and its CaptionTexts.
+    An evaluation split is its CaptionImages and its CaptionTexts. `prompt` stands in front of the captions of pairs.
     """
     train_files = [config.annotation_file(name) for name in config.train_files]
     untouched = {"image_root": config.image_root, "transform": eval_transform(config.image_size)}
     datasets: dict[str, Any] = {
-        "train": CaptionPairs(train_files, config.image_root, train_transform(config.image_size, config.augment)),
-        "calibration": calibration_subset(CaptionPairs(train_files, **untouched), config.calibration_size),
+        "train": CaptionPairs(train_files, config.image_root, train_transform(config.image_size, config.augment), prompt=prompt),
+        "calibration": calibration_subset(CaptionPairs(train_files, **untouched, prompt=prompt), config.calibration_size),
     }
     for split, name in (("val", config.val_file), ("test", config.test_file)):
         entries = read_captioned(config.annotation_file(name))
@@ -183,12 +195,18 @@ def build_datasets(config: Config) -> dict[str, Any]:
     return datasets
 
 
-def build_loaders(config: RetrievalConfig, run: Run, tokenizer: Tokenizer) -> dict[str, Any]:
-    """The loaders "train" (not for an evaluation) and "calibration" of pairs, and the Splits "val" and "test"."""
-    pair_collate, text_collate = (kind(tokenizer, config.max_text_tokens) for kind in (PairCollate, TextCollate))
+def build_loaders(
+    config: RetrievalConfig | CaptionConfig, run: Run, tokenizer: Tokenizer, prompt: str = "", first_token_id: int | None = None
+) -> dict[str, Any]:
+    """The loaders "train" (not for an evaluation) and "calibration" of pairs, and the Splits "val" and "test".
+
+    `prompt` stands in front of the captions of pairs; `first_token_id` is as in data.text.encode.
+    """
+    collates = (kind(tokenizer, config.max_text_tokens, first_token_id) for kind in (PairCollate, TextCollate))
+    pair_collate, text_collate = collates
     shared = {"run": run, "num_workers": config.num_workers, "seed": config.seed}
     evaluation = {"batch_size": config.batch_size_test, "train": False, **shared}
-    datasets = build_datasets(config)
+    datasets = build_datasets(config, prompt)
     loaders = {"calibration": build_loader(datasets["calibration"], collate=pair_collate, **evaluation)}
     if not config.evaluate:
         loaders["train"] = build_loader(
@@ -201,15 +219,23 @@ def build_loaders(config: RetrievalConfig, run: Run, tokenizer: Tokenizer) -> di
         )
     for split in ("val", "test"):
         images, texts = datasets[split]
-        pairs = calibration_subset(FirstPairs(images, texts), config.calibration_size)
+        pairs = calibration_subset(FirstPairs(images, texts, prompt), config.calibration_size)
         loaders[split] = Split(
             build_loader(images, collate=collate_images, **evaluation),
             build_loader(texts, collate=text_collate, **evaluation),
             build_loader(pairs, collate=pair_collate, **evaluation),
             texts.image_of_text,
+            texts.captions,
             images.names,
         )
     return loaders
+
+
+def coco_results(captions: Mapping[str, str]) -> list[dict[str, Any]]:
+    """A caption per picture's path in COCO's results format: an image's id is the number at the end of its file's name."""
+    numbers = {name: re.search(r"(\d+)$", PurePosixPath(name).stem) for name in captions}
+    ids = {name: int(number[1]) if number else name for name, number in numbers.items()}
+    return [{"image_id": ids[name], "caption": caption} for name, caption in captions.items()]
 
 
 def _stack(items: list[dict[str, Any]]) -> torch.Tensor:

@@ -75,3 +75,8 @@ def dec_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
 def enc_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
     """The id of [ENC]: 30523 with bert-base-uncased."""
     return tokenizer.convert_tokens_to_ids(ENC)
+
+
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
+    """The ids that a caption to write begins with: [DEC] and the words of `prompt`."""
+    return [dec_token_id(tokenizer), *tokenizer(prompt, add_special_tokens=False)["input_ids"]]

@@ -13,10 +13,10 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from config import VqaConfig
-from data.loading import CHECKED, calibration_subset, check_images, load_image, read_entries, read_json
+from data.loading import CHECKED, Loader, build_loader, calibration_subset, check_images, load_image, read_entries, read_json
 from data.text import clean_sentence, dec_token_id, enc_token_id, encode
 from transform.images import ImageTransform, eval_transform, keeps_truth, train_transform
-from utils import UserError
+from utils import Run, UserError
 
 # B questions, each about a picture of its own; L tokens of the longest; A answers to all of them, M tokens of the longest
 
@@ -153,6 +153,23 @@ def build_datasets(config: VqaConfig) -> dict[str, Dataset]:
         "val": VqaDataset(val, *roots, untouched, "given"),
         "test": VqaDataset(test, *roots, untouched, "given"),
     }
+
+
+def build_loaders(config: VqaConfig, run: Run, tokenizer: PreTrainedTokenizerBase) -> dict[str, Loader]:
+    """The loaders "train" (not for an evaluation) and "calibration" of answered questions, "val" and "test" of questions."""
+    answered, asked = AnsweredCollate(tokenizer), QuestionCollate(tokenizer)
+    shared = {"run": run, "num_workers": config.num_workers, "seed": config.seed}
+    loaders = {}
+    for split, dataset in build_datasets(config).items():
+        if split == "train":
+            if not config.evaluate:
+                loaders[split] = build_loader(
+                    dataset, config.batch_size_train, train=True, collate=answered, epoch_steps=config.epoch_steps, **shared
+                )
+        else:
+            collate = answered if split == "calibration" else asked
+            loaders[split] = build_loader(dataset, config.batch_size_test, train=False, collate=collate, **shared)
+    return loaders
 
 
 def read_answer_list(config: VqaConfig) -> list[str]:

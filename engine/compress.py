@@ -32,11 +32,15 @@ Cost = Callable[[nn.Module, dict, PruneSetting], torch.Tensor]
 
 @dataclass
 class Evaluation:
-    """metrics in percent; gflops per sample; predictions: {sample id: {"prediction", "score", "tokens_kept", "gflops"}}."""
+    """metrics in percent; gflops per sample; predictions: {sample id: {"prediction", "score", "tokens_kept", "gflops"}}.
+
+    submission: the predictions of the test split in a format that others read, by the name of its file
+    """
 
     metrics: dict[str, float]
     gflops: float
     predictions: dict[str, dict]
+    submission: dict[str, object] = field(default_factory=dict)
 
 
 @dataclass
@@ -132,6 +136,8 @@ def run_experiment(experiment: Experiment) -> dict:
     if run.is_main:
         write_json(val.predictions, folder / "predictions_val.json")
         write_json(test.predictions, folder / "predictions_test.json")
+        for name, content in test.submission.items():
+            write_json(content, folder / name)
         write_json(result, folder / "result.json")
     logger.info(
         "test: %s at %.4f GFLOPs per sample (%.1f %% fewer), temperature %s; %s; %.0f s",

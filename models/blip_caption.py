@@ -12,7 +12,7 @@ from madtp.alignment import Alignment, aligned_features, similarity_loss, token_
 from madtp.flops import GIGA
 from madtp.pruning import OFF, Layout, PruneSetting
 from models.bert import BertSize
-from models.decoder import IGNORED, decoder_flops, text_decoder
+from models.decoder import IGNORED, decoder_flops, generation_flops, text_decoder, written_lengths
 from models.tower import TowerRecord, dense_record, padded
 from models.vit import VisionTransformer
 
@@ -21,12 +21,11 @@ REFERENCE_TEXT_TOKENS = 15  # of the caption with which the paper counts 65.72 G
 
 @dataclass
 class CaptionOutput:
-    """loss: of the next tokens, the prompt's left out; logits (B, L, words); language: alignment features (B, K, D) or None."""
+    """losses: "task", of the next tokens, the prompt's left out, and with alignment features "similarity"; logits (B, L, words)."""
 
-    loss: Tensor
+    losses: dict[str, Tensor]
     logits: Tensor
     vision: TowerRecord
-    language: Tensor | None
 
 
 class BlipCaption(nn.Module):
@@ -99,8 +98,11 @@ class BlipCaption(nn.Module):
             labels=targets,
             output_hidden_states=align,
         )
-        language = self._aligned(output.hidden_states[:-1], attention_mask) if align else None
-        return CaptionOutput(output.loss, output.logits, record, language)
+        losses = {"task": output.loss}
+        if align:
+            language = self._aligned(output.hidden_states[:-1], attention_mask)
+            losses["similarity"] = similarity_loss(record.features, language)
+        return CaptionOutput(losses, output.logits, record)
 
     def _aligned(self, entering: tuple[Tensor, ...], attention_mask: Tensor) -> Tensor:
         """E_l of the tokens that enter the decoder's layers (Eq. 3), [DEC] left out, summed over the layers. (B, K, D)"""
@@ -109,10 +111,6 @@ class BlipCaption(nn.Module):
             products, mapped = alignment(tokens[:, 1:], self.learnable_tokens)
             features.append(aligned_features(token_attention(products, alignment.token_dim, valid), mapped))
         return sum(features)
-
-    def similarity(self, output: CaptionOutput) -> Tensor:
-        """L_sim between the image's alignment features and the caption's."""
-        return similarity_loss(output.vision.features, output.language)
 
     @torch.no_grad()
     def generate(
@@ -146,6 +144,13 @@ class BlipCaption(nn.Module):
             **how,
         )
         return ids, record
+
+    def generation_gflops(self, record: TowerRecord, ids: Tensor, num_beams: int, setting: PruneSetting = OFF) -> Tensor:
+        """GFLOPs of captions as `generate` wrote them with beams, the image encoder's included. (B,) float64"""
+        lengths = written_lengths(ids, self.end)
+        source = record.leaving[-1].to(ids.device)
+        decoder = generation_flops(self.text_decoder, len(self.prompt), lengths, num_beams, source)
+        return (self.visual_encoder.flops(record, setting).to(ids.device) + decoder).double() / GIGA
 
     def traced(self, *inputs: Tensor, setting: PruneSetting = OFF) -> Tensor:
         """What a tracer sees of a sample: the logits of `forward`."""

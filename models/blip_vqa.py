@@ -15,7 +15,7 @@ from madtp.alignment import similarity_loss
 from madtp.flops import GIGA
 from madtp.pruning import OFF, PruneSetting
 from models.bert import BertSize, TextEncoder
-from models.decoder import IGNORED, decoder_flops, text_decoder
+from models.decoder import IGNORED, decoder_flops, generation_flops, text_decoder, written_lengths
 from models.tower import TowerRecord, dense_record, padded
 from models.vit import VisionTransformer
 
@@ -34,9 +34,10 @@ class Question:
 
 @dataclass
 class VqaOutput:
-    """answer_losses: (A,) summed over an answer's tokens; logits (A, M, words)."""
+    """answer_losses: (A,) summed over tokens; similarity: L_sim, None without alignment features; logits (A, M, words)."""
 
     answer_losses: Tensor
+    similarity: Tensor | None
     logits: Tensor
     question: Question
 
@@ -117,15 +118,9 @@ class BlipVqa(nn.Module):
         question = self.read(images, question_ids, question_mask, setting, align, packed)
         output = self._decode(question, answer_ids, answer_mask, answer_counts)
         targets = answer_ids.masked_fill(answer_mask == 0, IGNORED)[:, 1:]
-        smoothing = self.text_decoder.label_smoothing
-        losses = F.cross_entropy(
-            output.logits[:, :-1].transpose(1, 2).float(),
-            targets,
-            ignore_index=IGNORED,
-            label_smoothing=smoothing,
-            reduction="none",
-        )
-        return VqaOutput(losses.sum(dim=1), output.logits, question)
+        losses = next_token_losses(output.logits, targets, self.text_decoder.label_smoothing)
+        similarity = similarity_loss(question.vision.features, question.language.features) if align else None
+        return VqaOutput(losses, similarity, output.logits, question)
 
     def _decode(self, question: Question, answer_ids: Tensor, answer_mask: Tensor, counts: Tensor):
         """The decoder's output; `counts` (B,) answers to each question. Those to a single one share its keys and values."""
@@ -140,14 +135,10 @@ class BlipVqa(nn.Module):
             use_cache=False,
         )
 
-    def similarity(self, output: VqaOutput) -> Tensor:
-        """L_sim between the image's alignment features and the question's."""
-        return similarity_loss(output.question.vision.features, output.question.language.features)
-
     @torch.no_grad()
-    def rank(self, question: Question, answer_ids: Tensor, answer_mask: Tensor, number: int) -> Tensor:
+    def rank(self, question: Question, answer_ids: Tensor, answer_mask: Tensor, number: int) -> tuple[Tensor, Tensor]:
         """For each question the likeliest of the candidates: the `number` best by their first token, and of these the best as a
-        whole. answer_ids, answer_mask (W, M), [DEC] first, [SEP] last -> (B,) numbers of candidates.
+        whole. answer_ids, answer_mask (W, M), [DEC] first, [SEP] last -> (B,) numbers of candidates, (B,) GFLOPs of ranking.
         """
         questions, candidates = len(question.tokens), len(answer_ids)
         number = min(number, candidates)
@@ -161,13 +152,16 @@ class BlipVqa(nn.Module):
         logits = self._decode(question, chosen_ids, chosen_mask, one * number).logits
         losses = next_token_losses(logits, chosen_ids.masked_fill(chosen_mask == 0, IGNORED)[:, 1:])
         best = losses.unflatten(0, (questions, number)).argmin(dim=1, keepdim=True)
-        return likely.gather(1, best).squeeze(1)
+        source = question.valid.sum(dim=1)
+        scored = decoder_flops(self.text_decoder, chosen_mask.sum(dim=1), source.repeat_interleave(number))
+        cost = decoder_flops(self.text_decoder, one, source) + scored.unflatten(0, (questions, number)).sum(dim=1)
+        return likely.gather(1, best).squeeze(1), cost.double() / GIGA
 
     @torch.no_grad()
-    def generate(self, question: Question, num_beams: int = 3, max_length: int = 10) -> Tensor:
-        """Answers as token ids (B, M), [DEC] first, by beam search."""
+    def generate(self, question: Question, num_beams: int = 3, max_length: int = 10) -> tuple[Tensor, Tensor]:
+        """Answers as token ids (B, M), [DEC] first, by beam search, and (B,) GFLOPs of writing them."""
         start = torch.full((len(question.tokens), 1), self.start, device=question.tokens.device)
-        return self.text_decoder.generate(
+        ids = self.text_decoder.generate(
             start,
             attention_mask=torch.ones_like(start),
             encoder_hidden_states=question.tokens,
@@ -179,6 +173,14 @@ class BlipVqa(nn.Module):
             eos_token_id=self.end,
             pad_token_id=self.padding,
         )
+        lengths = written_lengths(ids, self.end)
+        cost = generation_flops(self.text_decoder, 1, lengths, num_beams, question.valid.sum(dim=1))
+        return ids, cost.double() / GIGA
+
+    def reading_gflops(self, question: Question, setting: PruneSetting = OFF) -> Tensor:
+        """GFLOPs of `read` for each question with an image of its own. (B,) float64"""
+        vision, patches = self.visual_encoder.flops(question.vision, setting), question.vision.leaving[-1]
+        return (vision + self.text_encoder.flops(question.language, [patches], setting)).double() / GIGA
 
     def traced(self, *inputs: Tensor, setting: PruneSetting = OFF) -> Tensor:
         """What a tracer sees of a sample: the logits of `forward`."""
@@ -210,7 +212,9 @@ class BlipVqa(nn.Module):
         config = self.text_decoder.config
         keys = flops.linear(source, config.encoder_hidden_size, 2 * config.hidden_size) * config.num_hidden_layers
         answers = decoder_flops(self.text_decoder, answer_tokens, source.repeat_interleave(answer_counts))
-        decoder = torch.zeros_like(source).index_add_(0, torch.arange(len(source)).repeat_interleave(answer_counts), answers)
+        decoder = torch.zeros_like(source).index_add_(
+            0, torch.arange(len(source), device=source.device).repeat_interleave(answer_counts), answers
+        )
         if len(answer_counts) == 1:
             decoder = decoder - (answer_counts - 1) * keys
         decoder = decoder.unflatten(0, (images, -1)).sum(dim=1)

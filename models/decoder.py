@@ -57,3 +57,26 @@ def decoder_flops(decoder: BlipTextLMHeadModel, tokens: Tensor, source: Tensor) 
     rest = flops.mlp(tokens, width, config.intermediate_size) + 3 * flops.layer_norm(tokens, width)
     head = flops.linear(tokens, width, width + config.vocab_size) + flops.layer_norm(tokens, width)
     return depth * (own + cross + rest) + head + flops.layer_norm(tokens, width)
+
+
+def generation_flops(decoder: BlipTextLMHeadModel, prompt: int, lengths: Tensor, beams: int, source: Tensor) -> Tensor:
+    """Multiply-adds of writing texts of `lengths` (S,), the first `prompt` of these tokens given, with `beams` at a time. (S,)
+
+    Every beam maps the `source` (S,) tokens to keys and values once and keeps them, and those of its own tokens.
+    """
+    config = decoder.config
+    width, steps = config.hidden_size, (lengths - prompt).clamp(min=1)
+    last = prompt + steps - 1  # tokens that were read when the last one was chosen
+    keys_seen = prompt * prompt + (last * (last + 1) - prompt * (prompt + 1)) // 2
+    layer = (
+        flops.linear(last, width, 6 * width) + flops.mlp(last, width, config.intermediate_size) + 3 * flops.layer_norm(last, width)
+    )
+    layer = layer + 2 * (keys_seen + last * source) * width + flops.linear(source, config.encoder_hidden_size, 2 * width)
+    head = flops.linear(steps, width, width + config.vocab_size) + flops.layer_norm(steps, width)
+    return beams * (config.num_hidden_layers * layer + head + flops.layer_norm(last, width))
+
+
+def written_lengths(ids: Tensor, end: int) -> Tensor:
+    """Tokens of generated texts (S, L) with what they begin with and their `end`, padding left out. (S,)"""
+    is_end = (ids == end).long()
+    return (is_end.cumsum(dim=1) - is_end == 0).sum(dim=1)

@@ -26,7 +26,7 @@ def split(kind: str, batch: int) -> tuple[Split, torch.Tensor, list[tuple[torch.
         {"input_ids": one[:, :width], "attention_mask": other[:, :width]}
         for one, other, width in zip(ids.split(batch), mask.split(batch), widest, strict=True)
     ]
-    whole = Split([{"image": part} for part in images.split(batch)], texts, [], IMAGE_OF_TEXT, [f"{i}.jpg" for i in range(5)])
+    whole = Split([{"image": part} for part in images.split(batch)], texts, [], IMAGE_OF_TEXT, [], [f"{i}.jpg" for i in range(5)])
     return whole, images, [(ids[i : i + 1, :n], mask[i : i + 1, :n]) for i, n in enumerate(LENGTHS)]
 
 

@@ -87,7 +87,7 @@ def test_dense_equals_transformers(size):
     output = model(images, ids, mask)
     real = mask.bool()
     torch.testing.assert_close(output.logits[real], expected.logits[real], atol=1e-8, rtol=0)
-    torch.testing.assert_close(output.loss, expected.loss, atol=1e-8, rtol=0)
+    torch.testing.assert_close(output.losses["task"], expected.loss, atol=1e-8, rtol=0)
     assert not torch.allclose(model(images.flip(0), ids, mask).logits, output.logits, atol=1e-2)  # the image matters
 
 

@@ -1,0 +1,85 @@
+"""Compress BLIP for captioning on COCO.
+
+    torchrun --nproc_per_node=8 -- compress_caption_dtp.py --config configs/caption_coco.yaml --p 0.4
+    python compress_caption_dtp.py --config configs/shapes/caption.yaml --p 0.5
+
+Writes <output_dir>/{config.yaml, log.txt, checkpoint_last.pth, checkpoint_best.pth, predictions_{val,test}.json, result.json} and
+caption_result.json, the captions of the test split in COCO's format.
+"""
+
+import torch
+
+from config import CaptionConfig
+from data.captions import Split, build_loaders, coco_results
+from data.text import dec_token_id, load_tokenizer, prompt_ids
+from engine.compress import Evaluation, Experiment, mean_cost, run_experiment
+from engine.train import progress
+from madtp.pruning import PruneSetting
+from metrics.caption import caption_scores
+from models.build import caption_from_config
+from models.pretrained import load_caption_weights, read_checkpoint
+from options import parse_command_line
+from utils import gather_dicts, init_run, logger, run_main
+
+SELECTS = "CIDEr"
+
+
+def main() -> None:
+    config = parse_command_line(__doc__, CaptionConfig)
+    run = init_run(config.device, config.seed)
+    tokenizer = load_tokenizer(config.tokenizer)
+    loaders = build_loaders(config, run, tokenizer, config.prompt, dec_token_id(tokenizer))
+    prompt = prompt_ids(tokenizer, config.prompt)
+    model = caption_from_config(config, len(tokenizer), prompt, tokenizer.sep_token_id, tokenizer.pad_token_id)
+    checkpoint = {}
+    if config.pretrained:
+        checkpoint = read_checkpoint(config.pretrained)
+        load_caption_weights(model, checkpoint["model"], config.pretrained)
+    model.to(run.device)
+
+    align = not config.uncompressed
+    packed = config.variant == "paper"  # the authors' masks do not follow their tokens: they need padding
+    packed_training = packed and run.device.type == "cpu"  # there it was measured to be faster
+    writing = {"num_beams": config.num_beams, "max_length": config.max_length, "min_length": config.min_length}
+
+    def losses(model: torch.nn.Module, batch: dict, setting: PruneSetting) -> dict[str, torch.Tensor]:
+        return model(batch["image"], batch["input_ids"], batch["attention_mask"], setting, align, packed_training).losses
+
+    def gflops(model: torch.nn.Module, batch: dict, setting: PruneSetting) -> torch.Tensor:
+        inputs = batch["image"], batch["input_ids"], batch["attention_mask"]
+        return sum(model.costs(*inputs, setting=setting, packed=packed)[0].values())
+
+    def write(model: torch.nn.Module, images: torch.Tensor, setting: PruneSetting):
+        ids, record = model.generate(images, setting, packed, **writing)
+        return ids, record, model.generation_gflops(record, ids, config.num_beams, setting)
+
+    def evaluate(model: torch.nn.Module, split: Split, setting: PruneSetting) -> Evaluation:
+        rows = {}
+        for batch in progress(split.images, "captions", run):
+            ids, record, costs = write(model, batch["image"].to(run.device, non_blocking=True), setting)
+            texts = tokenizer.batch_decode(ids[:, len(prompt) :], skip_special_tokens=True)
+            for name, text, kept, cost in zip(batch["ids"], texts, record.leaving[-1].tolist(), costs.tolist(), strict=True):
+                rows[name] = {"prediction": text, "tokens_kept": kept, "gflops": cost}
+        rows = gather_dicts(rows)
+        captions = {name: row["prediction"] for name, row in rows.items()}
+        found = caption_scores(captions, split.references, slow=split is loaders["test"])
+        for name, reason in found.not_computed.items():
+            logger.info("%s is not computed: %s", name, reason)
+        cost = mean_cost(model, split.pairs, gflops, setting, run)
+        return Evaluation(found.scores, cost, rows, {"caption_result.json": coco_results(captions)})
+
+    run_experiment(
+        Experiment(
+            config, run, model, loaders, losses, evaluate, gflops,
+            inputs=lambda batch: (batch["image"][:1], batch["input_ids"][:1], batch["attention_mask"][:1]),
+            score=SELECTS,
+            reference=model.reference_gflops(),
+            loss_weights={"similarity": config.sim_weight},
+            checkpoint=checkpoint,
+            deployment=lambda model, batch, setting: write(model, batch["image"], setting)[2],
+        )
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,104 @@
+"""Compress BLIP for visual question answering on VQAv2, with Visual Genome's questions to train on.
+
+    torchrun --nproc_per_node=8 -- compress_vqa_dtp.py --config configs/vqa.yaml --p 0.5
+    python compress_vqa_dtp.py --config configs/shapes/vqa.yaml --p 0.5
+
+Writes <output_dir>/{config.yaml, log.txt, checkpoint_last.pth, checkpoint_best.pth, predictions_{val,test}.json, result.json} and
+vqa_result.json, the answers of the test split in the format of VQA's evaluation server.
+"""
+
+import torch
+
+from config import VqaConfig
+from data.text import load_tokenizer
+from data.vqa import build_loaders, encode_answers, read_answer_list
+from engine.compress import Evaluation, Experiment, run_experiment
+from engine.train import move, progress
+from madtp.pruning import PruneSetting
+from metrics.vqa import accuracy
+from models.build import vqa_from_config
+from models.pretrained import load_vqa_weights, read_checkpoint
+from options import parse_command_line
+from utils import gather_dicts, init_run, run_main
+
+
+def main() -> None:
+    config = parse_command_line(__doc__, VqaConfig)
+    run = init_run(config.device, config.seed)
+    tokenizer = load_tokenizer(config.tokenizer)
+    loaders = build_loaders(config, run, tokenizer)
+    candidates = read_answer_list(config)
+    choices = move(encode_answers(tokenizer, candidates), run.device)
+    special = encode_answers(tokenizer, [""])["input_ids"][0].tolist()  # [DEC] and [SEP]
+    model = vqa_from_config(config, len(tokenizer), *special, tokenizer.pad_token_id)
+    checkpoint = {}
+    if config.pretrained:
+        checkpoint = read_checkpoint(config.pretrained)
+        load_vqa_weights(model, checkpoint["model"], config.pretrained)
+    model.to(run.device)
+
+    align = not config.uncompressed
+    packed = config.variant == "paper"  # the authors' masks do not follow their tokens: they need padding
+    packed_training = packed and run.device.type == "cpu"  # there it was measured to be faster
+
+    def inputs(batch: dict) -> tuple[torch.Tensor, ...]:
+        names = ("images", "question_ids", "question_mask", "answer_ids", "answer_mask", "answer_counts")
+        return tuple(batch[name] for name in names)
+
+    def losses(model: torch.nn.Module, batch: dict, setting: PruneSetting) -> dict[str, torch.Tensor]:
+        output = model(*inputs(batch), setting, align, packed_training)
+        task = (batch["answer_weights"] * output.answer_losses).sum() / len(batch["images"])
+        return {"task": task, **({"similarity": output.similarity} if align else {})}
+
+    def gflops(model: torch.nn.Module, batch: dict, setting: PruneSetting) -> torch.Tensor:
+        return sum(model.costs(*inputs(batch), setting=setting, packed=packed)[0].values())
+
+    def answer(model: torch.nn.Module, batch: dict, setting: PruneSetting):
+        """The answers, what the encoders read, and the GFLOPs of all that."""
+        question = model.read(batch["images"], batch["question_ids"], batch["question_mask"], setting, packed=packed)
+        if config.inference == "rank":
+            best, cost = model.rank(question, choices["input_ids"], choices["attention_mask"], config.k_test)
+            texts = [candidates[number] for number in best.tolist()]
+        else:
+            ids, cost = model.generate(question, config.num_beams)
+            texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
+        return texts, question, model.reading_gflops(question, setting) + cost
+
+    def evaluate(model: torch.nn.Module, loader, setting: PruneSetting) -> Evaluation:
+        rows, known = {}, {}
+        for batch in progress(loader, "answers", run):
+            texts, question, _ = answer(model, move(batch, run.device), setting)
+            tokens = encode_answers(tokenizer, texts)["attention_mask"].sum(dim=1).to(run.device)
+            costs = sum(model.gflops_by_module(question, tokens, torch.ones_like(tokens), setting).values()).tolist()
+            kept = (question.vision.leaving[-1] + question.language.leaving[-1]).tolist()
+            for sample, text, left, cost, given in zip(batch["ids"], texts, kept, costs, batch["answers"], strict=True):
+                rows[sample] = {"prediction": text, "tokens_kept": left, "gflops": cost}
+                if given is not None:
+                    known[sample] = given
+        rows, known = gather_dicts(rows), gather_dicts(known)
+        metrics = {"acc": accuracy({sample: rows[sample]["prediction"] for sample in known}, known)} if known else {}
+        gflops = sum(row["gflops"] for row in rows.values()) / len(rows)
+        submission = [{"question_id": sample, "answer": row["prediction"]} for sample, row in rows.items()]
+        return Evaluation(metrics, gflops, rows, {"vqa_result.json": submission})
+
+    run_experiment(
+        Experiment(
+            config, run, model, loaders, losses, evaluate, gflops,
+            inputs=lambda batch: one_sample(inputs(batch)),
+            score="acc",
+            reference=model.reference_gflops(),
+            loss_weights={"similarity": config.sim_weight},
+            checkpoint=checkpoint,
+            deployment=lambda model, batch, setting: answer(model, batch, setting)[2],
+        )
+    )  # fmt: skip
+
+
+def one_sample(inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    """The first question with its answers."""
+    *question, answer_ids, answer_mask, counts = inputs
+    return *(part[:1] for part in question), answer_ids[: counts[0]], answer_mask[: counts[0]], counts[:1]
+
+
+if __name__ == "__main__":
+    run_main(main)
