@@ -22,7 +22,7 @@ from data.shapes.statements import (
     one_sided_accuracy,
 )
 from data.shapes.tasks import ask, caption, vocabulary
-from data.shapes.world import FEWEST, KINDS, MOST, PICTURE, Kind, Thing, draw, encode, random_scene
+from data.shapes.world import FEWEST, FULLNESS, KINDS, MOST, PICTURE, Kind, Thing, draw, encode, random_scene
 from data.shapes.write import make_shapes
 
 STATEMENTS_PER_PAIR = 4
@@ -131,7 +131,8 @@ def test_numbers_of_things_span_an_order_of_magnitude():
     rng = np.random.default_rng(3)
     numbers = np.array([len(random_scene(rng)) for _ in range(1000)])
     assert numbers.min() == FEWEST and numbers.max() == MOST
-    expected = sum(np.log(n) * np.log((n + 1) / n) for n in range(FEWEST, MOST + 1)) / np.log((MOST + 1) / FEWEST)
+    below = [(np.log(n / FEWEST) / np.log((MOST + 1) / FEWEST)) ** (1 / FULLNESS) for n in range(FEWEST, MOST + 2)]
+    expected = sum(np.log(n) * share for n, share in zip(range(FEWEST, MOST + 1), np.diff(below), strict=True))
     assert np.log(numbers).mean() == pytest.approx(expected, abs=0.1)
 
 

@@ -20,6 +20,7 @@ PICTURE = 96  # px
 CELL = 16  # px
 LATTICE = PICTURE // CELL
 FEWEST, MOST = 1, 12  # things in a picture
+FULLNESS = 1.5  # their number is log-uniform at 1; above, full pictures are rarer
 JPEG = {"format": "JPEG", "quality": 92, "subsampling": 0}
 
 RGB = {
@@ -58,8 +59,8 @@ KINDS = tuple(Kind(s, c, f) for s in SIZES for c in COLOURS for f in SHAPES)
 
 
 def draw_number(rng: np.random.Generator, most: int = MOST, fewest: int = FEWEST) -> int:
-    """How many things a picture holds: log-uniform from `fewest` to `most`."""
-    return int(math.exp(rng.uniform(math.log(fewest), math.log(most + 1))))
+    """How many things a picture holds, from `fewest` to `most`: few more often than many, as in photographs (see FULLNESS)."""
+    return int(fewest * ((most + 1) / fewest) ** (rng.random() ** FULLNESS))
 
 
 def place(rng: np.random.Generator, kind: Kind, cell: tuple[int, int]) -> Thing:
