@@ -22,7 +22,7 @@ from data.shapes.world import (
 )
 
 FAMILY = 5  # pictures
-FEWEST = 3  # things in a picture: with fewer too many pictures would be alike, and siblings have too little in common
+FEWEST = 4  # things in a picture: with fewer too many pictures would be alike, and siblings have too little in common
 CHANGES = 2  # from the picture, never shown, that all of a family come from
 MENTIONS = 2  # things that a caption counts
 ATTEMPTS = 20  # captions tried; one in twenty then still fits a sibling
