@@ -1,0 +1,165 @@
+"""VQA: read and answered without padding it is transformers'; padding is never read; ranking is a plain loop; costs are exact."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers import BlipConfig, BlipForQuestionAnswering
+
+from engine.flop_table import fvcore_gflops
+from madtp.pruning import OFF, PruneSetting, PruningRule, TokenPruner
+from models.bert import BertSize, CrossAttention, TextEncoder
+from models.blip_vqa import BlipVqa
+from models.vit import VisionTransformer
+from tests.models.test_blip_caption import NAMES, SMALL
+from tests.tiny import with_lively_weights
+
+WORDS, START, END, PAD, ENC = 40, 38, 2, 0, 39
+LARGER = {"vit": (48, 8, 16, 3, 2), "bert": (16, 3, 2, 32)}  # both encoders of one width, as transformers wants them
+
+
+def model_of(size: dict, rule: PruningRule | None = None) -> BlipVqa:
+    def make_pruner(dim: int) -> TokenPruner | None:
+        return None if rule is None else TokenPruner(dim, 5, 24, rule)
+
+    image_size, patch, *vit = size["vit"]
+    vision = VisionTransformer(image_size, patch, *vit, make_pruner=make_pruner)
+    width, layers, heads, inner = size["bert"]
+    bert = BertSize(WORDS, width, layers, heads, inner, 32, 0.0)
+    text = TextEncoder(bert, lambda i: CrossAttention(bert, vision.embed_dim), make_pruner)
+    model = BlipVqa(vision, text, bert, START, END, PAD, 0.0, None if rule is None else (5, 24, 1.0))
+    return with_lively_weights(model).eval()
+
+
+def questions(size: dict, lengths: list[int], seed: int = 0):
+    """images, question ids, question mask"""
+    generator = torch.Generator().manual_seed(seed)
+    strength = torch.linspace(0.2, 3, len(lengths))[:, None, None, None]
+    images = torch.randn(len(lengths), 3, size["vit"][0], size["vit"][0], generator=generator) * strength
+    ids = torch.randint(5, 37, (len(lengths), max(lengths)), generator=generator)
+    ids[:, 0] = ENC
+    mask = (torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]).long()
+    return images, ids * mask, mask
+
+
+def answers(lengths: list[int], seed: int = 1):
+    """ids that begin with [DEC] and end with [SEP], and their mask"""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(5, 37, (len(lengths), max(lengths)), generator=generator)
+    places, ends = torch.arange(max(lengths)), torch.tensor(lengths)[:, None] - 1
+    ids = torch.where(places < ends, ids, PAD).masked_fill(places == ends, END)
+    ids[:, 0] = START
+    return ids, (places <= ends).long()
+
+
+def transformers_twin(model: BlipVqa, size: dict) -> BlipForQuestionAnswering:
+    image_size, patch, vit_width, depth, heads = size["vit"]
+    width, layers, text_heads, inner = size["bert"]
+    config = BlipConfig(
+        vision_config={
+            "hidden_size": vit_width, "intermediate_size": 4 * vit_width, "num_hidden_layers": depth, "num_attention_heads": heads,
+            "image_size": image_size, "patch_size": patch, "layer_norm_eps": 1e-6,
+        },
+        text_config={
+            "vocab_size": WORDS, "hidden_size": width, "encoder_hidden_size": vit_width, "intermediate_size": inner,
+            "num_hidden_layers": layers, "num_attention_heads": text_heads, "max_position_embeddings": 32, "label_smoothing": 0.0,
+            "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "bos_token_id": START, "sep_token_id": END,
+            "eos_token_id": END, "pad_token_id": PAD, "is_decoder": True,
+        },
+    )  # fmt: skip
+    other = BlipForQuestionAnswering(config).eval()
+    weights = {}
+    for name, tensor in model.state_dict().items():
+        for ours, theirs in NAMES.items():
+            name = name.replace(ours, theirs)
+        weights[name] = tensor
+    weights["text_decoder.cls.predictions.decoder.bias"] = weights["text_decoder.cls.predictions.bias"]
+    loaded = other.load_state_dict(weights, strict=False)
+    assert not loaded.unexpected_keys and not [name for name in loaded.missing_keys if "position_ids" not in name]
+    return other
+
+
+@pytest.mark.parametrize("size", [SMALL, LARGER])
+@torch.no_grad()
+def test_dense_equals_transformers(size):
+    model = model_of(size).double()
+    other = transformers_twin(model, size).double()
+    images, ids, mask = questions(size, [7, 7, 7])
+    images = images.double()
+    states = other.vision_model(pixel_values=images).last_hidden_state
+    expected = other.text_encoder(
+        input_ids=ids, attention_mask=mask, encoder_hidden_states=states, encoder_attention_mask=torch.ones(states.shape[:2]).long()
+    ).last_hidden_state
+    question = model.read(images, ids, mask)
+    torch.testing.assert_close(question.tokens, expected, atol=1e-8, rtol=0)
+    assert not torch.allclose(model.read(images.flip(0), ids, mask).tokens, question.tokens, atol=1e-2)  # the image matters
+    answered, answer_mask = answers([4, 4, 4])
+    logits = other.text_decoder(
+        answered, attention_mask=answer_mask, encoder_hidden_states=expected, encoder_attention_mask=mask
+    ).logits
+    output = model(images, ids, mask, answered, answer_mask, torch.ones(3, dtype=torch.long))
+    torch.testing.assert_close(output.logits, logits, atol=1e-8, rtol=0)
+    losses = F.cross_entropy(logits[:, :-1].transpose(1, 2), answered[:, 1:], reduction="none").sum(dim=1)
+    torch.testing.assert_close(output.answer_losses.double(), losses, atol=1e-5, rtol=0)  # which are float32 in any case
+    written, _ = model.generate(question, num_beams=3, max_length=10)
+    start = torch.full((3, 1), START)
+    by_transformers = other.text_decoder.generate(
+        start, attention_mask=torch.ones_like(start), encoder_hidden_states=expected, encoder_attention_mask=mask, num_beams=3,
+        do_sample=False, max_length=10, min_length=1, eos_token_id=END, pad_token_id=PAD,
+    )  # fmt: skip
+    assert written.tolist() == by_transformers.tolist()
+
+
+@pytest.mark.parametrize("setting", [OFF, PruneSetting(0.0)])
+@torch.no_grad()
+def test_a_question_is_answered_alone_as_among_longer_ones(setting):
+    model = model_of(SMALL, PruningRule(keep="instance"))
+    inputs = questions(SMALL, [9, 4, 6])
+    answered, answer_mask = answers([3, 5, 4, 3])
+    counts = torch.tensor([1, 2, 1])
+    together = model(*inputs, answered, answer_mask, counts, setting, packed=True)
+    choices = answers([3, 4, 3, 5, 3, 4], seed=5)
+    best, costs = model.rank(together.question, *choices, number=4)
+    written, _ = model.generate(together.question)
+    first = 0
+    for i, length in enumerate([9, 4, 6]):
+        own = slice(first, first + int(counts[i]))
+        first = own.stop
+        images, ids, mask = (part[i : i + 1] for part in inputs)
+        alone = model(images, ids[:, :length], mask[:, :length], answered[own], answer_mask[own], counts[i : i + 1], setting)
+        torch.testing.assert_close(alone.answer_losses, together.answer_losses[own], atol=1e-4, rtol=1e-5)
+        chosen, cost = model.rank(alone.question, *choices, number=4)
+        assert int(chosen) == int(best[i]) and float(cost) == float(costs[i])
+        by_itself = model.generate(alone.question)[0][0].tolist()
+        assert written[i].tolist()[: len(by_itself)] == by_itself
+
+
+@torch.no_grad()
+def test_ranking_equals_a_plain_loop_over_the_likeliest_by_first_token():
+    model = model_of(SMALL)
+    question = model.read(*questions(SMALL, [6, 8]))
+    ids, mask = answers([3, 4, 3, 5, 3, 4, 3, 3], seed=3)
+    best, _ = model.rank(question, ids, mask, number=5)
+    for i in range(2):
+        tokens, valid = question.tokens[i : i + 1], question.valid[i : i + 1].long()
+
+        def log_likelihood(row, tokens=tokens, valid=valid):
+            text = ids[row : row + 1, : int(mask[row].sum())]
+            logits = model.text_decoder(text, encoder_hidden_states=tokens, encoder_attention_mask=valid).logits
+            return logits[0].log_softmax(dim=-1), text[0]
+
+        first = [float(log_likelihood(row)[0][0, ids[row, 1]]) for row in range(len(ids))]
+        likeliest = sorted(range(len(ids)), key=lambda row: -first[row])[:5]
+        whole = {}
+        for row in likeliest:
+            scores, text = log_likelihood(row)
+            whole[row] = sum(float(scores[place, text[place + 1]]) for place in range(len(text) - 1))
+        assert int(best[i]) == max(whole, key=whole.get)
+
+
+@pytest.mark.parametrize("setting", [OFF, PruneSetting(0.0)])
+@torch.no_grad()
+def test_closed_form_equals_fvcore(setting):
+    model = model_of(SMALL, PruningRule(keep="instance"))
+    inputs = *questions(SMALL, [8]), *answers([4]), torch.tensor([1])
+    closed = {name: float(part) for name, part in model.costs(*inputs, setting=setting)[0].items()}
+    assert closed == pytest.approx(fvcore_gflops(model, inputs, setting), rel=1e-9)
