@@ -53,14 +53,17 @@ class BlipVqa(nn.Module):
         padding: int,
         label_smoothing: float = 0.1,
         learnable_tokens: tuple[int, int, float] | None = None,
+        reads_padding: bool = False,
     ):
         """
         Args:
             size: of the answer decoder.
             start, end, padding: ids of [DEC], [SEP] and [PAD].
             learnable_tokens: number K, width D and initial std of the tokens that both encoders share; None without pruners.
+            reads_padding: whether the decoder attends to a question's padding, as the authors' code lets it (`variant: released`).
         """
         super().__init__()
+        self.reads_padding = reads_padding
         self.visual_encoder = visual_encoder
         self.text_encoder = text_encoder
         self.text_decoder = text_decoder(size, text_encoder.hidden_size, label_smoothing, start, end, padding)
@@ -94,7 +97,8 @@ class BlipVqa(nn.Module):
             question_ids, question_mask, [(tokens, layout)], self.learnable_tokens, setting, align, packed
         )
         text, valid = padded(text, layout)
-        valid = torch.ones(text.shape[:2], dtype=torch.bool, device=text.device) if valid is None else valid
+        if valid is None or self.reads_padding:
+            valid = torch.ones(text.shape[:2], dtype=torch.bool, device=text.device)
         return Question(text, valid, vision, language)
 
     def forward(

@@ -108,4 +108,5 @@ def vqa_from_config(config: VqaConfig, vocab_size: int, start: int, end: int, pa
     vision = vision_transformer(config, make_pruner)
     size = BertSize(vocab_size=vocab_size, **config.bert_sizes.model_dump())
     text = TextEncoder(size, lambda i: CrossAttention(size, vision.embed_dim), lambda dim: make_pruner(dim, mask_follows=True))
-    return BlipVqa(vision, text, size, start, end, padding, config.label_smoothing, learnable_tokens(config))
+    learnable, released = learnable_tokens(config), config.variant == "released"
+    return BlipVqa(vision, text, size, start, end, padding, config.label_smoothing, learnable, reads_padding=released)
