@@ -13,7 +13,7 @@ from torch import Tensor
 
 from madtp.alignment import Valid
 
-CHUNK = {"cpu": 2**19, "cuda": 2**26}  # entries of the map at a time: on a CPU they stay in its cache
+CHUNK = {"cpu": 2**21, "cuda": 2**26}  # entries of the map at a time: on a CPU they stay in its cache
 
 
 def column_statistics(query: Tensor, key: Tensor, log_norm: Tensor, valid: Valid, summed: bool) -> Tensor:
