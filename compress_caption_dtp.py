@@ -61,7 +61,7 @@ def main() -> None:
             for name, text, kept, cost in zip(batch["ids"], texts, record.leaving[-1].tolist(), costs.tolist(), strict=True):
                 rows[name] = {"prediction": text, "tokens_kept": kept, "gflops": cost}
         rows = gather_dicts(rows)
-        captions = {name: row["prediction"] for name, row in rows.items()}
+        captions = {name: rows[name]["prediction"] for name in split.names}
         found = caption_scores(captions, split.references, slow=split is loaders["test"])
         for name, reason in found.not_computed.items():
             logger.info("%s is not computed: %s", name, reason)

@@ -7,6 +7,8 @@ Shapes: B batch, H heads, N tokens with the class token first, D width of a head
 """
 
 from collections.abc import Iterator
+from functools import reduce
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -28,24 +30,36 @@ def column_statistics(query: Tensor, key: Tensor, log_norm: Tensor, valid: Valid
     Returns:
         (B, N - 1) float32.
     """
-    parts = query[:, :, 1:], key[:, :, 1:], log_norm[:, :, 1:, None]
-    if valid is not None:
-        parts = *parts[:2], parts[2].masked_fill(~valid[:, None, 1:, None], float("inf"))
-    chunk, (heads, tokens) = CHUNK[query.device.type], parts[2].shape[1:3]
-    samples = 1 if summed else max(1, chunk // max(1, heads * tokens**2))
-    figures = _sums_of_largest if summed else _largest
-    return torch.cat([figures(*part, chunk) for part in zip(*(part.split(samples) for part in parts), strict=True)])
+    if not summed:
+        return row_and_columns(query, key, log_norm, valid)[1]
+    parts = query[:, :, 1:], key[:, :, 1:], _without_padding(log_norm, valid)[:, :, 1:]
+    chunk = CHUNK[query.device.type]
+    return torch.cat([_sums_of_largest(*part, chunk) for part in zip(*(part.split(1) for part in parts), strict=True)])
 
 
-def _largest(query: Tensor, key: Tensor, norm: Tensor, chunk: int) -> Tensor:
-    """query, key (B, H, N, D), norm (B, H, N, 1) -> (B, N)."""
-    heads = [part.flatten(0, 1) for part in (query, key, norm)]
-    together = max(1, chunk // max(1, norm.shape[2] ** 2))
-    largest = [
-        torch.stack([logits.amax(dim=1) for logits in _logits(*part, chunk)]).amax(dim=0)
-        for part in zip(*(part.split(together) for part in heads), strict=True)
-    ]
-    return torch.cat(largest).unflatten(0, norm.shape[:2]).amax(dim=1).float().exp()
+def row_and_columns(query: Tensor, key: Tensor, log_norm: Tensor, valid: Valid) -> tuple[Tensor, Tensor]:
+    """The class token's attention to each token (B, H, N - 1) and the largest entry of each column (B, N - 1), float32.
+
+    One product gives both: the class token's row is the first of it. Arguments as of `column_statistics`.
+    """
+    samples, heads, tokens = log_norm.shape
+    chunk = CHUNK[query.device.type]
+    parts = [part.flatten(0, 1) for part in (query, key[:, :, 1:], _without_padding(log_norm, valid))]
+    together = max(1, chunk // tokens**2)
+    rows, largest = [], []
+    for part in zip(*(part.split(together) for part in parts), strict=True):
+        chunks = _logits(*part, chunk)
+        first = next(chunks)
+        rows.append(first[:, 0].clone().float())  # a view would keep the whole part alive
+        others = (logits.amax(dim=1) for logits in chain([first[:, 1:]], chunks) if logits.shape[1])
+        largest.append(reduce(torch.maximum, others, first.new_full((len(first), tokens - 1), float("-inf"))))
+    row = torch.cat(rows).unflatten(0, (samples, heads))
+    return row.exp(), torch.cat(largest).unflatten(0, (samples, heads)).amax(dim=1).float().exp()
+
+
+def _without_padding(log_norm: Tensor, valid: Valid) -> Tensor:
+    """(B, H, N, 1), infinite where the query is padding: its entries of the map are then 0."""
+    return (log_norm if valid is None else log_norm.masked_fill(~valid[:, None], float("inf"))).unsqueeze(-1)
 
 
 def _sums_of_largest(query: Tensor, key: Tensor, norm: Tensor, chunk: int) -> Tensor:

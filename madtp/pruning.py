@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from madtp import flops, released
 from madtp.alignment import Alignment, Valid, aligned_features, token_attention
-from madtp.columns import class_row, column_statistics
+from madtp.columns import class_row, column_statistics, row_and_columns
 from madtp.importance import EPS, AttentionStatistics, class_attention, paper_columns, token_importance
 from madtp.packing import Packed
 
@@ -224,12 +224,15 @@ class TokenPruner(nn.Module):
         self, query: Tensor, key: Tensor, head_outputs: Tensor, log_norm: Tensor, valid: Valid
     ) -> AttentionStatistics:
         """The same from queries, keys (B, H, 1 + N, D) and the log-sum-exp of each row of the map, (B, H, 1 + N)."""
-        importance, columns = None, None
-        if "cls" in self.rule.terms:
-            importance = class_attention(class_row(query, key, log_norm), head_outputs[:, :, 1:])
-        if "self" in self.rule.terms:
-            columns = column_statistics(query, key, log_norm, valid, summed=self.rule.variant == "released")
-        return AttentionStatistics(importance, columns)
+        row, columns, summed = None, None, self.rule.variant == "released"
+        if "self" in self.rule.terms and not summed:
+            row, columns = row_and_columns(query, key, log_norm, valid)
+        elif "self" in self.rule.terms:
+            columns = column_statistics(query, key, log_norm, valid, summed)
+        if "cls" not in self.rule.terms:
+            return AttentionStatistics(None, columns)
+        row = class_row(query, key, log_norm) if row is None else row
+        return AttentionStatistics(class_attention(row, head_outputs[:, :, 1:]), columns)
 
     @torch.no_grad()
     def packed_statistics(
@@ -327,7 +330,7 @@ class TokenPruner(nn.Module):
         if scored:
             total = total + tokens * self.num_learnable  # theta
         if scored and without_map:
-            queries = tokens * ("self" in self.rule.terms) + ("cls" in self.rule.terms)
+            queries = tokens + 1 if "self" in self.rule.terms else "cls" in self.rule.terms  # the class token's row comes along
             total = total + flops.scores(queries, tokens, self.dim)
         if active and self.rule.merge:
             total = total + tokens * self.dim

@@ -59,7 +59,7 @@ def test_the_rows_of_retrieval(study, task: str) -> None:
         "| p = 0.5, not fine-tuned",
         "| p = 0.75, not fine-tuned",
     ]
-    assert len(commands) == 1 + 5 * 3 and not any("image_root" in command for command in commands)
+    assert len(commands) == 1 + 5 * 3 and all("image_root=datasets/shapes_study" in command for command in commands)
     assert rows[1] == "| p = 0.5 | 81.25 ± 0.00 | 80.00 ± 0.00 | 1.0000 | 50.0% | 0.00% | 3 |"
 
 

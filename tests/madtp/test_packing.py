@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from madtp.columns import CHUNK, class_row, column_statistics
+from madtp.columns import CHUNK, class_row, column_statistics, row_and_columns
 from madtp.importance import paper_columns
 from madtp.packing import pack
 from madtp.pruning import gather_and_merge, packed_gather_and_merge
@@ -87,8 +87,11 @@ def test_columns_without_the_map_are_those_of_the_map(summed, chunk, monkeypatch
     found = column_statistics(case.query, case.key, case.log_norm, case.valid, summed)
     inside = case.valid[:, 1:]
     torch.testing.assert_close(found[inside], case.expected(summed)[inside], atol=1e-6, rtol=1e-5)
-    row = class_row(case.query, case.key, case.log_norm).transpose(1, 2)
-    torch.testing.assert_close(row[inside], case.map[:, :, 0, 1:].transpose(1, 2)[inside], atol=1e-6, rtol=1e-5)
+    together, columns = row_and_columns(case.query, case.key, case.log_norm, case.valid)
+    for row in (class_row(case.query, case.key, case.log_norm), together):
+        expected = case.map[:, :, 0, 1:].transpose(1, 2)[inside]
+        torch.testing.assert_close(row.transpose(1, 2)[inside], expected, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(columns[inside], case.expected(False)[inside], atol=1e-6, rtol=1e-5)
 
 
 @pytest.mark.parametrize("summed", [False, True], ids=["largest", "summed"])
