@@ -19,7 +19,7 @@ from madtp.importance import AttentionStatistics
 from madtp.packing import pack
 from madtp.pruning import OFF, Layout, PruneSetting, TokenPruner
 from models.attention import Causal, attend
-from models.tower import Encoded, PreNormBlock, block_flops, checkpoint_last, class_tokens, run_blocks
+from models.tower import AlignedModel, Encoded, PreNormBlock, block_flops, checkpoint_last, class_tokens, run_blocks
 
 MLP_RATIO = 4
 START_SCALE = math.log(1 / 0.07)
@@ -131,7 +131,7 @@ class VisionTower(nn.Module):
         return total + block_flops(self.transformer.resblocks, record, setting, training=False)
 
 
-class Clip(nn.Module):
+class Clip(AlignedModel):
     def __init__(
         self, size: ClipSize, make_pruner: MakePruner = lambda dim: None, learnable_tokens: tuple[int, int, float] | None = None,
         text_order: Causal = "class_last", checkpoint_blocks: int = 0,
@@ -154,14 +154,7 @@ class Clip(nn.Module):
         self.text_projection = nn.Parameter(torch.randn(width, size.embed_dim) * width**-0.5)
         self.logit_scale = nn.Parameter(torch.tensor(START_SCALE))
         nn.init.normal_(self.token_embedding.weight, std=0.02)
-        self.space_dict = None  # the published name of E, the learnable tokens
-        if learnable_tokens is not None:
-            number, token_dim, std = learnable_tokens
-            self.space_dict = nn.Parameter(torch.randn(number, token_dim) * std)
-
-    @property
-    def learnable_tokens(self) -> Tensor | None:
-        return self.space_dict
+        self.init_learnable_tokens(learnable_tokens)
 
     @property
     def depth(self) -> int:

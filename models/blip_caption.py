@@ -13,7 +13,7 @@ from madtp.flops import GIGA
 from madtp.pruning import OFF, Layout, PruneSetting
 from models.bert import BertSize
 from models.decoder import IGNORED, decoder_flops, generation_flops, text_decoder, written_lengths
-from models.tower import TowerRecord, dense_record, padded
+from models.tower import AlignedModel, TowerRecord, dense_record, padded
 from models.vit import VisionTransformer
 
 REFERENCE_TEXT_TOKENS = 15  # of the caption with which the paper counts 65.72 GFLOPs
@@ -28,7 +28,7 @@ class CaptionOutput:
     vision: TowerRecord
 
 
-class BlipCaption(nn.Module):
+class BlipCaption(AlignedModel):
     def __init__(
         self,
         visual_encoder: VisionTransformer,
@@ -51,16 +51,11 @@ class BlipCaption(nn.Module):
         self.visual_encoder = visual_encoder
         self.text_decoder = text_decoder(size, visual_encoder.embed_dim, label_smoothing, prompt[0], end, padding)
         self.prompt, self.end, self.padding = prompt, end, padding
-        self.space_dict, self.decoder_alignment = None, None
+        self.init_learnable_tokens(learnable_tokens)
+        self.decoder_alignment = None
         if learnable_tokens is not None:
-            number, token_dim, std = learnable_tokens
-            self.space_dict = nn.Parameter(torch.randn(number, token_dim) * std)  # the published name of E
-            layers = range(size.num_hidden_layers)
+            token_dim, layers = learnable_tokens[1], range(size.num_hidden_layers)
             self.decoder_alignment = nn.ModuleList(Alignment(size.hidden_size, token_dim, projection) for _ in layers)
-
-    @property
-    def learnable_tokens(self) -> Tensor | None:
-        return self.space_dict
 
     @property
     def depth(self) -> int:

@@ -12,7 +12,7 @@ from madtp.alignment import similarity_loss
 from madtp.flops import GIGA, linear
 from madtp.pruning import OFF, PruneSetting
 from models.bert import TextEncoder
-from models.tower import TowerRecord, class_tokens, dense_record, halves
+from models.tower import AlignedModel, TowerRecord, class_tokens, dense_record, halves
 from models.vit import VisionTransformer
 
 
@@ -26,7 +26,7 @@ class NlvrOutput:
     language: TowerRecord
 
 
-class BlipNlvr(nn.Module):
+class BlipNlvr(AlignedModel):
     def __init__(
         self,
         visual_encoder: VisionTransformer,
@@ -42,14 +42,7 @@ class BlipNlvr(nn.Module):
         self.text_encoder = text_encoder
         width = text_encoder.hidden_size
         self.cls_head = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 2))
-        self.space_dict = None  # the published name of E, the learnable tokens
-        if learnable_tokens is not None:
-            number, token_dim, std = learnable_tokens
-            self.space_dict = nn.Parameter(torch.randn(number, token_dim) * std)
-
-    @property
-    def learnable_tokens(self) -> Tensor | None:
-        return self.space_dict
+        self.init_learnable_tokens(learnable_tokens)
 
     @property
     def depth(self) -> int:

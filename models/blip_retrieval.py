@@ -71,15 +71,8 @@ class BlipRetrieval(MomentumModel):
         self.itm_head = nn.Linear(text_encoder.hidden_size, 2)
         self.temp = nn.Parameter(torch.tensor(START_TEMPERATURE))
         self.enc_token, self.negative_all_rank = enc_token, negative_all_rank
-        self.space_dict = None  # the published name of E, the learnable tokens
-        if learnable_tokens is not None:
-            number, token_dim, std = learnable_tokens
-            self.space_dict = nn.Parameter(torch.randn(number, token_dim) * std)
+        self.init_learnable_tokens(learnable_tokens)
         self.init_momentum(("visual_encoder", "text_encoder", "vision_proj", "text_proj"), embed_dim, queue_size, momentum)
-
-    @property
-    def learnable_tokens(self) -> Tensor | None:
-        return self.space_dict
 
     @property
     def depth(self) -> int:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from madtp import flops
 from madtp.alignment import similarity_loss
@@ -16,7 +16,7 @@ from madtp.flops import GIGA
 from madtp.pruning import OFF, PruneSetting
 from models.bert import BertSize, TextEncoder
 from models.decoder import IGNORED, decoder_flops, generation_flops, text_decoder, written_lengths
-from models.tower import TowerRecord, dense_record, padded
+from models.tower import AlignedModel, TowerRecord, dense_record, padded
 from models.vit import VisionTransformer
 
 QUESTIONS, QUESTION_TOKENS, ANSWERS, ANSWER_TOKENS = 32, 14, 47, 5  # with which the paper counts 186.12 GFLOPs
@@ -42,7 +42,7 @@ class VqaOutput:
     question: Question
 
 
-class BlipVqa(nn.Module):
+class BlipVqa(AlignedModel):
     def __init__(
         self,
         visual_encoder: VisionTransformer,
@@ -68,14 +68,7 @@ class BlipVqa(nn.Module):
         self.text_encoder = text_encoder
         self.text_decoder = text_decoder(size, text_encoder.hidden_size, label_smoothing, start, end, padding)
         self.start, self.end, self.padding = start, end, padding
-        self.space_dict = None  # the published name of E, the learnable tokens
-        if learnable_tokens is not None:
-            number, token_dim, std = learnable_tokens
-            self.space_dict = nn.Parameter(torch.randn(number, token_dim) * std)
-
-    @property
-    def learnable_tokens(self) -> Tensor | None:
-        return self.space_dict
+        self.init_learnable_tokens(learnable_tokens)
 
     @property
     def depth(self) -> int:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from madtp.alignment import similarity_loss
 from madtp.flops import GIGA
 from madtp.pruning import OFF, PruneSetting
-from models.tower import Encoded, dense_record
+from models.tower import AlignedModel, Encoded, dense_record
 from utils import gather_tensors
 
 NO_IMAGE = -100  # the image id of a place of the queue that was never filled
@@ -31,7 +31,7 @@ class PairPasses:
     text_momentum: Encoded
 
 
-class MomentumModel(nn.Module):
+class MomentumModel(AlignedModel):
     """A model of pairs whose named parts each have a copy, with `_m` behind the name, that follows them slowly.
 
     Subclasses give `encode_image`, `encode_text`, `temperature`, `limit_temperature`, `tower_flops`, and in `dense_passes` what a

@@ -112,6 +112,24 @@ def _widen(x: Tensor, valid: Valid, width: int) -> tuple[Tensor, Tensor]:
     return F.pad(x, (0, 0, 0, more)), F.pad(valid, (0, more))
 
 
+class AlignedModel(nn.Module):
+    """A model whose towers share learnable tokens E; `space_dict` is their published name."""
+
+    space_dict: nn.Parameter | None
+
+    def init_learnable_tokens(self, sizes: tuple[int, int, float] | None) -> None:
+        """sizes: number K, width D and initial standard deviation; None without pruners."""
+        self.space_dict = None
+        if sizes is not None:
+            number, token_dim, std = sizes
+            self.space_dict = nn.Parameter(torch.randn(number, token_dim) * std)
+
+    @property
+    def learnable_tokens(self) -> Tensor | None:
+        """(K, D)"""
+        return self.space_dict
+
+
 class DropPath(nn.Module):
     """Stochastic depth: in training the branch of a share `rate` of the samples is dropped, that of the others scaled up."""
 
