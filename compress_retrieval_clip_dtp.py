@@ -14,7 +14,7 @@ from data.captions import Split, build_loaders
 from engine.compress import Evaluation, Experiment, mean_cost, run_experiment
 from engine.ranking import predictions, rank
 from madtp.pruning import PruneSetting
-from metrics.retrieval import best_ranks, recalls
+from metrics.retrieval import candidate_recalls
 from models.build import clip_from_config
 from models.pretrained import read_checkpoint
 from models.pretrained_clip import load_clip_weights
@@ -52,11 +52,9 @@ def main() -> None:
 
     def evaluate(model: torch.nn.Module, split: Split, setting: PruneSetting) -> Evaluation:
         by_image, by_text = rank(model, split, setting, True, run, TOP, matching=False)
-        image_of_text = torch.tensor(split.image_of_text)
-        text_ranks = best_ranks(by_image.scores, torch.arange(len(split.names)), image_of_text[by_image.candidates])
-        image_ranks = best_ranks(by_text.scores, image_of_text, by_text.candidates)
+        metrics = candidate_recalls(by_image.candidates, by_text.candidates, torch.tensor(split.image_of_text))
         cost = mean_cost(model, split.pairs, gflops, setting, run)
-        return Evaluation(recalls(text_ranks, image_ranks), cost, predictions(by_image, by_text, split.names))
+        return Evaluation(metrics, cost, predictions(by_image, by_text, split.names))
 
     run_experiment(
         Experiment(

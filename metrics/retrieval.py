@@ -26,7 +26,7 @@ def best_ranks(scores: torch.Tensor, query_ids: torch.Tensor, target_ids: torch.
 
 def _best_ranks(scores: torch.Tensor, correct: torch.Tensor) -> torch.Tensor:
     """The rank (Q,) of the best of the targets that are `correct` (Q, N)."""
-    scores = scores.masked_fill(scores.isnan(), -torch.inf)  # no comparison holds for NaN: it would rank first
+    scores = scores.float().masked_fill(scores.isnan(), -torch.inf)  # no comparison holds for NaN: it would rank first
     best = scores.masked_fill(~correct, -torch.inf).amax(1, keepdim=True)
     equal = scores == best
     first = (equal & correct).int().argmax(1, keepdim=True)
@@ -46,3 +46,15 @@ def recalls(ranks_text: torch.Tensor, ranks_image: torch.Tensor) -> dict[str, fl
         found.update({f"{name}_r{cut}": share for cut, share in zip(CUTS, shares, strict=True)})
         found[f"{name}_r_mean"] = sum(shares) / len(shares)
     return {**found, "r_mean": (found["txt_r_mean"] + found["img_r_mean"]) / 2}
+
+
+def candidate_recalls(texts: torch.Tensor, images: torch.Tensor, image_of_text: torch.Tensor) -> dict[str, float]:
+    """As `recalls`, of the best texts of each image (I, k) and the best images of each text (T, k), as numbers, best first.
+
+    image_of_text: (T,) the number of each text's image
+    """
+    found = []
+    for candidates, own, theirs in ((texts, torch.arange(len(texts)), image_of_text[texts]), (images, image_of_text, images)):
+        falling = torch.arange(candidates.shape[1], 0, -1).expand(candidates.shape)
+        found.append(best_ranks(falling, own, theirs))
+    return recalls(*found)

@@ -159,7 +159,7 @@ class BlipCaption(AlignedModel):
 
     def gflops_by_module(self, vision: TowerRecord, text_tokens: Tensor, setting: PruneSetting = OFF) -> dict[str, Tensor]:
         """GFLOPs of images with captions of so many tokens, (B,) float64."""
-        encoder = self.visual_encoder.flops(vision, setting)
+        encoder = self.visual_encoder.flops(vision, setting).to(text_tokens.device)  # a packed record is on the CPU
         decoder = decoder_flops(self.text_decoder, text_tokens, vision.leaving[-1].to(text_tokens.device))
         return {"visual_encoder": encoder.double() / GIGA, "text_decoder": decoder.double() / GIGA}
 

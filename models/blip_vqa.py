@@ -177,7 +177,8 @@ class BlipVqa(AlignedModel):
     def reading_gflops(self, question: Question, setting: PruneSetting = OFF) -> Tensor:
         """GFLOPs of `read` for each question with an image of its own. (B,) float64"""
         vision, patches = self.visual_encoder.flops(question.vision, setting), question.vision.leaving[-1]
-        return (vision + self.text_encoder.flops(question.language, [patches], setting)).double() / GIGA
+        total = vision + self.text_encoder.flops(question.language, [patches], setting)
+        return total.to(question.valid.device).double() / GIGA
 
     def traced(self, *inputs: Tensor, setting: PruneSetting = OFF) -> Tensor:
         """What a tracer sees of a sample: the logits of `forward`."""
@@ -215,6 +216,7 @@ class BlipVqa(AlignedModel):
         if len(answer_counts) == 1:
             decoder = decoder - (answer_counts - 1) * keys
         decoder = decoder.unflatten(0, (images, -1)).sum(dim=1)
+        vision, text = vision.to(decoder.device), text.to(decoder.device)  # packed records are on the CPU
         parts = {"visual_encoder": vision, "text_encoder": text, "text_decoder": decoder}
         return {name: part.double() / GIGA for name, part in parts.items()}
 

@@ -65,12 +65,6 @@ class MomentumModel(AlignedModel):
                 yield from zip(part.parameters(), follower.parameters(), strict=True)
 
     @torch.no_grad()
-    def copy_to_momentum(self) -> None:
-        """For weights that came without a momentum copy."""
-        for part, follower in self._followers():
-            follower.copy_(part)
-
-    @torch.no_grad()
     def follow(self) -> None:
         """One step of the momentum weights towards the online ones."""
         for part, follower in self._followers():

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from metrics import retrieval
-from metrics.retrieval import MISS, best_ranks, recalls
+from metrics.retrieval import MISS, best_ranks, candidate_recalls, recalls
 
 
 def naive_ranks(scores: list[list[float]], query_ids: list[int], target_ids: list[list[int]]) -> list[int]:
@@ -65,3 +65,9 @@ def test_recalls_by_hand():
         **{"img_r1": 0.0, "img_r5": 0.0, "img_r10": 50.0, "img_r_mean": pytest.approx(50 / 3)},
         "r_mean": pytest.approx(37.5),
     }
+
+
+def test_recalls_of_candidates_are_those_of_their_order():
+    texts, images = torch.tensor([[3, 0, 2], [1, 2, 3]]), torch.tensor([[0, 1], [1, 0], [0, 1], [1, 0]])  # text t is image t // 2's
+    found = candidate_recalls(texts, images, torch.tensor([0, 0, 1, 1]))
+    assert (found["txt_r1"], found["txt_r5"], found["img_r1"], found["img_r5"]) == (0, 100, 50, 100)

@@ -76,7 +76,6 @@ def train_pairs(model: MomentumModel, config: RetrievalConfig, tokenizer: Tokeni
     stream = DataLoader(Families(seed, config, tokenizer), batch_size=None, num_workers=1)
     online = [parameter for parameter in model.parameters() if parameter.requires_grad]
     fit(online, plan, iter(stream), losses, log)
-    model.copy_to_momentum()
 
 
 def start_from_nlvr(model: nn.Module, weights: dict[str, Tensor]) -> None:
