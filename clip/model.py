@@ -18,7 +18,7 @@ from madtp import flops
 from madtp.importance import AttentionStatistics
 from madtp.packing import pack
 from madtp.pruning import OFF, Layout, PruneSetting, TokenPruner
-from models.attention import Causal, attend
+from models.attention import Causal, attend, scored_again
 from models.tower import AlignedModel, Encoded, PreNormBlock, block_flops, checkpoint_last, class_tokens, run_blocks
 
 MLP_RATIO = 4
@@ -120,7 +120,9 @@ class VisionTower(nn.Module):
         x = torch.cat([self.class_embedding.to(patches.dtype).expand(len(images), 1, -1), patches], dim=1)
         x = self.ln_pre(x + self.positional_embedding.to(x.dtype))
         x, layout = pack(x, None) if packed else (x, None)
-        x, layout, record = run_blocks(self.transformer.resblocks, x, layout, learnable_tokens, setting, align, packed)
+        x, layout, record = run_blocks(
+            self.transformer.resblocks, x, layout, learnable_tokens, setting, align, scored_again(x, layout)
+        )
         return Encoded(x, layout, self.ln_post(class_tokens(x, layout)) @ self.proj, record)
 
     def flops(self, encoded: Encoded, setting: PruneSetting) -> Tensor:

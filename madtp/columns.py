@@ -1,25 +1,61 @@
-"""The column statistics of a self-attention without its map, from queries, keys and the softmax's normaliser.
+"""What pruning needs of a self-attention whose map is never held: the class token's row, and one figure a column.
 
-An entry of the map is exp(q k / sqrt(D) - L_q) with L_q the log-sum-exp of its row, which fused attention has computed anyway.
-The maximum commutes with the exponential, so only one exponential a column is left of the paper's form.
+On a CPU the map is made a few queries at a time, which stay in its cache, and what is needed is read off on the way. On a GPU fused
+attention hands out L_q, the log-sum-exp of each row, and an entry of the map is exp(q k / sqrt(D) - L_q) from a second product. The
+maximum commutes with the exponential, so only one exponential a column is left of the paper's form.
 
-Shapes: B batch, H heads, N tokens with the class token first, D width of a head. The class token's row and column are left out.
+Shapes: B batch, H heads, N tokens with the class token first, D width of a head. The class token's row and column are left out of
+the columns.
 """
 
 from collections.abc import Iterator
-from functools import reduce
-from itertools import chain
 
 import torch
 from torch import Tensor
 
 from madtp.alignment import Valid
 
-CHUNK = {"cpu": 2**21, "cuda": 2**26}  # entries of the map at a time: on a CPU they stay in its cache
+CHUNK = {"cpu": 2**20, "cuda": 2**26}  # entries of the map at a time: on a CPU they stay in its cache
+
+
+def attend_in_chunks(query: Tensor, key: Tensor, value: Tensor, valid: Valid) -> tuple[Tensor, Tensor, Tensor]:
+    """Attention, the class token's row of the map, and the largest entry of each column over queries and heads (Eq. 5).
+
+    query, key, value: (B, H, N, D); valid: (B, N), False is padding
+        -> (B, H, N, D), (B, H, N - 1), (B, N - 1) float32. What is said of padding means nothing.
+    """
+    samples, heads, tokens, width = query.shape
+    chunk = CHUNK[query.device.type]
+    together = max(1, chunk // (heads * tokens**2))
+    rows_at_once = max(1, chunk // (min(samples, together) * heads * tokens))
+    out = torch.empty_like(query)
+    row = query.new_empty(samples, heads, tokens - 1, dtype=torch.float32)
+    columns = query.new_zeros(samples, tokens - 1, dtype=torch.float32)
+    for first in range(0, samples, together):
+        some = slice(first, first + together)
+        keys, values = key[some].flatten(0, 1).transpose(1, 2), value[some].flatten(0, 1)
+        queries = query[some].flatten(0, 1) * width**-0.5
+        inside = None if valid is None else valid[some].unsqueeze(1).expand(-1, heads, -1).flatten(0, 1)
+        for start in range(0, tokens, rows_at_once):
+            stop = start + rows_at_once
+            scores = queries[:, start:stop] @ keys
+            if inside is not None:
+                scores.masked_fill_(~inside.unsqueeze(1), torch.finfo(scores.dtype).min)
+            attention = scores.softmax(dim=-1)
+            if inside is not None:
+                attention.mul_(inside[:, start:stop].unsqueeze(2))  # a query that is padding looks at nothing
+            out[some, :, start:stop] = (attention @ values).unflatten(0, (-1, heads))
+            if start == 0:
+                row[some] = attention[:, 0, 1:].unflatten(0, (-1, heads))
+                attention = attention[:, 1:]
+            if attention.shape[1] and tokens > 1:
+                largest = attention.amax(dim=1)[:, 1:].unflatten(0, (-1, heads)).amax(dim=1)
+                columns[some] = torch.maximum(columns[some], largest)
+    return out, row, columns
 
 
 def column_statistics(query: Tensor, key: Tensor, log_norm: Tensor, valid: Valid, summed: bool) -> Tensor:
-    """One figure for each column of the attention map, in memory that grows with N alone.
+    """One figure for each column of the attention map from a second product, in memory that grows with N alone.
 
     Args:
         query, key: (B, H, N, D).
@@ -30,41 +66,15 @@ def column_statistics(query: Tensor, key: Tensor, log_norm: Tensor, valid: Valid
     Returns:
         (B, N - 1) float32.
     """
-    if not summed:
-        return row_and_columns(query, key, log_norm, valid)[1]
-    parts = query[:, :, 1:], key[:, :, 1:], _without_padding(log_norm, valid)[:, :, 1:]
-    chunk = CHUNK[query.device.type]
-    return torch.cat([_sums_of_largest(*part, chunk) for part in zip(*(part.split(1) for part in parts), strict=True)])
-
-
-def row_and_columns(query: Tensor, key: Tensor, log_norm: Tensor, valid: Valid) -> tuple[Tensor, Tensor]:
-    """The class token's attention to each token (B, H, N - 1) and the largest entry of each column (B, N - 1), float32.
-
-    One product gives both: the class token's row is the first of it. Arguments as of `column_statistics`.
-    """
-    samples, heads, tokens = log_norm.shape
-    chunk = CHUNK[query.device.type]
-    parts = [part.flatten(0, 1) for part in (query, key[:, :, 1:], _without_padding(log_norm, valid))]
-    together = max(1, chunk // tokens**2)
-    rows, largest = [], []
-    for part in zip(*(part.split(together) for part in parts), strict=True):
-        chunks = _logits(*part, chunk)
-        first = next(chunks)
-        rows.append(first[:, 0].clone().float())  # a view would keep the whole part alive
-        others = (logits.amax(dim=1) for logits in chain([first[:, 1:]], chunks) if logits.shape[1])
-        largest.append(reduce(torch.maximum, others, first.new_full((len(first), tokens - 1), float("-inf"))))
-    row = torch.cat(rows).unflatten(0, (samples, heads))
-    return row.exp(), torch.cat(largest).unflatten(0, (samples, heads)).amax(dim=1).float().exp()
-
-
-def _without_padding(log_norm: Tensor, valid: Valid) -> Tensor:
-    """(B, H, N, 1), infinite where the query is padding: its entries of the map are then 0."""
-    return (log_norm if valid is None else log_norm.masked_fill(~valid[:, None], float("inf"))).unsqueeze(-1)
-
-
-def _sums_of_largest(query: Tensor, key: Tensor, norm: Tensor, chunk: int) -> Tensor:
-    """The same of one sample, for the form of the authors' code."""
-    return sum(logits.amax(dim=0).float().exp().sum(dim=0) for logits in _logits(query[0], key[0], norm[0], chunk)).unsqueeze(0)
+    norm = (log_norm if valid is None else log_norm.masked_fill(~valid[:, None], float("inf"))).unsqueeze(-1)
+    figures = []
+    for part in zip(query[:, :, 1:], key[:, :, 1:], norm[:, :, 1:], strict=True):
+        chunks = (logits.amax(dim=0).float() for logits in _logits(*part, CHUNK[query.device.type]))
+        if summed:
+            figures.append(sum(largest.exp().sum(dim=0) for largest in chunks))
+        else:
+            figures.append(torch.stack([largest.amax(dim=0) for largest in chunks]).amax(dim=0).exp())
+    return torch.stack(figures)
 
 
 def _logits(query: Tensor, key: Tensor, norm: Tensor, chunk: int) -> Iterator[Tensor]:

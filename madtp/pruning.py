@@ -5,13 +5,14 @@ padding never enters a softmax, a score, a threshold, a feature or a merged toke
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from madtp import flops, released
 from madtp.alignment import Alignment, Valid, aligned_features, token_attention
-from madtp.columns import class_row, column_statistics, row_and_columns
+from madtp.columns import attend_in_chunks, class_row, column_statistics
 from madtp.importance import EPS, AttentionStatistics, class_attention, paper_columns, token_importance
 from madtp.packing import Packed
 
@@ -67,6 +68,21 @@ class PruneSetting:
 
 
 OFF = PruneSetting()
+
+
+class Execution(NamedTuple):
+    """What a block ran of its pruner, for the count of its multiply-adds.
+
+    active: whether it pruned
+    training: whether it collected the alignment features E_v, which only L_sim needs
+    packed: whether class tokens lie among the others, so that they are aligned too
+    scored_again: whether the scores cost a second Q K^T, because fused attention showed no map
+    """
+
+    active: bool
+    training: bool
+    packed: bool = False
+    scored_again: bool = False
 
 
 def sparsemax(z: Tensor, valid: Valid = None) -> Tensor:
@@ -220,34 +236,27 @@ class TokenPruner(nn.Module):
         return AttentionStatistics(class_attention(attention[:, :, 0, 1:], head_outputs[:, :, 1:]), columns)
 
     @torch.no_grad()
-    def statistics_without_map(
-        self, query: Tensor, key: Tensor, head_outputs: Tensor, log_norm: Tensor, valid: Valid
-    ) -> AttentionStatistics:
-        """The same from queries, keys (B, H, 1 + N, D) and the log-sum-exp of each row of the map, (B, H, 1 + N)."""
-        row, columns, summed = None, None, self.rule.variant == "released"
-        if "self" in self.rule.terms and not summed:
-            row, columns = row_and_columns(query, key, log_norm, valid)
-        elif "self" in self.rule.terms:
-            columns = column_statistics(query, key, log_norm, valid, summed)
-        if "cls" not in self.rule.terms:
-            return AttentionStatistics(None, columns)
-        row = class_row(query, key, log_norm) if row is None else row
-        return AttentionStatistics(class_attention(row, head_outputs[:, :, 1:]), columns)
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, valid: Valid) -> tuple[Tensor, AttentionStatistics]:
+        """Attention and its statistics, no map held. Thrice (B, H, 1 + N, D), (B, 1 + N) -> (B, H, 1 + N, D), statistics."""
+        out, row, columns = attend_in_chunks(query, key, value, valid)
+        return out, AttentionStatistics(class_attention(row, out[:, :, 1:]), columns)
 
     @torch.no_grad()
     def packed_statistics(
         self, query: Tensor, key: Tensor, head_outputs: Tensor, log_norm: Tensor, layout: Packed
     ) -> AttentionStatistics:
         """The same of packed tokens on a GPU: queries, keys and outputs (T, H, D), log_norm (T, H)."""
-        importance, columns = None, None
+        importance, columns, summed = None, None, self.rule.variant == "released"
+        queries, keys, outputs, norms = (layout.pad(part).transpose(1, 2) for part in (query, key, head_outputs, log_norm))
         if "cls" in self.rule.terms:
-            queries, keys, outputs = (layout.pad(part).transpose(1, 2) for part in (query, key, head_outputs))
-            row = class_row(queries, keys, layout.pad(log_norm).transpose(1, 2))
-            importance = class_attention(row, outputs[:, :, 1:])
+            importance = class_attention(class_row(queries, keys, norms), outputs[:, :, 1:])
         if "self" in self.rule.terms:
-            from madtp.kernels import packed_column_statistics  # needs Triton
-
-            columns = packed_column_statistics(query, key, log_norm, layout, summed=self.rule.variant == "released")
+            try:
+                from madtp.kernels import packed_column_statistics
+            except ImportError:  # no Triton
+                columns = column_statistics(queries, keys, norms, layout.valid, summed)
+            else:
+                columns = packed_column_statistics(query, key, log_norm, layout, summed)
         return AttentionStatistics(importance, columns)
 
     def align(
@@ -314,23 +323,19 @@ class TokenPruner(nn.Module):
             return x, valid, kept
         return released_gather(x, valid, importance, kept, count, self.mask_follows) + (kept,)
 
-    def flops(self, entering: Tensor, active: bool, training: bool, without_map: bool) -> Tensor:
-        """Multiply-adds that pruning adds to a block which (B,) tokens enter, class token included.
-
-        `training` adds the alignment features E_v, which only L_sim needs. `without_map` is the packed form: a second Q K^T for
-        the scores, and products with the class tokens too, which lie among the others.
-        """
-        tokens = entering - 1
+    def flops(self, entering: Tensor, ran: Execution) -> Tensor:
+        """Multiply-adds that pruning adds to a block which (B,) tokens enter, class token included."""
+        tokens, active, training = entering - 1, ran.active, ran.training
         scored = active and self.needs_scores
         total = torch.zeros_like(tokens)
         if training or scored:
-            total = total + self.alignment.flops(entering if without_map else tokens, self.num_learnable)
+            total = total + self.alignment.flops(entering if ran.packed else tokens, self.num_learnable)
         if training:
             total = total + tokens * self.num_learnable * self.token_dim
         if scored:
             total = total + tokens * self.num_learnable  # theta
-        if scored and without_map:
-            queries = tokens + 1 if "self" in self.rule.terms else "cls" in self.rule.terms  # the class token's row comes along
+        if scored and ran.scored_again:
+            queries = tokens * ("self" in self.rule.terms) + ("cls" in self.rule.terms)
             total = total + flops.scores(queries, tokens, self.dim)
         if active and self.rule.merge:
             total = total + tokens * self.dim

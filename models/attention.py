@@ -49,6 +49,11 @@ def attend(
     return merge_heads(out), statistics
 
 
+def scored_again(x: Tensor, layout: Layout, causal: Causal = None) -> bool:
+    """Whether scores cost `attend` on x a second Q K^T: one kernel for all samples shows nothing of its map."""
+    return isinstance(layout, Packed) and causal is None and varlen.usable(x)
+
+
 def split_heads(x: Tensor, num_heads: int) -> Tensor:
     """(B, N, H * D) -> (B, H, N, D)."""
     return x.unflatten(-1, (num_heads, -1)).transpose(1, 2)
@@ -130,11 +135,10 @@ def _attend_group(
     query: Tensor, key: Tensor, value: Tensor, valid: Valid, dropout: float, pruner: TokenPruner | None, causal: Causal
 ) -> tuple[Tensor, tuple[Tensor | None, Tensor | None]]:
     """Outputs, class attention and columns of one group; with the map where a backward pass will want it."""
-    if torch.is_grad_enabled() or causal is not None:
+    if torch.is_grad_enabled() or causal is not None or pruner is None:
         out, found = _attend_padded(query, key, value, valid, dropout, pruner, causal)
     else:
-        out, log_norm = _fused(query, key, value, valid)
-        found = None if pruner is None else pruner.statistics_without_map(query, key, out, log_norm, valid)
+        out, found = pruner.attend(query, key, value, valid)
     return out, (None, None) if found is None else (found.class_attention, found.columns)
 
 
@@ -155,16 +159,3 @@ def similar(queries: Sequence[int], keys: Sequence[int], width: int) -> Iterator
         group.append(sample)
         longest, area = stretched, area + queries[sample] * keys[sample]
     yield group
-
-
-def _fused(query: Tensor, key: Tensor, value: Tensor, valid: Valid) -> tuple[Tensor, Tensor]:
-    """Attention (B, H, Q, D) and the log-sum-exp of each row of its map (B, H, Q) float32, by the CPU's fused kernel or plainly."""
-    mask = None
-    if valid is not None:
-        mask = torch.zeros_like(valid, dtype=query.dtype).masked_fill(~valid, float("-inf"))[:, None, None, :]
-        mask = mask.expand(-1, 1, query.shape[2], -1)
-    if query.device.type == "cpu":
-        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, attn_mask=mask)
-    logits = ((query * query.shape[-1] ** -0.5) @ key.transpose(-2, -1)).float()
-    log_norm = (logits if mask is None else logits + mask).logsumexp(dim=-1)
-    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask), log_norm

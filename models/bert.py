@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from madtp import flops
 from madtp.packing import Packed, pack
-from madtp.pruning import OFF, Layout, PruneSetting, TokenPruner
-from models.attention import attend
+from madtp.pruning import OFF, Execution, Layout, PruneSetting, TokenPruner
+from models.attention import attend, scored_again
 from models.tower import TowerRecord, block_flops, run_blocks
 
 NORM_EPS = 1e-12
@@ -205,9 +205,7 @@ class Layer(nn.Module):
         x = self.output(self.intermediate(x), x)
         return x, layout, kept, features
 
-    def flops(
-        self, entering: Tensor, leaving: Tensor, active: bool, training: bool, without_map: bool, images: Sequence[Tensor]
-    ) -> Tensor:
+    def flops(self, entering: Tensor, leaving: Tensor, ran: Execution, images: Sequence[Tensor]) -> Tensor:
         """Multiply-adds of `forward` for samples with these text and image token counts."""
         dense = self.intermediate.dense
         total = self.attention.flops(entering) + self.output.flops(leaving)
@@ -215,7 +213,7 @@ class Layer(nn.Module):
         if images:
             total = total + self.crossattention.flops(leaving, images)
         if self.pruner is not None:
-            total = total + self.pruner.flops(entering, active, training, without_map)
+            total = total + self.pruner.flops(entering, ran)
         return total
 
 
@@ -284,7 +282,7 @@ class TextEncoder(nn.Module):
         x, layout = self.embeddings(input_ids), attention_mask.bool()
         if packed:
             x, layout = pack(x, layout)
-        return run_blocks(self.encoder.layer, x, layout, learnable_tokens, setting, align, packed, images)
+        return run_blocks(self.encoder.layer, x, layout, learnable_tokens, setting, align, scored_again(x, layout), images)
 
     def flops(self, record: TowerRecord, images: Sequence[Tensor], setting: PruneSetting, training: bool = False) -> Tensor:
         """Multiply-adds of `forward` per text (S,), with `images` the (S,) image token counts of each cross-attention."""

@@ -12,7 +12,7 @@ from madtp import flops
 from madtp.alignment import Valid
 from madtp.importance import AttentionStatistics
 from madtp.packing import Packed, pack
-from madtp.pruning import Layout, PruneSetting, TokenPruner
+from madtp.pruning import Execution, Layout, PruneSetting, TokenPruner
 from utils import gather_padded
 
 
@@ -23,14 +23,18 @@ class TowerRecord:
     entering, leaving: (B,) valid tokens, class token included, before and after the block's pruning
     kept: (B, N) bool over the block's tokens without the class token, None where the block did not prune
     features: (B, K, D) sum over the blocks of the alignment features, None unless asked for
-    without_map: whether the pruners scored without an attention map, which costs a second Q K^T
+    packed: the layout of the tokens; scored_again: whether the pruners' scores cost a second Q K^T
     """
 
     entering: list[Tensor] = field(default_factory=list)
     leaving: list[Tensor] = field(default_factory=list)
     kept: list[Tensor | None] = field(default_factory=list)
     features: Tensor | None = None
-    without_map: bool = False
+    packed: bool = False
+    scored_again: bool = False
+
+    def ran(self, active: bool, training: bool) -> Execution:
+        return Execution(active, training, self.packed, self.scored_again)
 
     def add(self, before: Tensor, after: Tensor, kept: Tensor | None, features: Tensor | None) -> None:
         self.entering.append(before)
@@ -184,13 +188,13 @@ class PreNormBlock(nn.Module):
         x = x + self.drop_path(self.feed_forward(x), layout)
         return x, layout, kept, features
 
-    def flops(self, entering: Tensor, leaving: Tensor, active: bool, training: bool, without_map: bool) -> Tensor:
+    def flops(self, entering: Tensor, leaving: Tensor, ran: Execution) -> Tensor:
         """Multiply-adds of `forward` for samples with these token counts before and after pruning."""
         dim = self.dim
         total = flops.layer_norm(entering, dim) + flops.linear(entering, dim, 4 * dim) + flops.attention(entering, entering, dim)
         total = total + flops.layer_norm(leaving, dim) + flops.mlp(leaving, dim, self.hidden)
         if self.pruner is not None:
-            total = total + self.pruner.flops(entering, active, training, without_map)
+            total = total + self.pruner.flops(entering, ran)
         return total
 
 
@@ -210,11 +214,11 @@ def run_blocks(
     learnable_tokens: Tensor | None,
     setting: PruneSetting,
     align: bool,
-    without_map: bool,
+    scored_again: bool,
     *context: object,
 ) -> tuple[Tensor, Layout, TowerRecord]:
     """x (B, N, C) or packed, through all blocks -> x, its layout, the record; `context` is what a block reads beside x."""
-    record = TowerRecord(without_map=without_map)
+    record = TowerRecord(packed=isinstance(layout, Packed), scored_again=scored_again)
     for index, block in enumerate(blocks):
         before = count_tokens(x, layout)
         x, layout, kept, features = block(x, layout, learnable_tokens, setting.at(index), align, *context)
@@ -228,7 +232,7 @@ def block_flops(
     """Multiply-adds of `run_blocks` per sample, (B,); `context`: the token counts of what the blocks read beside x."""
     steps = enumerate(zip(blocks, record.entering, record.leaving, strict=True))
     return sum(
-        block.flops(entering, leaving, setting.at(index) is not None, training, record.without_map, *context)
+        block.flops(entering, leaving, record.ran(setting.at(index) is not None, training), *context)
         for index, (block, entering, leaving) in steps
     )
 

@@ -13,7 +13,8 @@ except ImportError:  # before PyTorch 2.10
 
 def usable(x: Tensor) -> bool:
     """The kernel wants a GPU of compute capability 8.0 on, and half precision."""
-    if varlen_attn is None or x.device.type != "cuda" or x.dtype not in (torch.float16, torch.bfloat16):
+    dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else x.dtype
+    if varlen_attn is None or x.device.type != "cuda" or dtype not in (torch.float16, torch.bfloat16):
         return False
     return torch.cuda.get_device_capability(x.device) >= (8, 0)
 

@@ -14,7 +14,7 @@ from madtp import flops
 from madtp.importance import AttentionStatistics
 from madtp.packing import pack
 from madtp.pruning import OFF, Layout, PruneSetting, TokenPruner
-from models.attention import attend
+from models.attention import attend, scored_again
 from models.tower import PreNormBlock, TowerRecord, block_flops, checkpoint_last, run_blocks
 
 NORM_EPS = 1e-6
@@ -101,7 +101,7 @@ class VisionTransformer(nn.Module):
         x = self.patch_embed(images)
         x = torch.cat([self.cls_token.expand(len(x), -1, -1).to(x.dtype), x], dim=1) + self.pos_embed
         x, layout = pack(x, None) if packed else (x, None)
-        x, layout, record = run_blocks(self.blocks, x, layout, learnable_tokens, setting, align, packed)
+        x, layout, record = run_blocks(self.blocks, x, layout, learnable_tokens, setting, align, scored_again(x, layout))
         return self.norm(x), layout, record
 
     def flops(self, record: TowerRecord, setting: PruneSetting, training: bool = False) -> Tensor:

@@ -11,6 +11,7 @@ from config import NlvrConfig
 from madtp.flops import GIGA
 from madtp.packing import pack
 from madtp.pruning import OFF, PruneSetting, TokenPruner
+from models.attention import scored_again
 from models.blip_nlvr import REFERENCE_TEXT_TOKENS, BlipNlvr
 from models.build import nlvr_from_config
 from models.pretrained import load_nlvr_weights, read_checkpoint
@@ -95,14 +96,14 @@ class OneBlock:
         before = count_tokens(x, layout)
         temperature = setting.at(0)
         x, layout, kept, _ = model.visual_encoder.blocks[0](x, layout, model.learnable_tokens, temperature, False)
-        record = TowerRecord(without_map=packed)
+        record = TowerRecord(packed=packed, scored_again=scored_again(x, layout))
         record.add(before, count_tokens(x, layout), kept, None)
         return record
 
     @staticmethod
     def cost(model: BlipNlvr, record: TowerRecord, setting: PruneSetting) -> tuple[float, TowerRecord]:
-        active, entering, leaving = setting.at(0) is not None, record.entering[0], record.leaving[0]
-        total = model.visual_encoder.blocks[0].flops(entering, leaving, active, False, record.without_map)
+        ran = record.ran(setting.at(0) is not None, training=False)
+        total = model.visual_encoder.blocks[0].flops(record.entering[0], record.leaving[0], ran)
         return float(total.double().mean() / GIGA), record
 
 

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from madtp.columns import CHUNK, class_row, column_statistics, row_and_columns
+from madtp.columns import CHUNK, attend_in_chunks, class_row, column_statistics
 from madtp.importance import paper_columns
 from madtp.packing import pack
 from madtp.pruning import gather_and_merge, packed_gather_and_merge
@@ -69,7 +69,7 @@ class Attention:
         generator = torch.Generator().manual_seed(3)
         self.valid = mask_of(lengths)
         shape = len(lengths), heads, max(lengths), width
-        self.query, self.key = (2 * torch.randn(shape, generator=generator) for _ in range(2))
+        self.query, self.key, self.value = (2 * torch.randn(shape, generator=generator) for _ in range(3))
         logits = (self.query @ self.key.transpose(-2, -1) / width**0.5).masked_fill(~self.valid[:, None, None], float("-inf"))
         self.log_norm, self.map = logits.logsumexp(dim=-1), logits.softmax(dim=-1)
 
@@ -87,11 +87,23 @@ def test_columns_without_the_map_are_those_of_the_map(summed, chunk, monkeypatch
     found = column_statistics(case.query, case.key, case.log_norm, case.valid, summed)
     inside = case.valid[:, 1:]
     torch.testing.assert_close(found[inside], case.expected(summed)[inside], atol=1e-6, rtol=1e-5)
-    together, columns = row_and_columns(case.query, case.key, case.log_norm, case.valid)
-    for row in (class_row(case.query, case.key, case.log_norm), together):
+    row = class_row(case.query, case.key, case.log_norm).transpose(1, 2)
+    torch.testing.assert_close(row[inside], case.map[:, :, 0, 1:].transpose(1, 2)[inside], atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("chunk", [1, 40, 150, 10**6])
+@pytest.mark.parametrize("lengths", [[7, 4, 2], [5, 5], [2, 1]], ids=str)
+def test_attention_in_chunks_is_that_of_the_map(lengths, chunk, monkeypatch):
+    monkeypatch.setitem(CHUNK, "cpu", chunk)
+    case = Attention(lengths)
+    inside = case.valid[:, 1:]
+    for valid in (case.valid, None) if case.valid.all() else (case.valid,):
+        out, row, columns = attend_in_chunks(case.query, case.key, case.value, valid)
+        expected = (case.map @ case.value).transpose(1, 2)[case.valid]
+        torch.testing.assert_close(out.transpose(1, 2)[case.valid], expected, atol=1e-6, rtol=1e-5)
         expected = case.map[:, :, 0, 1:].transpose(1, 2)[inside]
         torch.testing.assert_close(row.transpose(1, 2)[inside], expected, atol=1e-6, rtol=1e-5)
-    torch.testing.assert_close(columns[inside], case.expected(False)[inside], atol=1e-6, rtol=1e-5)
+        torch.testing.assert_close(columns[inside], case.expected(False)[inside], atol=1e-6, rtol=1e-5)
 
 
 @pytest.mark.parametrize("summed", [False, True], ids=["largest", "summed"])
