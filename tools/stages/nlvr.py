@@ -120,7 +120,7 @@ def train_sparse(model: BlipNlvr, config: NlvrConfig, plan: Plan, seed: int, log
         with torch.autocast("cpu", dtype=torch.bfloat16):
             x = encoder.patch_embed(batch["images"].transpose(0, 1).flatten(0, 1))
             x = torch.cat([encoder.cls_token.expand(len(x), -1, -1).to(x.dtype), x], dim=1) + encoder.pos_embed
-            x, layout, _ = run_blocks(encoder.blocks, *pack(x, batch["shown"]), None, OFF, False, True)
+            x, layout, _ = run_blocks(encoder.blocks, *pack(x, batch["shown"]), None, OFF, False, False)
             images = halves(encoder.norm(x), layout)
             text, layout, _ = model.text_encoder(batch["input_ids"], batch["attention_mask"], images, packed=True)
             logits = model.cls_head(class_tokens(text, layout)).float()
