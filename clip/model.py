@@ -69,11 +69,12 @@ class ResidualAttentionBlock(PreNormBlock):
     """A block with OpenAI's names."""
 
     def __init__(self, dim: int, num_heads: int, causal: Causal, pruner: TokenPruner | None):
-        super().__init__(dim, MLP_RATIO * dim, 0.0, pruner)
+        super().__init__(dim, 0.0, pruner)
         self.ln_1 = nn.LayerNorm(dim)
         self.attn = SelfAttention(dim, num_heads, causal)
         self.ln_2 = nn.LayerNorm(dim)
-        layers = [("c_fc", nn.Linear(dim, self.hidden)), ("gelu", QuickGelu()), ("c_proj", nn.Linear(self.hidden, dim))]
+        hidden = MLP_RATIO * dim
+        layers = [("c_fc", nn.Linear(dim, hidden)), ("gelu", QuickGelu()), ("c_proj", nn.Linear(hidden, dim))]
         self.mlp = nn.Sequential(OrderedDict(layers))
 
     def attention(self, x: Tensor, layout: Layout, pruner: TokenPruner | None) -> tuple[Tensor, AttentionStatistics | None]:
@@ -81,6 +82,14 @@ class ResidualAttentionBlock(PreNormBlock):
 
     def feed_forward(self, x: Tensor) -> Tensor:
         return self.mlp(self.ln_2(x))
+
+    @property
+    def attention_weights(self) -> list[nn.Parameter]:
+        return [self.attn.in_proj_weight, self.attn.out_proj.weight]
+
+    @property
+    def mlp_weights(self) -> list[nn.Parameter]:
+        return [self.mlp.c_fc.weight, self.mlp.c_proj.weight]
 
 
 class Transformer(nn.Module):

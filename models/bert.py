@@ -58,9 +58,8 @@ class Heads(nn.Module):
         return out.reshape(x.shape), statistics
 
     def flops(self, queries: Tensor, keys: Tensor) -> Tensor:
-        width = self.query.out_features
-        total = flops.linear(queries, self.query.in_features, width) + flops.attention(queries, keys, width)
-        return total + flops.linear(keys, self.key.in_features, 2 * width)
+        total = flops.products(queries, self.query.weight) + flops.products(keys, self.key.weight, self.value.weight)
+        return total + flops.attention(queries, keys, self.query.out_features)
 
 
 class ResidualOutput(nn.Module):
@@ -76,9 +75,7 @@ class ResidualOutput(nn.Module):
         return self.LayerNorm(self.dropout(self.dense(x)) + residual)
 
     def flops(self, tokens: Tensor) -> Tensor:
-        return flops.linear(tokens, self.dense.in_features, self.dense.out_features) + flops.layer_norm(
-            tokens, self.dense.out_features
-        )
+        return flops.products(tokens, self.dense.weight) + flops.layer_norm(tokens, self.dense.out_features)
 
 
 class Attention(nn.Module):
@@ -116,9 +113,9 @@ class PairedOutput(nn.Module):
         return self.LayerNorm(self.dropout(joined) + residual)
 
     def flops(self, tokens: Tensor) -> Tensor:
-        width = self.dense0.out_features
-        total = flops.linear(tokens, width, 2 * width) + flops.layer_norm(tokens, width)
-        return total if self.merge_layer is None else total + flops.linear(tokens, 2 * width, width)
+        linears = [linear for linear in (self.dense0, self.dense1, self.merge_layer) if linear is not None]
+        products = flops.products(tokens, *(linear.weight for linear in linears))
+        return products + flops.layer_norm(tokens, self.dense0.out_features)
 
 
 class PairedCrossAttention(nn.Module):
@@ -207,9 +204,8 @@ class Layer(nn.Module):
 
     def flops(self, entering: Tensor, leaving: Tensor, ran: Execution, images: Sequence[Tensor]) -> Tensor:
         """Multiply-adds of `forward` for samples with these text and image token counts."""
-        dense = self.intermediate.dense
         total = self.attention.flops(entering) + self.output.flops(leaving)
-        total = total + flops.linear(leaving, dense.in_features, dense.out_features)
+        total = total + flops.products(leaving, self.intermediate.dense.weight)
         if images:
             total = total + self.crossattention.flops(leaving, images)
         if self.pruner is not None:

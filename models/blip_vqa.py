@@ -10,12 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from madtp import flops
 from madtp.alignment import similarity_loss
 from madtp.flops import GIGA
 from madtp.pruning import OFF, PruneSetting
 from models.bert import BertSize, TextEncoder
-from models.decoder import IGNORED, decoder_flops, generation_flops, text_decoder, written_lengths
+from models.decoder import IGNORED, decoder_flops, generation_flops, key_flops, text_decoder, written_lengths
 from models.tower import AlignedModel, TowerRecord, dense_record, padded
 from models.vit import VisionTransformer
 
@@ -207,14 +206,12 @@ class BlipVqa(AlignedModel):
         text = self.text_encoder.flops(question.language, [patches.repeat_interleave(each)], setting)
         text = text.unflatten(0, (images, each)).sum(dim=1) - (each - 1) * self._key_flops(patches)
         source = question.valid[: len(answer_counts)].sum(dim=1)
-        config = self.text_decoder.config
-        keys = flops.linear(source, config.encoder_hidden_size, 2 * config.hidden_size) * config.num_hidden_layers
         answers = decoder_flops(self.text_decoder, answer_tokens, source.repeat_interleave(answer_counts))
         decoder = torch.zeros_like(source).index_add_(
             0, torch.arange(len(source), device=source.device).repeat_interleave(answer_counts), answers
         )
         if len(answer_counts) == 1:
-            decoder = decoder - (answer_counts - 1) * keys
+            decoder = decoder - (answer_counts - 1) * key_flops(self.text_decoder.bert.encoder.layer, source)
         decoder = decoder.unflatten(0, (images, -1)).sum(dim=1)
         vision, text = vision.to(decoder.device), text.to(decoder.device)  # packed records are on the CPU
         parts = {"visual_encoder": vision, "text_encoder": text, "text_decoder": decoder}
@@ -222,8 +219,7 @@ class BlipVqa(AlignedModel):
 
     def _key_flops(self, patches: Tensor) -> Tensor:
         """Multiply-adds of an image's keys and values in all cross-attentions."""
-        width = self.text_encoder.hidden_size
-        return self.text_encoder.depth * flops.linear(patches, self.visual_encoder.embed_dim, 2 * width)
+        return key_flops(self.text_encoder.encoder.layer, patches)
 
     def reference_gflops(self) -> float:
         """GFLOPs of the uncompressed model by the paper's convention. No data needed.

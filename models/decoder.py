@@ -3,7 +3,10 @@
 Shapes: S texts, L text tokens, M tokens of what a text is about (an image's, or a question's), C width.
 """
 
+from collections.abc import Iterable
+
 from torch import Tensor
+from torch.nn import Linear, Module, Parameter
 from transformers import BlipTextConfig
 from transformers.models.blip.modeling_blip_text import BlipTextLMHeadModel, BlipTextSelfAttention
 
@@ -51,12 +54,27 @@ def decoder_flops(decoder: BlipTextLMHeadModel, tokens: Tensor, source: Tensor) 
     """Multiply-adds of a teacher-forced pass for texts of `tokens` (S,) that read `source` (S,) tokens. (S,)"""
     config = decoder.config
     width, depth = config.hidden_size, config.num_hidden_layers
-    own = flops.linear(tokens, width, 4 * width) + flops.attention(tokens, tokens, width)
-    cross = flops.linear(tokens, width, 2 * width) + flops.linear(source, config.encoder_hidden_size, 2 * width)
-    cross = cross + flops.attention(tokens, source, width)
-    rest = flops.mlp(tokens, width, config.intermediate_size) + 3 * flops.layer_norm(tokens, width)
+    attention = flops.attention(tokens, tokens, width) + flops.attention(tokens, source, width)
+    layers = depth * (attention + 3 * flops.layer_norm(tokens, width))
+    layers = layers + flops.products(tokens, *_token_weights(decoder)) + key_flops(decoder.bert.encoder.layer, source)
     head = flops.linear(tokens, width, width + config.vocab_size) + flops.layer_norm(tokens, width)
-    return depth * (own + cross + rest) + head + flops.layer_norm(tokens, width)
+    return layers + head + flops.layer_norm(tokens, width)
+
+
+def key_flops(layers: Iterable[Module], source: Tensor) -> Tensor:
+    """Multiply-adds that map `source` (S,) tokens to the keys and values of all cross-attentions of BERT's layers. (S,)"""
+    reads = [layer.crossattention.self for layer in layers]
+    return flops.products(source, *(linear.weight for heads in reads for linear in (heads.key, heads.value)))
+
+
+def _token_weights(decoder: BlipTextLMHeadModel) -> list[Parameter]:
+    """Of all layers, the weights that every text token meets: all linear ones but the keys and values of the source."""
+    return [
+        linear.weight
+        for layer in decoder.bert.encoder.layer
+        for name, linear in layer.named_modules()
+        if isinstance(linear, Linear) and name not in ("crossattention.self.key", "crossattention.self.value")
+    ]
 
 
 def generation_flops(decoder: BlipTextLMHeadModel, prompt: int, lengths: Tensor, beams: int, source: Tensor) -> Tensor:
@@ -68,12 +86,10 @@ def generation_flops(decoder: BlipTextLMHeadModel, prompt: int, lengths: Tensor,
     width, steps = config.hidden_size, (lengths - prompt).clamp(min=1)
     last = prompt + steps - 1  # tokens that were read when the last one was chosen
     keys_seen = prompt * prompt + (last * (last + 1) - prompt * (prompt + 1)) // 2
-    layer = (
-        flops.linear(last, width, 6 * width) + flops.mlp(last, width, config.intermediate_size) + 3 * flops.layer_norm(last, width)
-    )
-    layer = layer + 2 * (keys_seen + last * source) * width + flops.linear(source, config.encoder_hidden_size, 2 * width)
+    layer = 3 * flops.layer_norm(last, width) + 2 * (keys_seen + last * source) * width
+    linears = flops.products(last, *_token_weights(decoder)) + key_flops(decoder.bert.encoder.layer, source)
     head = flops.linear(steps, width, width + config.vocab_size) + flops.layer_norm(steps, width)
-    return beams * (config.num_hidden_layers * layer + head + flops.layer_norm(last, width))
+    return beams * (config.num_hidden_layers * layer + linears + head + flops.layer_norm(last, width))
 
 
 def written_lengths(ids: Tensor, end: int) -> Tensor:

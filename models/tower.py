@@ -158,9 +158,9 @@ class PreNormBlock(nn.Module):
     Subclasses name the parts as published weights do, and say what `attention` and `feed_forward` are.
     """
 
-    def __init__(self, dim: int, hidden: int, drop_path: float, pruner: TokenPruner | None):
+    def __init__(self, dim: int, drop_path: float, pruner: TokenPruner | None):
         super().__init__()
-        self.dim, self.hidden = dim, hidden
+        self.dim = dim
         self.drop_path = DropPath(drop_path)
         self.pruner = pruner
 
@@ -170,6 +170,16 @@ class PreNormBlock(nn.Module):
 
     def feed_forward(self, x: Tensor) -> Tensor:
         """The MLP of the normed tokens."""
+        raise NotImplementedError
+
+    @property
+    def attention_weights(self) -> list[nn.Parameter]:
+        """Weights of the linear layers in `attention`."""
+        raise NotImplementedError
+
+    @property
+    def mlp_weights(self) -> list[nn.Parameter]:
+        """Weights of the linear layers in `feed_forward`."""
         raise NotImplementedError
 
     def forward(
@@ -191,8 +201,9 @@ class PreNormBlock(nn.Module):
     def flops(self, entering: Tensor, leaving: Tensor, ran: Execution) -> Tensor:
         """Multiply-adds of `forward` for samples with these token counts before and after pruning."""
         dim = self.dim
-        total = flops.layer_norm(entering, dim) + flops.linear(entering, dim, 4 * dim) + flops.attention(entering, entering, dim)
-        total = total + flops.layer_norm(leaving, dim) + flops.mlp(leaving, dim, self.hidden)
+        total = flops.layer_norm(entering, dim) + flops.attention(entering, entering, dim)
+        total = total + flops.products(entering, *self.attention_weights)
+        total = total + flops.layer_norm(leaving, dim) + flops.products(leaving, *self.mlp_weights)
         if self.pruner is not None:
             total = total + self.pruner.flops(entering, ran)
         return total

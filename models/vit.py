@@ -38,17 +38,25 @@ class Block(PreNormBlock):
     """A block with the names of BLIP and timm."""
 
     def __init__(self, dim: int, num_heads: int, mlp_ratio: float, drop_path: float, pruner: TokenPruner | None):
-        super().__init__(dim, int(dim * mlp_ratio), drop_path, pruner)
+        super().__init__(dim, drop_path, pruner)
         self.norm1 = nn.LayerNorm(dim, eps=NORM_EPS)
         self.attn = SelfAttention(dim, num_heads)
         self.norm2 = nn.LayerNorm(dim, eps=NORM_EPS)
-        self.mlp = Mlp(dim, self.hidden)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio))
 
     def attention(self, x: Tensor, layout: Layout, pruner: TokenPruner | None) -> tuple[Tensor, AttentionStatistics | None]:
         return self.attn(self.norm1(x), layout, pruner)
 
     def feed_forward(self, x: Tensor) -> Tensor:
         return self.mlp(self.norm2(x))
+
+    @property
+    def attention_weights(self) -> list[nn.Parameter]:
+        return [self.attn.qkv.weight, self.attn.proj.weight]
+
+    @property
+    def mlp_weights(self) -> list[nn.Parameter]:
+        return [self.mlp.fc1.weight, self.mlp.fc2.weight]
 
 
 class VisionTransformer(nn.Module):

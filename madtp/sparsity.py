@@ -1,0 +1,118 @@
+"""N:M weight sparsity: of every M neighbouring weights along a layer's input, at most N are not zero (MADTP++).
+
+The masks are by magnitude. They hold exactly: gradients of masked weights are dropped before anything reads them, and the weights
+are set to zero again after every optimiser step, since weight decay and momentum of the time before would move them.
+"""
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from madtp import flops
+
+
+class Pattern(NamedTuple):
+    """At most `kept` of `group` neighbours."""
+
+    kept: int
+    group: int
+
+    def __str__(self) -> str:
+        return f"{self.kept}:{self.group}"
+
+
+def parse_pattern(text: str) -> Pattern:
+    """ "2:4", or "m4n2_1d" as NVIDIA's library and the authors name the same.
+
+    Raises:
+        ValueError: when it is neither.
+    """
+    plain, named = re.fullmatch(r"(\d+):(\d+)", text), re.fullmatch(r"m(\d+)n(\d+)_1d", text)
+    kept, group = map(int, plain.groups() if plain else named.groups()[::-1] if named else (0, 0))
+    if not 0 < kept < group:
+        raise ValueError(f"{text!r} is no N:M pattern; write 2:4, 1:4 or 4:8 (m4n2_1d is 2:4)")
+    return Pattern(kept, group)
+
+
+def magnitude_mask(weight: Tensor, pattern: Pattern) -> Tensor:
+    """The largest weights of each group; of equals the earlier one. (O, I) -> (O, I) bool, I a multiple of the group."""
+    groups = weight.detach().abs().unflatten(1, (-1, pattern.group))
+    best = groups.argsort(dim=-1, descending=True, stable=True)[..., : pattern.kept]
+    return torch.zeros_like(groups, dtype=torch.bool).scatter_(-1, best, True).flatten(1)
+
+
+class SparseWeights:
+    """Weights of a model under N:M masks, each from the moment when it is selected.
+
+    left_dense: names of those whose input is no multiple of the group
+    """
+
+    def __init__(self, weights: Mapping[str, nn.Parameter], pattern: Pattern, followers: Mapping[str, nn.Parameter] | None = None):
+        """
+        Args:
+            weights: (O, I) each, by name.
+            followers: weights of the same names that move after these, as momentum encoders' do, and share their masks.
+        """
+        self.pattern = pattern
+        self.left_dense = [name for name, weight in weights.items() if weight.shape[1] % pattern.group]
+        self.weights = {name: weight for name, weight in weights.items() if name not in self.left_dense}
+        self.masks: dict[str, Tensor] = {}
+        self._followers = {name: [weight] for name, weight in (followers or {}).items()}
+        self._dropped: dict[str, Tensor] = {}  # masked weights as they last were, until the masks are fixed
+        for name, weight in self.weights.items():
+            if weight.requires_grad:
+                weight.register_hook(lambda gradient, name=name: gradient * self.masks[name] if name in self.masks else gradient)
+
+    @torch.no_grad()
+    def select(self, names: Iterable[str]) -> None:
+        """Masks for these weights, by what they are; what an earlier mask dropped counts with what it was then."""
+        for name in names:
+            weight = self.weights[name]
+            if name in self._dropped:
+                weight.copy_(torch.where(self.masks[name], weight, self._dropped[name]))
+            self.masks[name] = magnitude_mask(weight, self.pattern)
+            self._dropped[name] = weight.masked_fill(self.masks[name], 0.0)
+        self._mark(self.masks)
+        self.apply()
+
+    def fix(self) -> None:
+        """No mask changes from here on: what was dropped is forgotten."""
+        self._dropped = {}
+
+    @torch.no_grad()
+    def apply(self) -> None:
+        """Set masked weights to zero."""
+        for name, mask in self.masks.items():
+            for weight in self._all(name):
+                weight.masked_fill_(~mask, 0.0)
+
+    @contextmanager
+    def counted(self, names: Iterable[str]) -> Iterator[None]:
+        """Inside, the meter counts exactly these weights as sparse, whether they are masked or not."""
+        self._mark(names)
+        try:
+            yield
+        finally:
+            self._mark(self.masks)
+
+    def state_dict(self) -> dict[str, dict[str, Tensor]]:
+        return {"masks": self.masks, "dropped": self._dropped}
+
+    def load_state_dict(self, state: Mapping[str, Mapping[str, Tensor]]) -> None:
+        self.masks = {name: mask.to(self.weights[name].device) for name, mask in state["masks"].items()}
+        self._dropped = {name: values.to(self.weights[name].device) for name, values in state["dropped"].items()}
+        self._mark(self.masks)
+        self.apply()
+
+    def _all(self, name: str) -> list[nn.Parameter]:
+        return [self.weights[name], *self._followers.get(name, [])]
+
+    def _mark(self, sparse: Iterable[str]) -> None:
+        sparse = set(sparse)
+        for name in self.weights:
+            for weight in self._all(name):
+                flops.mark_sparse(weight, self.pattern if name in sparse else None)
