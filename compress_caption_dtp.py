@@ -7,17 +7,21 @@ Writes <output_dir>/{config.yaml, log.txt, checkpoint_last.pth, checkpoint_best.
 caption_result.json, the captions of the test split in COCO's format.
 """
 
+from functools import partial
+
 import torch
 
 from config import CaptionConfig
 from data.captions import Split, build_loaders, coco_results
 from data.text import dec_token_id, load_tokenizer, prompt_ids
-from engine.compress import Evaluation, Experiment, mean_cost, run_experiment
+from engine.compress import run_experiment
+from engine.experiment import Evaluation, Experiment, mean_cost
 from engine.train import progress
 from madtp.pruning import PruneSetting
 from metrics.caption import caption_scores
 from models.build import caption_from_config
-from models.pretrained import load_caption_weights, read_checkpoint
+from models.pretrained import load_caption_weights
+from models.start import start
 from options import parse_command_line
 from utils import gather_dicts, init_run, logger, run_main
 
@@ -30,12 +34,9 @@ def main() -> None:
     tokenizer = load_tokenizer(config.tokenizer)
     loaders = build_loaders(config, run, tokenizer, config.prompt, dec_token_id(tokenizer))
     prompt = prompt_ids(tokenizer, config.prompt)
-    model = caption_from_config(config, len(tokenizer), prompt, tokenizer.sep_token_id, tokenizer.pad_token_id)
-    checkpoint = {}
-    if config.pretrained:
-        checkpoint = read_checkpoint(config.pretrained)
-        load_caption_weights(model, checkpoint["model"], config.pretrained)
-    model.to(run.device)
+    words = {"vocab_size": len(tokenizer), "end": tokenizer.sep_token_id, "padding": tokenizer.pad_token_id}
+    build = partial(caption_from_config, prompt=prompt, **words)
+    model, checkpoint, teacher = start(config, run.device, build, load_caption_weights)
 
     align = not config.uncompressed
     packed = config.variant == "paper"  # the authors' masks do not follow their tokens: they need padding
@@ -43,7 +44,11 @@ def main() -> None:
     writing = {"num_beams": config.num_beams, "max_length": config.max_length, "min_length": config.min_length}
 
     def losses(model: torch.nn.Module, batch: dict, setting: PruneSetting) -> dict[str, torch.Tensor]:
-        return model(batch["image"], batch["input_ids"], batch["attention_mask"], setting, align, packed_training).losses
+        inputs = batch["image"], batch["input_ids"], batch["attention_mask"]
+        named = model(*inputs, setting, align, packed_training).losses
+        if teacher is not None:
+            named |= teacher.losses(lambda teacher: teacher(*inputs, packed=packed), batch["attention_mask"].bool())
+        return named
 
     def gflops(model: torch.nn.Module, batch: dict, setting: PruneSetting) -> torch.Tensor:
         inputs = batch["image"], batch["input_ids"], batch["attention_mask"]
@@ -74,7 +79,7 @@ def main() -> None:
             inputs=lambda batch: (batch["image"][:1], batch["input_ids"][:1], batch["attention_mask"][:1]),
             score=SELECTS,
             reference=model.reference_gflops(),
-            loss_weights={"similarity": config.sim_weight},
+            loss_weights={"similarity": config.sim_weight, **config.distill_weights},
             checkpoint=checkpoint,
             deployment=lambda model, batch, setting: write(model, batch["image"], setting)[2],
         )

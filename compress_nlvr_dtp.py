@@ -6,6 +6,8 @@
 Writes <output_dir>/{config.yaml, log.txt, checkpoint_last.pth, checkpoint_best.pth, predictions_{val,test}.json, result.json}.
 """
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 
@@ -13,12 +15,14 @@ from config import NlvrConfig
 from data.loading import build_loader
 from data.nlvr import NlvrCollate, build_datasets
 from data.text import load_tokenizer
-from engine.compress import Evaluation, Experiment, run_experiment
+from engine.compress import run_experiment
+from engine.experiment import Evaluation, Experiment
 from engine.train import move, progress
 from madtp.pruning import PruneSetting
 from models.blip_nlvr import reference_gflops
 from models.build import nlvr_from_config
-from models.pretrained import load_nlvr_weights, read_checkpoint
+from models.pretrained import load_nlvr_weights
+from models.start import start
 from options import parse_command_line
 from utils import gather_dicts, init_run, run_main
 
@@ -42,12 +46,8 @@ def main() -> None:
         for split, dataset in build_datasets(config).items()
         if not (config.evaluate and split == "train")
     }
-    model = nlvr_from_config(config, len(tokenizer))
-    checkpoint = {}
-    if config.pretrained:
-        checkpoint = read_checkpoint(config.pretrained)
-        load_nlvr_weights(model, checkpoint["model"], config.pretrained)
-    model.to(run.device)
+    build = partial(nlvr_from_config, vocab_size=len(tokenizer))
+    model, checkpoint, teacher = start(config, run.device, build, load_nlvr_weights)
 
     align = not config.uncompressed
     packed = config.variant == "paper"  # the authors' masks do not follow their tokens: they need padding
@@ -59,6 +59,9 @@ def main() -> None:
         named = {"task": task}
         if align:
             named["similarity"] = bare(model).similarity(output)
+        if teacher is not None:
+            inputs = batch["images"], batch["input_ids"], batch["attention_mask"]
+            named |= teacher.losses(lambda teacher: teacher(*inputs, packed=packed))
         return named
 
     def forward(model: torch.nn.Module, batch: dict, setting: PruneSetting):
@@ -86,7 +89,7 @@ def main() -> None:
             inputs=lambda batch: (batch["images"][:1], batch["input_ids"][:1], batch["attention_mask"][:1]),
             score="acc",
             reference=reference_gflops(model),
-            loss_weights={"similarity": config.sim_weight},
+            loss_weights={"similarity": config.sim_weight, **config.distill_weights},
             checkpoint=checkpoint,
         )
     )  # fmt: skip

@@ -6,17 +6,21 @@
 Writes <output_dir>/{config.yaml, log.txt, checkpoint_last.pth, checkpoint_best.pth, predictions_{val,test}.json, result.json}.
 """
 
+from functools import partial
+
 import torch
 
 from config import RetrievalConfig
 from data.captions import Split, build_loaders
 from data.text import enc_token_id, load_tokenizer
-from engine.compress import Evaluation, Experiment, mean_cost, run_experiment
+from engine.compress import run_experiment
+from engine.experiment import Evaluation, Experiment, mean_cost
 from engine.ranking import predictions, rank
 from madtp.pruning import PruneSetting
 from metrics.retrieval import candidate_recalls
 from models.build import retrieval_from_config
-from models.pretrained import load_retrieval_weights, read_checkpoint
+from models.pretrained import load_retrieval_weights
+from models.start import start
 from options import parse_command_line
 from utils import init_run, run_main
 
@@ -26,12 +30,8 @@ def main() -> None:
     run = init_run(config.device, config.seed)
     tokenizer = load_tokenizer(config.tokenizer)
     loaders = build_loaders(config, run, tokenizer)
-    model = retrieval_from_config(config, len(tokenizer), enc_token_id(tokenizer))
-    checkpoint = {}
-    if config.pretrained:
-        checkpoint = read_checkpoint(config.pretrained)
-        load_retrieval_weights(model, checkpoint["model"], config.pretrained)
-    model.to(run.device)
+    build = partial(retrieval_from_config, vocab_size=len(tokenizer), enc_token=enc_token_id(tokenizer))
+    model, checkpoint, teacher = start(config, run.device, build, load_retrieval_weights)
 
     align = not config.uncompressed
     packed = config.variant == "paper"  # the authors' masks do not follow their tokens: they need padding
@@ -40,7 +40,10 @@ def main() -> None:
     def losses(model: torch.nn.Module, batch: dict, setting: PruneSetting) -> dict[str, torch.Tensor]:
         alpha = config.alpha * min(1.0, batch["epoch"])  # the momentum encoders have little to say at first
         pairs = batch["image"], batch["input_ids"], batch["attention_mask"], batch["image_ids"]
-        return model(*pairs, alpha, setting, align, packed_training)
+        named = model(*pairs, alpha, setting, align, packed_training)
+        if teacher is not None:
+            named |= teacher.losses(lambda teacher: teacher.encode_pairs(*pairs[:3], packed=packed))
+        return named
 
     def costs(model: torch.nn.Module, batch: dict, setting: PruneSetting) -> tuple[dict, torch.Tensor]:
         return model.costs(batch["image"], batch["input_ids"], batch["attention_mask"], setting=setting, packed=packed)
@@ -60,7 +63,7 @@ def main() -> None:
             inputs=lambda batch: (batch["image"][:1], batch["input_ids"][:1], batch["attention_mask"][:1]),
             score="r_mean",
             reference=model.reference_gflops(config.max_text_tokens),
-            loss_weights={"similarity": config.sim_weight, "similarity_momentum": config.sim_weight},
+            loss_weights={"similarity": config.sim_weight, "similarity_momentum": config.sim_weight, **config.distill_weights},
             checkpoint=checkpoint,
             deployment=lambda model, batch, setting: costs(model, batch, setting)[1],
         )

@@ -7,17 +7,21 @@ Writes <output_dir>/{config.yaml, log.txt, checkpoint_last.pth, checkpoint_best.
 vqa_result.json, the answers of the test split in the format of VQA's evaluation server.
 """
 
+from functools import partial
+
 import torch
 
 from config import VqaConfig
 from data.text import load_tokenizer
 from data.vqa import build_loaders, encode_answers, read_answer_list
-from engine.compress import Evaluation, Experiment, run_experiment
+from engine.compress import run_experiment
+from engine.experiment import Evaluation, Experiment
 from engine.train import move, progress
 from madtp.pruning import PruneSetting
 from metrics.vqa import accuracy
 from models.build import vqa_from_config
-from models.pretrained import load_vqa_weights, read_checkpoint
+from models.pretrained import load_vqa_weights
+from models.start import start
 from options import parse_command_line
 from utils import gather_dicts, init_run, run_main
 
@@ -30,12 +34,9 @@ def main() -> None:
     candidates = read_answer_list(config)
     choices = move(encode_answers(tokenizer, candidates), run.device)
     special = encode_answers(tokenizer, [""])["input_ids"][0].tolist()  # [DEC] and [SEP]
-    model = vqa_from_config(config, len(tokenizer), *special, tokenizer.pad_token_id)
-    checkpoint = {}
-    if config.pretrained:
-        checkpoint = read_checkpoint(config.pretrained)
-        load_vqa_weights(model, checkpoint["model"], config.pretrained)
-    model.to(run.device)
+    words = dict(zip(("start", "end"), special, strict=True), padding=tokenizer.pad_token_id)
+    build = partial(vqa_from_config, vocab_size=len(tokenizer), **words)
+    model, checkpoint, teacher = start(config, run.device, build, load_vqa_weights)
 
     align = not config.uncompressed
     packed = config.variant == "paper"  # the authors' masks do not follow their tokens: they need padding
@@ -48,7 +49,10 @@ def main() -> None:
     def losses(model: torch.nn.Module, batch: dict, setting: PruneSetting) -> dict[str, torch.Tensor]:
         output = model(*inputs(batch), setting, align, packed_training)
         task = (batch["answer_weights"] * output.answer_losses).sum() / len(batch["images"])
-        return {"task": task, **({"similarity": output.similarity} if align else {})}
+        named = {"task": task, **({"similarity": output.similarity} if align else {})}
+        if teacher is not None:
+            named |= teacher.losses(lambda teacher: teacher(*inputs(batch), packed=packed), batch["answer_mask"].bool())
+        return named
 
     def gflops(model: torch.nn.Module, batch: dict, setting: PruneSetting) -> torch.Tensor:
         return sum(model.costs(*inputs(batch), setting=setting, packed=packed)[0].values())
@@ -87,7 +91,7 @@ def main() -> None:
             inputs=lambda batch: one_sample(inputs(batch)),
             score="acc",
             reference=model.reference_gflops(),
-            loss_weights={"similarity": config.sim_weight},
+            loss_weights={"similarity": config.sim_weight, **config.distill_weights},
             checkpoint=checkpoint,
             deployment=lambda model, batch, setting: answer(model, batch, setting)[2],
         )

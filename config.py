@@ -4,66 +4,13 @@ One flat namespace with the published key names. `Config` holds what all tasks s
 An empty value (`key:`) means none and is refused where a value is needed; `pretrained:` may be empty.
 """
 
+import re
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
-
-class Section(BaseModel):
-    """A mapping of keys: unknown ones are refused, and a built config does not change."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-
-class VitSizes(Section):
-    """The sizes of a vision transformer."""
-
-    patch_size: int = Field(ge=1, description="pixels along one side of a patch")
-    embed_dim: int = Field(ge=1, description="channels of a token")
-    depth: int = Field(ge=1, description="blocks")
-    num_heads: int = Field(ge=1, description="attention heads; they divide embed_dim")
-    mlp_ratio: float = Field(4.0, gt=0, description="hidden channels of the MLP over embed_dim")
-
-    @model_validator(mode="after")
-    def _heads_divide(self) -> "VitSizes":
-        return _require(self, self.embed_dim % self.num_heads == 0, "embed_dim must be a multiple of num_heads")
-
-
-class BertSizes(Section):
-    """The sizes of a BERT encoder; its vocabulary is the tokenizer's."""
-
-    hidden_size: int = Field(ge=1, description="channels of a token")
-    num_hidden_layers: int = Field(ge=1, description="layers")
-    num_attention_heads: int = Field(ge=1, description="attention heads; they divide hidden_size")
-    intermediate_size: int = Field(ge=1, description="hidden channels of the MLP")
-    max_position_embeddings: int = Field(512, ge=2, description="the longest text, in tokens with [ENC] and [SEP]")
-    dropout: float = Field(0.1, ge=0, lt=1, description="share of activations dropped in training")
-
-    @model_validator(mode="after")
-    def _heads_divide(self) -> "BertSizes":
-        return _require(
-            self, self.hidden_size % self.num_attention_heads == 0, "hidden_size must be a multiple of num_attention_heads"
-        )
-
-
-class ClipSizes(Section):
-    """The sizes of CLIP's towers. The defaults are ViT-L/14's."""
-
-    patch_size: int = Field(14, ge=1, description="pixels along one side of a patch")
-    vision_width: int = Field(1024, ge=1, description="channels of an image token")
-    vision_layers: int = Field(24, ge=1, description="blocks of the image tower")
-    vision_heads: int = Field(16, ge=1, description="attention heads; they divide vision_width")
-    text_width: int = Field(768, ge=1, description="channels of a text token")
-    text_layers: int = Field(12, ge=1, description="blocks of the text tower")
-    text_heads: int = Field(12, ge=1, description="attention heads; they divide text_width")
-    context_length: int = Field(77, ge=3, description="the longest text, in tokens with its start and its end")
-    embed_dim: int = Field(768, ge=1, description="channels of the common space")
-
-    @model_validator(mode="after")
-    def _heads_divide(self) -> "ClipSizes":
-        divides = self.vision_width % self.vision_heads == 0 and self.text_width % self.text_heads == 0
-        return _require(self, divides, "vision_width and text_width must be multiples of vision_heads and text_heads")
+from sizes import BERT_SIZES, VIT_SIZES, Bert, BertSizes, ClipSizes, Section, Vit, VitSizes, require
 
 
 class Augment(Section):
@@ -77,31 +24,7 @@ class Augment(Section):
     @model_validator(mode="after")
     def _ordered(self) -> "Augment":
         low, high = self.crop_scale
-        return _require(self, 0 < low <= high <= 1, "crop_scale must be two numbers with 0 < first <= second <= 1")
-
-
-def _require(section: Any, holds: bool, rule: str) -> Any:
-    if not holds:
-        raise ValueError(rule)
-    return section
-
-
-VIT_SIZES = {
-    "base": VitSizes(patch_size=16, embed_dim=768, depth=12, num_heads=12),
-    "large": VitSizes(patch_size=16, embed_dim=1024, depth=24, num_heads=16),
-}
-BERT_SIZES = {"base": BertSizes(hidden_size=768, num_hidden_layers=12, num_attention_heads=12, intermediate_size=3072)}
-
-
-def _name_or_sizes(value: Any) -> str:
-    return "<name>" if isinstance(value, str) else "<sizes>"
-
-
-# The tags stand in pydantic's error locations; `_key_of` drops what is in angle brackets.
-Vit = Annotated[
-    Annotated[Literal["base", "large"], Tag("<name>")] | Annotated[VitSizes, Tag("<sizes>")], Discriminator(_name_or_sizes)
-]
-Bert = Annotated[Annotated[Literal["base"], Tag("<name>")] | Annotated[BertSizes, Tag("<sizes>")], Discriminator(_name_or_sizes)]
+        return require(self, 0 < low <= high <= 1, "crop_scale must be two numbers with 0 < first <= second <= 1")
 
 
 class Config(Section):
@@ -150,6 +73,20 @@ class Config(Section):
     ramp_epochs: int | None = Field(None, ge=0, description="epochs over which p is reached; none: a third of the epochs")
     calibration_size: int = Field(256, ge=1, description="training samples on which p is measured; more is steadier and slower")
 
+    # weights and distillation (MADTP++)
+    sparsity_type: str = Field("", description="N:M weight sparsity: 2:4, 1:4, 4:8 (m4n2_1d is 2:4); empty: dense weights")
+    sparse_layers: Literal["mlp", "attention", "all"] = Field("all", description="which linear layers of the blocks become sparse")
+    mask_schedule: Literal["once", "refresh"] = Field("once", description="refresh: choose the masks anew in the ramp's epochs")
+    order: Literal["weights_first", "tokens_first", "together", "adaptive"] = Field(
+        "together", description="in which order weights and tokens go; adaptive: step by step what costs the least accuracy"
+    )
+    distill: bool = Field(False, description="learn from the uncompressed model too; better at high p, and slower")
+    teacher: str = Field("", description="path of the uncompressed model's weights; empty: those of 'pretrained'")
+    distill_temperature: float = Field(2.0, gt=0, description="softens the answers of teacher and student")
+    distill_vision: float = Field(1.0, ge=0, description="weight of the images' class tokens")
+    distill_language: float = Field(10.0, ge=0, description="weight of the texts' class tokens")
+    distill_answers: float = Field(1.0, ge=0, description="weight of the answers")
+
     # optimisation
     batch_size_train: int = Field(16, ge=1, description="samples per process and step")
     batch_size_test: int = Field(32, ge=1, description="samples per process at evaluation")
@@ -173,10 +110,20 @@ class Config(Section):
     evaluate: bool = Field(False, description="evaluate the pretrained weights, do not train")
     resume: str = Field("", description="a checkpoint of a run to go on with; 'last': output_dir/checkpoint_last.pth")
 
-    @field_validator("pretrained", "resume", mode="before")
+    @field_validator("pretrained", "resume", "teacher", "sparsity_type", mode="before")
     @classmethod
     def _empty_is_none(cls, value: Any) -> Any:
         return "" if value is None else value
+
+    @field_validator("sparsity_type", mode="after")
+    @classmethod
+    def _as_n_of_m(cls, value: str) -> str:
+        named = re.fullmatch(r"m(\d+)n(\d+)_1d", value)
+        value = f"{named[2]}:{named[1]}" if named else value
+        kept, group = map(int, value.split(":")) if re.fullmatch(r"\d+:\d+", value) else (not value, 2)
+        if not 0 < kept < group:
+            raise ValueError(f"{value!r} is no N:M pattern; write 2:4, 1:4 or 4:8")
+        return value
 
     @field_validator("mag_projection", mode="before")
     @classmethod
@@ -191,7 +138,7 @@ class Config(Section):
     @model_validator(mode="after")
     def _patches_tile_the_image(self) -> "Config":
         patch = self.patch_size
-        return _require(self, self.image_size % patch == 0, f"image_size must be a multiple of the patch size, {patch}")
+        return require(self, self.image_size % patch == 0, f"image_size must be a multiple of the patch size, {patch}")
 
     @property
     def patch_size(self) -> int:
@@ -209,6 +156,19 @@ class Config(Section):
     def uncompressed(self) -> bool:
         """Whether the model is dense: no pruner, no learnable tokens."""
         return self.p == 0 or self.method == "none"
+
+    @property
+    def pattern(self) -> tuple[int, int] | None:
+        """N and M of sparse weights; None where they stay dense."""
+        if not self.sparsity_type or self.p == 0:
+            return None
+        kept, group = self.sparsity_type.split(":")
+        return int(kept), int(group)
+
+    @property
+    def distill_weights(self) -> dict[str, float]:
+        """The weight of each loss of distillation, by name."""
+        return {key: getattr(self, key) for key in ("distill_vision", "distill_language", "distill_answers")}
 
     @property
     def resume_path(self) -> Path | None:
@@ -275,7 +235,7 @@ class RetrievalConfig(Config):
     @model_validator(mode="after")
     def _text_fits_the_encoder(self) -> "RetrievalConfig":
         key, longest = self.longest_text
-        return _require(self, self.max_text_tokens <= longest, f"max_text_tokens must be at most {key}, {longest}")
+        return require(self, self.max_text_tokens <= longest, f"max_text_tokens must be at most {key}, {longest}")
 
     @property
     def longest_text(self) -> tuple[str, int]:
@@ -300,7 +260,7 @@ class ClipRetrievalConfig(RetrievalConfig):
 
     @model_validator(mode="after")
     def _authors_read_another_token(self) -> "ClipRetrievalConfig":
-        return _require(
+        return require(
             self,
             self.variant == "paper",
             "variant: the authors' CLIP reads another token than the end of text once it prunes; use paper",

@@ -168,6 +168,10 @@ class Clip(AlignedModel):
         self.init_learnable_tokens(learnable_tokens)
 
     @property
+    def branches(self) -> dict[str, nn.ModuleList]:
+        return {"vision": self.visual.transformer.resblocks, "language": self.transformer.resblocks}
+
+    @property
     def depth(self) -> int:
         """Blocks of the deeper tower: how far `prune_from` can be raised."""
         return max(len(self.visual.transformer.resblocks), len(self.transformer.resblocks))

@@ -48,6 +48,7 @@ def save_run(path: Path, trainer: Trainer, model: torch.nn.Module, state: dict, 
             "optimizer": trainer.optimizer.state_dict(),
             "scaler": trainer.scaler.state_dict(),
             "step": trainer.step,
+            "sparse": trainer.sparse.state_dict() if trainer.sparse else {},
             "rng": rng,
         }
         save_atomic({**state, **trained}, path)
@@ -73,5 +74,7 @@ def load_run(path: Path, trainer: Trainer, model: torch.nn.Module, run: Run) -> 
         raise UserError(f"{path}: a run of another model; resume it with its own config.yaml") from None
     trainer.scaler.load_state_dict(saved["scaler"])
     trainer.step = saved["step"]
+    if trainer.sparse and saved["sparse"]:
+        trainer.sparse.load_state_dict(saved["sparse"])
     set_rng_state(saved["rng"][run.rank])
     return saved

@@ -6,109 +6,26 @@ GFLOPs target, epoch by epoch, and selects on the validation split. `run_experim
 
 import shutil
 import time
-from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, field
+from contextlib import nullcontext
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from config import Config
 from engine.checkpoint import load_run, save_atomic, save_run
+from engine.experiment import Evaluation, Experiment
 from engine.flop_table import flop_table
 from engine.results import RunLog, count_parameters, write_json
-from engine.train import CosineSchedule, Losses, Precision, Trainer, move, train_epoch
+from engine.train import CosineSchedule, Trainer, move, train_epoch
+from engine.weights import WeightPlan
 from madtp.budget import UnreachableTarget, calibrate
 from madtp.pruning import OFF, PruneSetting
 from options import save_config
-from utils import Run, UserError, all_reduce_sum, barrier, logger, seed_everything
+from utils import UserError, barrier, logger, seed_everything
 
 WITHIN_BUDGET = 0.01  # relative distance from the target at which an epoch may be selected
-
-
-Cost = Callable[[nn.Module, dict, PruneSetting], torch.Tensor]
-
-
-@dataclass
-class Evaluation:
-    """metrics in percent; gflops per sample; predictions: {sample id: {"prediction", "score", "tokens_kept", "gflops"}}.
-
-    submission: the predictions of the test split in a format that others read, by the name of its file
-    """
-
-    metrics: dict[str, float]
-    gflops: float
-    predictions: dict[str, dict]
-    submission: dict[str, object] = field(default_factory=dict)
-
-
-@dataclass
-class Experiment:
-    """A task, as the loop sees it.
-
-    loaders: "train" (not for an evaluation), "calibration", "val", "test"
-    losses: (model, batch, setting) -> named losses; `loss_weights` scales them by name
-    evaluate: (model, loader, setting) -> Evaluation, over all processes; called in evaluation mode, without gradients
-    gflops: (model, batch, setting) -> (S,) GFLOPs of each sample of a batch
-    inputs: batch -> what the model's forward takes, of its first sample; for the table that a run prints first
-    score: the name of the metric that selects
-    reference: GFLOPs of the uncompressed model by the published convention
-    deployment: as `gflops`, of a sample in use; None where that is the same
-    checkpoint: what the weights given by `pretrained` came with (a temperature, say)
-    """
-
-    config: Config
-    run: Run
-    model: nn.Module
-    loaders: dict[str, object]
-    losses: Losses
-    evaluate: Callable[[nn.Module, object, PruneSetting], Evaluation]
-    gflops: Cost
-    score: str
-    reference: float
-    loss_weights: dict[str, float] = field(default_factory=dict)
-    checkpoint: dict = field(default_factory=dict)
-    inputs: Callable[[dict], tuple[torch.Tensor, ...]] | None = None
-    deployment: Cost | None = None
-
-    @property
-    def precision(self) -> Precision:
-        return Precision(self.run.device, self.config.amp)
-
-    def measure(self, setting: PruneSetting) -> float:
-        """Mean GFLOPs per sample on the calibration slice, the same number on every process."""
-        return self.mean(self.gflops, setting)
-
-    @torch.no_grad()
-    def mean(self, cost: Cost, setting: PruneSetting) -> float:
-        """The mean of a cost on the calibration slice."""
-        self.model.eval()
-        with self.precision.autocast():
-            return mean_cost(self.model, self.calibration_batches, cost, setting, self.run)
-
-    @property
-    def calibration_batches(self) -> list[dict]:
-        """The slice is read once: it is small and never augmented."""
-        if not hasattr(self, "_calibration_batches"):
-            self._calibration_batches = list(self.loaders["calibration"])
-        return self._calibration_batches
-
-    @torch.no_grad()
-    def evaluated(self, split: str, setting: PruneSetting) -> Evaluation:
-        self.model.eval()
-        with self.precision.autocast():
-            return self.evaluate(self.model, self.loaders[split], setting)
-
-
-def mean_cost(model: nn.Module, batches: Iterable[dict], cost: Cost, setting: PruneSetting, run: Run) -> float:
-    """The mean per sample over the batches of all processes, the same number on every process."""
-    total = torch.zeros(2, dtype=torch.float64)
-    for batch in batches:
-        per_sample = cost(model, move(batch, run.device), setting)
-        total += torch.tensor([float(per_sample.sum()), len(per_sample)], dtype=torch.float64)
-    total = all_reduce_sum(total.to(run.device))
-    return float(total[0] / total[1])
 
 
 def run_experiment(experiment: Experiment) -> dict:
@@ -127,6 +44,7 @@ def run_experiment(experiment: Experiment) -> dict:
         logger.info("one sample by fvcore, uncompressed:\n%s", flop_table(experiment.model, experiment.inputs(first)))
     logger.info("uncompressed: %.4f GFLOPs per sample; target at p = %g: %.4f", dense, config.p, target)
     if config.evaluate:
+        _mask_as_saved(experiment)
         setting, epoch = _setting_of_checkpoint(experiment, target), experiment.checkpoint.get("epoch", 0)
         val = experiment.evaluated("val", setting)
     else:
@@ -158,6 +76,7 @@ def compress(experiment: Experiment, dense: float) -> tuple[PruneSetting, int, E
     The temperature is calibrated before an epoch that lowers the target, and after an epoch at p, whose result may be selected.
     """
     config, run, folder = experiment.config, experiment.run, Path(experiment.config.output_dir)
+    plan = WeightPlan(config, experiment.sparse, experiment.measure, dense)
     trainer = _trainer(experiment)
     setting, best_score, first_epoch = OFF, float("-inf"), 0
     if config.resume:
@@ -172,10 +91,14 @@ def compress(experiment: Experiment, dense: float) -> tuple[PruneSetting, int, E
     log = RunLog(folder if run.is_main else None, keep=first_epoch > 0)
     for epoch in range(first_epoch, config.max_epoch):
         started = time.time()
-        goals = [ramped(config.p, number, config.ramp_epochs, config.max_epoch) for number in (epoch - 1, epoch)]
-        target, ramping = dense * (1 - goals[1]), goals[1] < config.p
-        if epoch == 0 or goals[0] < goals[1]:
-            setting, _ = meet(experiment, target, setting, ramping, moved=True)
+        before, removal = plan.removal(epoch - 1), plan.removal(epoch)
+        target, ramping = dense * (1 - removal), removal < config.p
+        plan.enter(epoch)
+        with plan.counting(epoch):
+            if plan.chooses(epoch):
+                setting = choose(experiment, plan, target, setting)
+            elif epoch == 0 or before < removal:
+                setting, _ = meet(experiment, target, setting, ramping, moved=True)
         experiment.loaders["train"].sampler.set_epoch(epoch)
         train_started = time.time()
         losses = train_epoch(
@@ -183,14 +106,12 @@ def compress(experiment: Experiment, dense: float) -> tuple[PruneSetting, int, E
             experiment.precision, run, f"epoch {epoch + 1}/{config.max_epoch}",
         )  # fmt: skip
         train_seconds = time.time() - train_started
-        if ramping:
-            measured = experiment.measure(setting)
-        else:
-            setting, measured = meet(experiment, target, setting)
+        with plan.counting(epoch):
+            setting, measured = (setting, experiment.measure(setting)) if ramping else meet(experiment, target, setting)
         val = experiment.evaluated("val", setting)
-        within = abs(measured - dense * (1 - config.p)) <= WITHIN_BUDGET * dense * (1 - config.p)
+        within = plan.settled(epoch) and _within(measured, dense * (1 - config.p), setting)
         score = val.metrics[experiment.score] if within else float("-inf")
-        state = _run_state(config, setting, epoch, max(score, best_score))
+        state = _run_state(experiment, setting, epoch, max(score, best_score))
         selected = score > best_score
         if selected:
             best_score = score
@@ -211,10 +132,20 @@ def compress(experiment: Experiment, dense: float) -> tuple[PruneSetting, int, E
     return _selected(experiment, folder)
 
 
-def ramped(p: float, epoch: int, ramp_epochs: int | None, epochs: int) -> float:
-    """The share of GFLOPs to remove in an epoch: p, reached in equal steps over the first `ramp_epochs` (a third by default)."""
-    ramp = max(1, round(epochs / 3) if ramp_epochs is None else ramp_epochs)
-    return p * min(1.0, (epoch + 1) / ramp)
+def _within(measured: float, goal: float, setting: PruneSetting) -> bool:
+    """Whether GFLOPs meet the goal; where weights alone do, no token is left to give back."""
+    return abs(measured - goal) <= WITHIN_BUDGET * goal or (setting.temperature is None and measured <= goal)
+
+
+def choose(experiment: Experiment, plan: WeightPlan, target: float, setting: PruneSetting) -> PruneSetting:
+    """The setting after the steps that lose least; which weights are masked changes with it."""
+    return plan.choose(
+        target,
+        setting,
+        experiment.measure,
+        meet=lambda wanted: meet(experiment, wanted, setting, ramping=True, moved=True),
+        score=lambda tried: experiment.evaluated("val", tried).metrics[experiment.score],
+    )
 
 
 def meet(
@@ -231,8 +162,9 @@ def meet(
         UserError: naming the range of p, when the target is out of reach.
     """
     config = experiment.config
-    if config.uncompressed:
-        return OFF, experiment.measure(OFF)
+    whole = experiment.measure(OFF)
+    if config.uncompressed or (experiment.sparse and whole <= target):
+        return OFF, whole
     try:
         found = calibrate(
             experiment.measure,
@@ -246,8 +178,7 @@ def meet(
         if ramping:
             logger.info("%.4f GFLOPs wanted, %.4f is the nearest on the way", target, error.nearest.gflops)
             return error.nearest.setting, error.nearest.gflops
-        dense = experiment.measure(OFF)
-        low, high = (max(0.0, 1 - gflops / dense) for gflops in (error.high, error.low))
+        low, high = (max(0.0, 1 - gflops / whole) for gflops in (error.high, error.low))
         raise UserError(
             f"p = {config.p:g} is out of reach: with these weights and settings pruning removes {low:.3f} to {high:.3f} of the"
             f" GFLOPs ({target:.4f} wanted, {error.low:.4f} to {error.high:.4f} possible); choose p in that range"
@@ -268,13 +199,26 @@ def _trainer(experiment: Experiment) -> Trainer:
     schedule = CosineSchedule(
         config.init_lr, config.min_lr, config.max_epoch, steps, config.warmup_steps, config.lr_schedule == "step"
     )
-    return Trainer(model, optimizer, experiment.precision.scaler(), schedule, config.clip_grad)
+    return Trainer(model, optimizer, experiment.precision.scaler(), schedule, config.clip_grad, sparse=experiment.sparse)
 
 
-def _run_state(config: Config, setting: PruneSetting, epoch: int, best_score: float) -> dict:
-    """What is saved beside the weights. A setting means little without the rule and the batch size that it was made for."""
-    rule = {"method": config.method, "variant": config.variant, "keep": config.keep, "batch_size": config.batch_size_test}
-    return {**asdict(setting), "epoch": epoch, "p": config.p, "best_score": best_score, **rule}
+def _rule(config: Config) -> dict:
+    """What a setting was made for, and means little without."""
+    keys = ("method", "variant", "keep", "p", "sparsity_type", "sparse_layers")
+    return {**{key: getattr(config, key) for key in keys}, "batch_size": config.batch_size_test}
+
+
+def _run_state(experiment: Experiment, setting: PruneSetting, epoch: int, best_score: float) -> dict:
+    """What is saved beside the weights."""
+    masked = sorted(experiment.sparse.masks) if experiment.sparse else []
+    return {**asdict(setting), "epoch": epoch, "best_score": best_score, "masked": masked, **_rule(experiment.config)}
+
+
+def _mask_as_saved(experiment: Experiment) -> None:
+    """Mask the weights that were masked when they were saved, and so are zero where their masks are; dense ones all at once."""
+    if experiment.sparse is not None:
+        experiment.sparse.select(experiment.checkpoint.get("masked") or experiment.sparse.weights)
+        experiment.sparse.fix()
 
 
 def _selected(experiment: Experiment, folder: Path) -> tuple[PruneSetting, int, Evaluation]:
@@ -298,10 +242,12 @@ def _setting_of_checkpoint(experiment: Experiment, target: float) -> PruneSettin
         return OFF
     if config.variant == "released" and "variant" not in saved and isinstance(saved.get("temperature"), int | float):
         return PruneSetting(saved["temperature"]) if saved["temperature"] > 0 else OFF  # an authors' checkpoint; T <= 0 is off
-    here = _run_state(config, OFF, 0, 0.0)
-    same = all(saved.get(key) == here[key] for key in ("method", "variant", "keep", "p"))
-    same = same and (config.keep == "instance" or saved.get("batch_size") == here["batch_size"])
-    if same and saved.get("temperature") is not None:
+    here = _rule(config)
+    saved = {"sparsity_type": "", "sparse_layers": config.sparse_layers, **saved}
+    if config.keep == "instance":
+        here.pop("batch_size")
+    calibrated = saved.get("temperature") is not None or saved.get("masked")  # off, where sparse weights alone meet p
+    if calibrated and all(saved.get(key) == value for key, value in here.items()):
         return PruneSetting(saved["temperature"], saved["prune_from"])
     logger.info("no temperature was saved for this rule, p and batch size: calibrating")
     return meet(experiment, target, OFF)[0]
@@ -310,22 +256,27 @@ def _setting_of_checkpoint(experiment: Experiment, target: float) -> PruneSettin
 def _result(
     experiment: Experiment, setting: PruneSetting, epoch: int, gflops: dict[str, float], val: Evaluation, test: Evaluation
 ) -> dict:
-    config = experiment.config
+    config, sparse = experiment.config, experiment.sparse
     measured = experiment.measure(setting)
+    with sparse.counted(()) if sparse else nullcontext():
+        tokens_alone = experiment.measure(setting)
+    nonzero, masked = sparse.nonzero if sparse else (0, 0)
     return {
         "task": config.task,
         "method": config.method if setting.temperature is not None else "none",
         "variant": config.variant,
         "keep": config.keep,
+        "sparsity_type": config.sparsity_type if sparse else "",
         "reduce_ratio": config.p,
         **asdict(setting),
         "epoch": epoch,
         "seed": config.seed,
         "gflops": {
-            **gflops, "measured": measured, "val": val.gflops, "test": test.gflops,
+            **gflops, "measured": measured, "tokens": tokens_alone, "weights": experiment.measure(OFF),
+            "val": val.gflops, "test": test.gflops,
             "reference": experiment.reference,
             "deployment": experiment.mean(experiment.deployment, setting) if experiment.deployment else measured,
         },
-        "params": count_parameters(experiment.model),
+        "params": {**count_parameters(experiment.model), "sparse_nonzero": nonzero, "sparse_total": masked},
         "metrics": {"val": val.metrics, "test": test.metrics},
     }  # fmt: skip

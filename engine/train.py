@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from madtp.pruning import PruneSetting
+from madtp.sparsity import SparseWeights
 from utils import Run, UserError, all_reduce_sum, logger
 
 CHECK_EVERY = 50  # steps between looks at the loss, each of which waits for the device
@@ -69,6 +70,7 @@ class Trainer:
     schedule: CosineSchedule
     clip_grad: float = 0.0  # 0 is no limit
     step: int = 0
+    sparse: SparseWeights | None = None
 
     def update(self, loss: Tensor) -> None:
         """One optimiser step on `loss`."""
@@ -81,6 +83,8 @@ class Trainer:
             nn.utils.clip_grad_norm_(self.model.parameters(), self.clip_grad)
         self.scaler.step(self.optimizer)
         self.scaler.update()
+        if self.sparse is not None:
+            self.sparse.apply()
         self.step += 1
 
 

@@ -4,7 +4,6 @@ The masks are by magnitude. They hold exactly: gradients of masked weights are d
 are set to zero again after every optimiser step, since weight decay and momentum of the time before would move them.
 """
 
-import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -23,19 +22,6 @@ class Pattern(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.kept}:{self.group}"
-
-
-def parse_pattern(text: str) -> Pattern:
-    """ "2:4", or "m4n2_1d" as NVIDIA's library and the authors name the same.
-
-    Raises:
-        ValueError: when it is neither.
-    """
-    plain, named = re.fullmatch(r"(\d+):(\d+)", text), re.fullmatch(r"m(\d+)n(\d+)_1d", text)
-    kept, group = map(int, plain.groups() if plain else named.groups()[::-1] if named else (0, 0))
-    if not 0 < kept < group:
-        raise ValueError(f"{text!r} is no N:M pattern; write 2:4, 1:4 or 4:8 (m4n2_1d is 2:4)")
-    return Pattern(kept, group)
 
 
 def magnitude_mask(weight: Tensor, pattern: Pattern) -> Tensor:
@@ -84,6 +70,13 @@ class SparseWeights:
         self._dropped = {}
 
     @torch.no_grad()
+    def restore(self, names: Iterable[str]) -> None:
+        """Take these masks off again; what they dropped is back."""
+        for name in names:
+            self.weights[name].copy_(torch.where(self.masks.pop(name), self.weights[name], self._dropped.pop(name)))
+        self._mark(self.masks)
+
+    @torch.no_grad()
     def apply(self) -> None:
         """Set masked weights to zero."""
         for name, mask in self.masks.items():
@@ -98,6 +91,17 @@ class SparseWeights:
             yield
         finally:
             self._mark(self.masks)
+
+    @property
+    def changing(self) -> bool:
+        """Whether masks may still change."""
+        return bool(self._dropped)
+
+    @property
+    def nonzero(self) -> tuple[int, int]:
+        """Of the masked weights, those that are not zero, and all of them."""
+        weights = [self.weights[name] for name in self.masks]
+        return sum(int(weight.count_nonzero()) for weight in weights), sum(weight.numel() for weight in weights)
 
     def state_dict(self) -> dict[str, dict[str, Tensor]]:
         return {"masks": self.masks, "dropped": self._dropped}

@@ -58,6 +58,14 @@ class BlipCaption(AlignedModel):
             self.decoder_alignment = nn.ModuleList(Alignment(size.hidden_size, token_dim, projection) for _ in layers)
 
     @property
+    def branches(self) -> dict[str, nn.ModuleList]:
+        return {"vision": self.visual_encoder.blocks}  # the decoder has no class token
+
+    @property
+    def answer_head(self) -> nn.Module:
+        return self.text_decoder
+
+    @property
     def depth(self) -> int:
         """Blocks that prune: how far `prune_from` can be raised."""
         return self.visual_encoder.depth

@@ -45,6 +45,10 @@ class BlipNlvr(AlignedModel):
         self.init_learnable_tokens(learnable_tokens)
 
     @property
+    def answer_head(self) -> nn.Module:
+        return self.cls_head
+
+    @property
     def depth(self) -> int:
         """Blocks of the deeper tower: how far `prune_from` can be raised."""
         return max(self.visual_encoder.depth, self.text_encoder.depth)

@@ -74,6 +74,12 @@ class BlipRetrieval(MomentumModel):
         self.init_learnable_tokens(learnable_tokens)
         self.init_momentum(("visual_encoder", "text_encoder", "vision_proj", "text_proj"), embed_dim, queue_size, momentum)
 
+    def pair_logits(self, vision: Tensor, language: Tensor) -> Tensor:
+        """(B, B) from the class tokens (B, C) that the encoders' blocks end with."""
+        image = F.normalize(self.vision_proj(self.visual_encoder.norm(vision)).float(), dim=-1)
+        text = F.normalize(self.text_proj(language).float(), dim=-1)
+        return image @ text.t() / self.temperature
+
     @property
     def depth(self) -> int:
         """Blocks of the deeper tower: how far `prune_from` can be raised."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from madtp.alignment import similarity_loss
 from madtp.flops import GIGA
@@ -68,6 +68,10 @@ class BlipVqa(AlignedModel):
         self.text_decoder = text_decoder(size, text_encoder.hidden_size, label_smoothing, start, end, padding)
         self.start, self.end, self.padding = start, end, padding
         self.init_learnable_tokens(learnable_tokens)
+
+    @property
+    def answer_head(self) -> nn.Module:
+        return self.text_decoder
 
     @property
     def depth(self) -> int:

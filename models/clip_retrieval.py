@@ -31,6 +31,12 @@ class ClipRetrieval(Clip, MomentumModel):
         super().__init__(size, make_pruner, learnable_tokens, text_order, checkpoint_blocks)
         self.init_momentum(MOMENTUM_PARTS, size.embed_dim, queue_size, momentum)
 
+    def pair_logits(self, vision: Tensor, language: Tensor) -> Tensor:
+        """(B, B) from the class tokens (B, C) that the towers' blocks end with."""
+        image = F.normalize((self.visual.ln_post(vision) @ self.visual.proj).float(), dim=-1)
+        text = F.normalize((self.ln_final(language) @ self.text_projection).float(), dim=-1)
+        return image @ text.t() / self.temperature
+
     @property
     def temperature(self) -> Tensor:
         """By which similarities are divided."""

@@ -56,7 +56,7 @@ class MomentumModel(AlignedModel):
         self.register_buffer("idx_queue", torch.full((1, queue_size), NO_IMAGE))
         self.register_buffer("ptr_queue", torch.zeros(1, dtype=torch.long))
 
-    def _followers(self) -> Iterator[tuple[Tensor, Tensor]]:
+    def followers(self) -> Iterator[tuple[Tensor, Tensor]]:
         for name in self._parts:
             part, follower = getattr(self, name), getattr(self, f"{name}_m")
             if isinstance(part, nn.Parameter):
@@ -67,7 +67,7 @@ class MomentumModel(AlignedModel):
     @torch.no_grad()
     def follow(self) -> None:
         """One step of the momentum weights towards the online ones."""
-        for part, follower in self._followers():
+        for part, follower in self.followers():
             follower.mul_(self.momentum).add_(part, alpha=1 - self.momentum)
 
     @torch.no_grad()
@@ -106,6 +106,12 @@ class MomentumModel(AlignedModel):
             for slow in (False, True)
         ]
         return PairPasses(*both[0], *both[1])
+
+    def encode_pairs(
+        self, images: Tensor, input_ids: Tensor, attention_mask: Tensor, packed: bool = False
+    ) -> tuple[Encoded, Encoded]:
+        """Images and texts by the online encoders, nothing pruned. Arguments as of `passes`."""
+        return self.encode_image(images, packed=packed), self.encode_text(input_ids, attention_mask, packed=packed)
 
     def contrastive_loss(self, passes: PairPasses, image_ids: Tensor, alpha: float) -> Tensor:
         """Cross-entropy of each image against all texts of batch and queue, and the reverse, averaged.

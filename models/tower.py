@@ -120,6 +120,12 @@ class AlignedModel(nn.Module):
     """A model whose towers share learnable tokens E; `space_dict` is their published name."""
 
     space_dict: nn.Parameter | None
+    answer_head: nn.Module | None = None  # see madtp.distillation, as of `branches` and `pair_logits`
+
+    @property
+    def branches(self) -> dict[str, nn.ModuleList]:
+        """The blocks of each branch that has a class token."""
+        return {"vision": self.visual_encoder.blocks, "language": self.text_encoder.encoder.layer}
 
     def init_learnable_tokens(self, sizes: tuple[int, int, float] | None) -> None:
         """sizes: number K, width D and initial standard deviation; None without pruners."""

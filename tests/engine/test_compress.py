@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from config import NlvrConfig
-from engine.compress import Evaluation, Experiment, run_experiment
+from engine.compress import run_experiment
+from engine.experiment import Evaluation, Experiment
 from madtp.pruning import OFF
 from utils import Run, UserError
 

@@ -1,4 +1,4 @@
-"""Learning rates, the share of GFLOPs over the epochs, and one epoch of training."""
+"""Learning rates, and one epoch of training."""
 
 import math
 
@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch import nn
 
-from engine.compress import ramped
 from engine.train import CosineSchedule, Precision, Trainer, train_epoch
 from madtp.pruning import OFF
 from utils import Run, UserError
@@ -35,20 +34,6 @@ def test_the_rate_rises_linearly_while_warming_up():
     schedule = CosineSchedule(1.0, 0.0, epochs=1, steps_per_epoch=100, warmup_steps=4, per_step=True)
     assert [schedule.rate(step) for step in range(4)] == [0.25, 0.5, 0.75, 1.0]
     assert 0.9 < schedule.rate(4) < 1.0
-
-
-@pytest.mark.parametrize(
-    ("epochs", "ramp_epochs", "shares"),
-    [
-        (6, None, [0.3, 0.6, 0.6, 0.6, 0.6, 0.6]),  # a third of the epochs
-        (4, 4, [0.15, 0.3, 0.45, 0.6]),
-        (3, 1, [0.6, 0.6, 0.6]),
-        (3, 0, [0.6, 0.6, 0.6]),
-        (1, None, [0.6]),
-    ],
-)
-def test_the_share_to_remove_is_reached_in_equal_steps(epochs, ramp_epochs, shares):
-    assert [ramped(0.6, epoch, ramp_epochs, epochs) for epoch in range(epochs)] == pytest.approx(shares)
 
 
 def trainer(lr: float = 0.1) -> Trainer:

@@ -25,7 +25,8 @@ ABOVE = {  # what a layer must not know
     "clip": {"data", "transform", "engine", "metrics"},
     "models": {"data", "transform", "engine", "metrics"},
     "engine": {"transform", "metrics"},
-    "config": OURS - {"config", "utils"},
+    "sizes": OURS - {"sizes"},
+    "config": OURS - {"config", "sizes", "utils"},
     "options": OURS - {"options", "config", "utils"},
     "utils": OURS - {"utils"},
 }

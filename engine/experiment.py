@@ -1,0 +1,100 @@
+"""A task as the loop sees it, and what evaluating it gives."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from config import Config
+from engine.train import Losses, Precision, move
+from madtp.pruning import PruneSetting
+from models.linears import sparse_weights
+from utils import Run, all_reduce_sum
+
+Cost = Callable[[nn.Module, dict, PruneSetting], torch.Tensor]
+
+
+@dataclass
+class Evaluation:
+    """metrics in percent; gflops per sample; predictions: {sample id: {"prediction", "score", "tokens_kept", "gflops"}}.
+
+    submission: the predictions of the test split in a format that others read, by the name of its file
+    """
+
+    metrics: dict[str, float]
+    gflops: float
+    predictions: dict[str, dict]
+    submission: dict[str, object] = field(default_factory=dict)
+
+
+@dataclass
+class Experiment:
+    """A task, as the loop sees it.
+
+    loaders: "train" (not for an evaluation), "calibration", "val", "test"
+    losses: (model, batch, setting) -> named losses; `loss_weights` scales them by name
+    evaluate: (model, loader, setting) -> Evaluation, over all processes; called in evaluation mode, without gradients
+    gflops: (model, batch, setting) -> (S,) GFLOPs of each sample of a batch
+    inputs: batch -> what the model's forward takes, of its first sample; for the table that a run prints first
+    score: the name of the metric that selects
+    reference: GFLOPs of the uncompressed model by the published convention
+    deployment: as `gflops`, of a sample in use; None where that is the same
+    checkpoint: what the weights given by `pretrained` came with (a temperature, say)
+    """
+
+    config: Config
+    run: Run
+    model: nn.Module
+    loaders: dict[str, object]
+    losses: Losses
+    evaluate: Callable[[nn.Module, object, PruneSetting], Evaluation]
+    gflops: Cost
+    score: str
+    reference: float
+    loss_weights: dict[str, float] = field(default_factory=dict)
+    checkpoint: dict = field(default_factory=dict)
+    inputs: Callable[[dict], tuple[torch.Tensor, ...]] | None = None
+    deployment: Cost | None = None
+
+    def __post_init__(self):
+        pattern = self.config.pattern
+        self.sparse = None if pattern is None else sparse_weights(self.model, pattern, self.config.sparse_layers)
+
+    @property
+    def precision(self) -> Precision:
+        return Precision(self.run.device, self.config.amp)
+
+    def measure(self, setting: PruneSetting) -> float:
+        """Mean GFLOPs per sample on the calibration slice, the same number on every process."""
+        return self.mean(self.gflops, setting)
+
+    @torch.no_grad()
+    def mean(self, cost: Cost, setting: PruneSetting) -> float:
+        """The mean of a cost on the calibration slice."""
+        self.model.eval()
+        with self.precision.autocast():
+            return mean_cost(self.model, self.calibration_batches, cost, setting, self.run)
+
+    @property
+    def calibration_batches(self) -> list[dict]:
+        """The slice is read once: it is small and never augmented."""
+        if not hasattr(self, "_calibration_batches"):
+            self._calibration_batches = list(self.loaders["calibration"])
+        return self._calibration_batches
+
+    @torch.no_grad()
+    def evaluated(self, split: str, setting: PruneSetting) -> Evaluation:
+        self.model.eval()
+        with self.precision.autocast():
+            return self.evaluate(self.model, self.loaders[split], setting)
+
+
+def mean_cost(model: nn.Module, batches: Iterable[dict], cost: Cost, setting: PruneSetting, run: Run) -> float:
+    """The mean per sample over the batches of all processes, the same number on every process."""
+    total = torch.zeros(2, dtype=torch.float64)
+    for batch in batches:
+        per_sample = cost(model, move(batch, run.device), setting)
+        total += torch.tensor([float(per_sample.sum()), len(per_sample)], dtype=torch.float64)
+    total = all_reduce_sum(total.to(run.device))
+    return float(total[0] / total[1])

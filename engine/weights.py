@@ -1,0 +1,115 @@
+"""Sparse weights beside pruned tokens, under one budget: what is masked when, and what is left for the tokens to remove.
+
+`p` is what both remove together. With weights alone removing w of the GFLOPs, over a ramp of R epochs:
+
+together       all weights are masked at first, and the tokens' share rises in equal steps, from w to p
+weights_first  the same, but R epochs with masked weights and whole tokens go before
+tokens_first   tokens first, as many as p leaves them beside masked weights; after R epochs all weights are masked
+adaptive       p rises in equal steps; each is taken by tokens or by a group of weights, whichever loses less validation score per
+               GFLOP, as often as it takes
+"""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+
+from config import Config
+from madtp.pruning import OFF, PruneSetting
+from madtp.sparsity import SparseWeights
+from models.linears import groups
+from utils import UserError, logger
+
+Measure = Callable[[PruneSetting], float]
+Score = Callable[[PruneSetting], float]
+Meet = Callable[[float], tuple[PruneSetting, float]]  # GFLOPs -> the setting that comes nearest, and its GFLOPs
+
+NEAR = 0.01  # relative: no further step for less
+
+
+class WeightPlan:
+    """What happens to weights and tokens in each epoch. Without sparse weights: the tokens' ramp alone."""
+
+    def __init__(self, config: Config, sparse: SparseWeights | None, measure: Measure, dense: float):
+        """dense: GFLOPs of the uncompressed model, as `measure` gives them."""
+        self.config, self.sparse, self.dense = config, sparse, dense
+        self.ramp = max(1, round(config.max_epoch / 3) if config.ramp_epochs is None else config.ramp_epochs)
+        self.removed_by_weights = 0.0
+        if sparse is not None:
+            with sparse.counted(sparse.weights):
+                self.removed_by_weights = 1 - measure(OFF) / dense
+            for name in sparse.left_dense:
+                logger.info("%s stays dense: its input is no multiple of %d", name, sparse.pattern.group)
+            self._check()
+
+    def _check(self) -> None:
+        alone, p = self.removed_by_weights, self.config.p
+        if alone >= p:
+            logger.info("the weights alone remove %.3f of the GFLOPs, p = %g: token pruning is off", alone, p)
+        elif self.config.method == "none":
+            raise UserError(
+                f"p = {p:g} is out of reach: the weights alone remove {alone:.3f} of the GFLOPs; choose p up to that, or prune"
+                " tokens too (--token_reduce, method: dtp)"
+            )
+
+    def removal(self, epoch: int) -> float:
+        """The share of GFLOPs that is to be gone in an epoch."""
+        p, alone = self.config.p, self.removed_by_weights
+        if alone >= p:
+            return p
+        if self.sparse is None or self.config.order in ("tokens_first", "adaptive"):
+            return p * min(1.0, (epoch + 1) / self.ramp)
+        late = self.ramp if self.config.order == "weights_first" else 0
+        return alone + (p - alone) * max(0.0, min(1.0, (epoch - late + 1) / self.ramp))
+
+    def enter(self, epoch: int) -> None:
+        """Mask what this epoch has masked, but for `adaptive`, which `choose` does."""
+        if self.sparse is None:
+            return
+        if self.config.order != "adaptive" and epoch >= (self.ramp if self.config.order == "tokens_first" else 0):
+            refreshed = self.config.mask_schedule == "refresh" and epoch < self._start + self.ramp
+            if not self.sparse.masks or refreshed:
+                self.sparse.select(self.sparse.weights)
+        if self.sparse.masks and epoch >= self._start + (self.ramp if self.config.mask_schedule == "refresh" else 0):
+            self.sparse.fix()
+
+    def chooses(self, epoch: int) -> bool:
+        """Whether it is `choose` that meets the epoch's target."""
+        return self.sparse is not None and self.config.order == "adaptive" and epoch < self.ramp
+
+    def settled(self, epoch: int) -> bool:
+        """Whether all masks are there that will be, so that the epoch may be selected."""
+        return self.sparse is None or (epoch >= self._start and not self.sparse.changing)
+
+    @property
+    def _start(self) -> int:
+        """The first epoch with masks; of `adaptive` the first in which none is new."""
+        return self.ramp if self.config.order in ("tokens_first", "adaptive") else 0
+
+    def counting(self, epoch: int) -> AbstractContextManager:
+        """Inside, the GFLOPs are those that count: with all weights masked, if tokens go first and leave that to them."""
+        if self.sparse is None or self.config.order != "tokens_first" or epoch >= self.ramp:
+            return nullcontext()
+        return self.sparse.counted(self.sparse.weights)
+
+    def choose(self, target: float, setting: PruneSetting, measure: Measure, meet: Meet, score: Score) -> PruneSetting:
+        """`adaptive`: bring the GFLOPs down to `target`, each time by what loses the least score per GFLOP that it saves."""
+        now, best = measure(setting), score(setting)
+        while now > target * (1 + NEAR):
+            options: dict[str, tuple[float, float, PruneSetting]] = {}
+            for name, weights in self._groups_left().items():
+                self.sparse.select(weights)
+                options[name] = measure(setting), score(setting), setting
+                self.sparse.restore(weights)
+            fewer, cost = meet(target)
+            if cost < now:
+                options["tokens"] = cost, score(fewer), fewer
+            if not options:
+                break
+            chosen = min(options, key=lambda name: (best - options[name][1]) / (now - options[name][0]))
+            if chosen != "tokens":
+                self.sparse.select(self._groups_left()[chosen])
+            logger.info("%s: %.4f -> %.4f GFLOPs, score %.2f -> %.2f", chosen, now, options[chosen][0], best, options[chosen][1])
+            now, best, setting = options[chosen]
+        return setting
+
+    def _groups_left(self) -> dict[str, list[str]]:
+        return groups(name for name in self.sparse.weights if name not in self.sparse.masks)

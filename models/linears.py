@@ -1,0 +1,51 @@
+"""Which weights of a model may become sparse: those of the linear layers in its blocks.
+
+Embeddings, heads and the alignment of the pruners stay dense.
+"""
+
+import re
+from collections.abc import Iterable
+from typing import Literal
+
+from torch import nn
+
+from madtp.sparsity import Pattern, SparseWeights
+from models.momentum import MomentumModel
+
+Layers = Literal["mlp", "attention", "all"]
+
+BLOCK = re.compile(r"(^|\.)(blocks|layer|resblocks)\.\d+\.")
+ATTENTION = re.compile(r"\.(attn|attention|crossattention)\.")
+
+
+def sparse_weights(model: nn.Module, pattern: tuple[int, int], layers: Layers) -> SparseWeights:
+    """The weights of `layers`, none of them masked yet; momentum encoders follow."""
+    parameters = dict(model.named_parameters())
+    followers = {}
+    if isinstance(model, MomentumModel):
+        names = {id(parameter): name for name, parameter in parameters.items()}
+        followers = {names[id(part)]: follower for part, follower in model.followers()}
+    weights = {name: parameters[name] for name in _linear_weights(model) if parameters[name].requires_grad and wanted(name, layers)}
+    return SparseWeights(weights, Pattern(*pattern), {name: followers[name] for name in weights if name in followers})
+
+
+def wanted(name: str, layers: Layers) -> bool:
+    """Whether a weight of this name lies in a block, and there in `layers`."""
+    if not BLOCK.search(name) or ".pruner." in name:
+        return False
+    return layers == "all" or (layers == "attention") == bool(ATTENTION.search(name))
+
+
+def groups(names: Iterable[str]) -> dict[str, list[str]]:
+    """Weights that are masked together: those of one tower's attention, and of its MLPs."""
+    found: dict[str, list[str]] = {}
+    for name in names:
+        kind = "attention" if ATTENTION.search(name) else "mlp"
+        found.setdefault(f"{name.split('.')[0]} {kind}", []).append(name)
+    return found
+
+
+def _linear_weights(model: nn.Module) -> list[str]:
+    """Names of two-dimensional weights that are no embeddings."""
+    embeddings = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Embedding)}
+    return [name for name, parameter in model.named_parameters() if name not in embeddings and parameter.dim() == 2]

@@ -1,0 +1,38 @@
+"""What a run starts from: the model with its weights, and the teacher that it learns from (MADTP++)."""
+
+from collections.abc import Callable, Mapping
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from config import Config
+from madtp.distillation import Distillation
+from models.pretrained import read_checkpoint
+from utils import UserError
+
+ConfigT = TypeVar("ConfigT", bound=Config)
+Build = Callable[[ConfigT], nn.Module]
+Load = Callable[[nn.Module, Mapping[str, Tensor], str], object]  # model, weights, where they are from
+UNCOMPRESSED = {"p": 0.0, "drop_path": 0.0}
+
+
+def start(config: ConfigT, device: torch.device, build: Build, load: Load) -> tuple[nn.Module, dict, Distillation | None]:
+    """The model on `device` with the weights of `pretrained`, what these came with, and with `distill: true` the teacher.
+
+    Raises:
+        UserError: when weights are missing or do not fit.
+    """
+    model, checkpoint = build(config), {}
+    if config.pretrained:
+        checkpoint = read_checkpoint(config.pretrained)
+        load(model, checkpoint["model"], config.pretrained)
+    model.to(device)
+    if not config.distill or config.evaluate:
+        return model, checkpoint, None
+    path = config.teacher or config.pretrained
+    if not path:
+        raise UserError("distill: there is no model to learn from; set the key 'teacher' or 'pretrained'")
+    teacher = build(config.model_copy(update=UNCOMPRESSED))
+    load(teacher, read_checkpoint(path)["model"], path)
+    return model, checkpoint, Distillation(teacher.to(device), model, config.distill_temperature)

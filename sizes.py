@@ -1,0 +1,85 @@
+"""The sizes of the models' parts, as mappings of a YAML file or by name."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
+
+
+class Section(BaseModel):
+    """A mapping of keys: unknown ones are refused, and a built config does not change."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class VitSizes(Section):
+    """The sizes of a vision transformer."""
+
+    patch_size: int = Field(ge=1, description="pixels along one side of a patch")
+    embed_dim: int = Field(ge=1, description="channels of a token")
+    depth: int = Field(ge=1, description="blocks")
+    num_heads: int = Field(ge=1, description="attention heads; they divide embed_dim")
+    mlp_ratio: float = Field(4.0, gt=0, description="hidden channels of the MLP over embed_dim")
+
+    @model_validator(mode="after")
+    def _heads_divide(self) -> "VitSizes":
+        return require(self, self.embed_dim % self.num_heads == 0, "embed_dim must be a multiple of num_heads")
+
+
+class BertSizes(Section):
+    """The sizes of a BERT encoder; its vocabulary is the tokenizer's."""
+
+    hidden_size: int = Field(ge=1, description="channels of a token")
+    num_hidden_layers: int = Field(ge=1, description="layers")
+    num_attention_heads: int = Field(ge=1, description="attention heads; they divide hidden_size")
+    intermediate_size: int = Field(ge=1, description="hidden channels of the MLP")
+    max_position_embeddings: int = Field(512, ge=2, description="the longest text, in tokens with [ENC] and [SEP]")
+    dropout: float = Field(0.1, ge=0, lt=1, description="share of activations dropped in training")
+
+    @model_validator(mode="after")
+    def _heads_divide(self) -> "BertSizes":
+        return require(
+            self, self.hidden_size % self.num_attention_heads == 0, "hidden_size must be a multiple of num_attention_heads"
+        )
+
+
+class ClipSizes(Section):
+    """The sizes of CLIP's towers. The defaults are ViT-L/14's."""
+
+    patch_size: int = Field(14, ge=1, description="pixels along one side of a patch")
+    vision_width: int = Field(1024, ge=1, description="channels of an image token")
+    vision_layers: int = Field(24, ge=1, description="blocks of the image tower")
+    vision_heads: int = Field(16, ge=1, description="attention heads; they divide vision_width")
+    text_width: int = Field(768, ge=1, description="channels of a text token")
+    text_layers: int = Field(12, ge=1, description="blocks of the text tower")
+    text_heads: int = Field(12, ge=1, description="attention heads; they divide text_width")
+    context_length: int = Field(77, ge=3, description="the longest text, in tokens with its start and its end")
+    embed_dim: int = Field(768, ge=1, description="channels of the common space")
+
+    @model_validator(mode="after")
+    def _heads_divide(self) -> "ClipSizes":
+        divides = self.vision_width % self.vision_heads == 0 and self.text_width % self.text_heads == 0
+        return require(self, divides, "vision_width and text_width must be multiples of vision_heads and text_heads")
+
+
+def require(section: Any, holds: bool, rule: str) -> Any:
+    if not holds:
+        raise ValueError(rule)
+    return section
+
+
+VIT_SIZES = {
+    "base": VitSizes(patch_size=16, embed_dim=768, depth=12, num_heads=12),
+    "large": VitSizes(patch_size=16, embed_dim=1024, depth=24, num_heads=16),
+}
+BERT_SIZES = {"base": BertSizes(hidden_size=768, num_hidden_layers=12, num_attention_heads=12, intermediate_size=3072)}
+
+
+def _name_or_sizes(value: Any) -> str:
+    return "<name>" if isinstance(value, str) else "<sizes>"
+
+
+# The tags stand in pydantic's error locations; `_key_of` drops what is in angle brackets.
+Vit = Annotated[
+    Annotated[Literal["base", "large"], Tag("<name>")] | Annotated[VitSizes, Tag("<sizes>")], Discriminator(_name_or_sizes)
+]
+Bert = Annotated[Annotated[Literal["base"], Tag("<name>")] | Annotated[BertSizes, Tag("<sizes>")], Discriminator(_name_or_sizes)]

@@ -1,0 +1,112 @@
+"""The plan of sparse weights and pruned tokens: what is removed and masked in which epoch, and what loses least."""
+
+import pytest
+import torch
+from torch import nn
+
+from config import NlvrConfig
+from engine.weights import WeightPlan
+from madtp.flops import multiplied
+from madtp.pruning import OFF, PruneSetting
+from madtp.sparsity import Pattern, SparseWeights
+from utils import UserError
+
+DENSE = 10.0
+
+
+ATTENTION, MLP = "tower.blocks.0.attn.qkv.weight", "tower.blocks.0.mlp.fc1.weight"
+SAVED = {ATTENTION: 1.0, MLP: 2.0}  # GFLOPs that a sparse weight saves, of DENSE
+
+
+def sparse_model() -> SparseWeights:
+    return SparseWeights({name: nn.Parameter(torch.randn(4, 8)) for name in SAVED}, Pattern(2, 4))
+
+
+def cost(sparse: SparseWeights | None, setting: PruneSetting) -> float:
+    """The share of tokens that stays is the temperature."""
+    weights = sparse.weights if sparse else {}
+    saved = sum(SAVED[name] for name, weight in weights.items() if multiplied(weight) < weight.numel())
+    return (DENSE - saved) * (1.0 if setting.temperature is None else setting.temperature)
+
+
+def plan(p: float = 0.6, sparse: SparseWeights | None = None, **keys) -> WeightPlan:
+    config = NlvrConfig(p=p, sparsity_type="2:4" if sparse else "", **{"max_epoch": 6, **keys})
+    return WeightPlan(config, sparse, lambda setting: cost(sparse, setting), DENSE)
+
+
+@pytest.mark.parametrize(
+    ("epochs", "ramp_epochs", "shares"),
+    [
+        (6, None, [0.3, 0.6, 0.6, 0.6, 0.6, 0.6]),  # a third of the epochs
+        (4, 4, [0.15, 0.3, 0.45, 0.6]),
+        (3, 1, [0.6, 0.6, 0.6]),
+        (3, 0, [0.6, 0.6, 0.6]),
+        (1, None, [0.6]),
+    ],
+)
+def test_the_share_to_remove_is_reached_in_equal_steps(epochs, ramp_epochs, shares):
+    tokens = plan(max_epoch=epochs, ramp_epochs=ramp_epochs)
+    assert [tokens.removal(epoch) for epoch in range(epochs)] == pytest.approx(shares)
+
+
+@pytest.mark.parametrize(
+    ("order", "shares", "masked"),
+    [
+        ("together", [0.45, 0.6, 0.6, 0.6], [True, True, True, True]),  # weights alone: 0.3
+        ("weights_first", [0.3, 0.3, 0.45, 0.6], [True, True, True, True]),
+        ("tokens_first", [0.3, 0.6, 0.6, 0.6], [False, False, True, True]),
+    ],
+)
+def test_the_orders_differ_in_what_goes_when(order, shares, masked):
+    sparse = sparse_model()
+    planned = plan(sparse=sparse, order=order)
+    assert [planned.removal(epoch) for epoch in range(4)] == pytest.approx(shares)
+    for epoch, expected in enumerate(masked):
+        planned.enter(epoch)
+        assert bool(sparse.masks) == expected
+        assert planned.settled(epoch) == expected
+        with planned.counting(epoch):  # whoever goes first, both are counted
+            assert cost(sparse, OFF) == 7.0
+
+
+def test_masks_are_refreshed_while_the_tokens_ramp_and_then_fixed():
+    sparse = sparse_model()
+    planned = plan(sparse=sparse, mask_schedule="refresh")
+    weight = sparse.weights[MLP]
+    seen = []
+    for epoch in range(4):
+        planned.enter(epoch)
+        seen.append(sparse.masks[MLP].clone())
+        assert planned.settled(epoch) == (epoch >= 2)
+        weight.data.mul_(0.01)  # what was dropped is larger now
+    assert not torch.equal(seen[0], seen[1]) and torch.equal(seen[2], seen[3])
+
+
+def test_weights_that_meet_p_alone_leave_the_tokens_whole_and_say_so(caplog):
+    caplog.set_level("INFO")
+    planned = plan(p=0.25, sparse=sparse_model())
+    assert {planned.removal(epoch) for epoch in range(6)} == {0.25}
+    assert "token pruning is off" in caplog.text
+
+
+def test_weights_alone_that_cannot_meet_p_are_refused():
+    with pytest.raises(UserError, match=r"p = 0.6 is out of reach: the weights alone remove 0.300"):
+        plan(sparse=sparse_model(), method="none")
+
+
+def test_adaptive_takes_each_step_by_what_loses_least_per_gflop():
+    """Masking the MLP is free, masking attention ruins the score; tokens lose a little."""
+    sparse = sparse_model()
+    planned = plan(sparse=sparse, order="adaptive")
+
+    def score(setting: PruneSetting) -> float:
+        return 90 - 50 * (ATTENTION in sparse.masks) - (0 if setting.temperature is None else 5)
+
+    def meet(target: float) -> tuple[PruneSetting, float]:
+        setting = PruneSetting(target / cost(sparse, OFF))
+        return setting, cost(sparse, setting)
+
+    before = sparse.weights[ATTENTION].clone()
+    setting = planned.choose(5.0, OFF, lambda setting: cost(sparse, setting), meet, score)
+    assert set(sparse.masks) == {MLP} and cost(sparse, setting) == pytest.approx(5.0)
+    assert torch.equal(sparse.weights[ATTENTION], before)  # tried, and taken back

@@ -1,0 +1,115 @@
+"""N:M masks: what they keep, and that nothing moves what they dropped."""
+
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from madtp.flops import multiplied, products
+from madtp.sparsity import Pattern, SparseWeights, magnitude_mask
+
+PATTERNS = [Pattern(2, 4), Pattern(1, 4), Pattern(4, 8)]
+
+
+@given(st.integers(1, 5), st.integers(1, 6), st.sampled_from(PATTERNS), st.integers(0, 99))
+@settings(max_examples=40, deadline=None, derandomize=True, database=None)
+def test_each_group_keeps_its_largest(rows, groups, pattern, seed):
+    weight = torch.randn(rows, groups * pattern.group, generator=torch.Generator().manual_seed(seed)).round(decimals=1)
+    mask = magnitude_mask(weight, pattern)
+    for row, kept in zip(weight.abs().tolist(), mask.tolist(), strict=True):
+        for start in range(0, len(row), pattern.group):
+            values = range(start, start + pattern.group)
+            best = sorted(values, key=lambda i: (-row[i], i))[: pattern.kept]
+            assert [i for i in values if kept[i]] == sorted(best)
+
+
+@given(st.lists(st.tuples(st.integers(1, 9), st.integers(1, 40)), min_size=1, max_size=4), st.sampled_from(PATTERNS))
+@settings(max_examples=25, deadline=None, derandomize=True, database=None)
+def test_training_leaves_at_most_n_of_m_and_whole_what_does_not_divide(shapes, pattern):
+    torch.manual_seed(0)
+    layers = {str(i): nn.Linear(inputs, outputs) for i, (outputs, inputs) in enumerate(shapes)}
+    sparse = SparseWeights({name: layer.weight for name, layer in layers.items()}, pattern)
+    assert sparse.left_dense == [name for name, layer in layers.items() if layer.in_features % pattern.group]
+    sparse.select(sparse.weights)
+    train(list(layers.values()), sparse)
+    for name, layer in layers.items():
+        filled = layer.weight.count_nonzero(dim=1)
+        if name in sparse.left_dense:
+            assert (filled == layer.in_features).all() and multiplied(layer.weight) == layer.weight.numel()
+            continue
+        assert (layer.weight.unflatten(1, (-1, pattern.group)).count_nonzero(dim=-1) <= pattern.kept).all()
+        assert products(3, layer.weight) == 3 * layer.weight.numel() * pattern.kept // pattern.group
+        assert int(filled.sum()) == multiplied(layer.weight)
+    nonzero, total = sparse.nonzero
+    assert nonzero * pattern.group == total * pattern.kept
+
+
+def train(layers: list[nn.Linear], sparse: SparseWeights, steps: int = 3) -> None:
+    """With momentum, weight decay and a limit of the gradient, which reads all of it."""
+    parameters = [parameter for layer in layers for parameter in layer.parameters()]
+    optimizer = torch.optim.AdamW(parameters, lr=0.1, weight_decay=0.1)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        sum(layer(torch.randn(5, layer.in_features)).square().sum() for layer in layers).backward()
+        nn.utils.clip_grad_norm_(parameters, 0.1)
+        optimizer.step()
+        sparse.apply()
+
+
+def test_gradients_of_masked_weights_reach_nothing_not_even_the_limit_of_the_gradient():
+    layer = nn.Linear(8, 3, bias=False)
+    sparse = SparseWeights({"w": layer.weight}, Pattern(2, 4))
+    sparse.select(["w"])
+    x = torch.randn(5, 8)
+    layer(x).square().sum().backward()
+    full = torch.autograd.grad((x @ layer.weight.t()).square().sum(), layer.weight)[0]  # the hook is on the weight itself
+    assert torch.equal(layer.weight.grad != 0, sparse.masks["w"])
+    torch.testing.assert_close(layer.weight.grad, full * sparse.masks["w"])
+
+
+def test_what_was_dropped_competes_with_what_it_last_was_until_the_masks_are_fixed():
+    weight = nn.Parameter(torch.tensor([[4.0, 3.0, 2.0, 1.0]]))
+    sparse = SparseWeights({"w": weight}, Pattern(2, 4))
+    sparse.select(["w"])
+    assert weight.tolist() == [[4, 3, 0, 0]] and sparse.changing
+    weight.data[0, 1] = 0.5
+    sparse.select(["w"])
+    assert weight.tolist() == [[4, 0, 2, 0]]
+    sparse.fix()
+    weight.data[0, 0] = 0.1
+    sparse.select(["w"])
+    assert weight[0].count_nonzero() == 2 and weight[0, 1] == weight[0, 3] == 0
+
+
+def test_a_mask_can_be_taken_off_again():
+    weight = nn.Parameter(torch.randn(3, 8))
+    before = weight.detach().clone()
+    sparse = SparseWeights({"w": weight}, Pattern(2, 4))
+    sparse.select(["w"])
+    sparse.restore(["w"])
+    assert torch.equal(weight, before) and not sparse.masks and multiplied(weight) == weight.numel()
+
+
+def test_followers_share_the_masks():
+    weight, follower = (nn.Parameter(torch.randn(3, 8)) for _ in range(2))
+    sparse = SparseWeights({"w": weight}, Pattern(2, 4), {"w": follower})
+    sparse.select(["w"])
+    assert torch.equal(follower != 0, weight != 0) and multiplied(follower) == 12
+
+
+def test_a_saved_state_gives_the_same_masks_even_where_a_kept_weight_has_become_zero():
+    weight = nn.Parameter(torch.randn(2, 8))
+    sparse = SparseWeights({"w": weight}, Pattern(2, 4))
+    sparse.select(["w"])
+    weight.data.zero_()
+    other = SparseWeights({"w": weight}, Pattern(2, 4))
+    other.load_state_dict(sparse.state_dict())
+    assert torch.equal(other.masks["w"], sparse.masks["w"]) and multiplied(weight) == 8
+
+
+def test_the_meter_can_count_what_is_not_masked_yet():
+    weight = nn.Parameter(torch.randn(2, 8))
+    sparse = SparseWeights({"w": weight}, Pattern(2, 4))
+    with sparse.counted(["w"]):
+        assert multiplied(weight) == 8
+    assert multiplied(weight) == 16

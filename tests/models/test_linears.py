@@ -1,0 +1,67 @@
+"""Which weights become sparse, and what they cost then, for every model."""
+
+import pytest
+import torch
+
+from engine.flop_table import analyse
+from models.linears import groups, sparse_weights
+from tests import tiny
+from tests.models import test_blip_caption, test_blip_vqa
+from tests.models.test_blip_caption import SMALL
+
+MODELS = {
+    "nlvr": tiny.nlvr,
+    "retrieval": tiny.retrieval,
+    "clip": tiny.clip,
+    "caption": lambda: test_blip_caption.model_of(SMALL),
+    "vqa": lambda: test_blip_vqa.model_of(SMALL),
+}
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_all_linear_layers_of_all_blocks_and_nothing_else(kind):
+    model = MODELS[kind]()
+    names = set(sparse_weights(model, (2, 4), "all").weights)
+    in_blocks = {
+        f"{name}.weight"
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear) and any(part in name for part in (".blocks.", ".layer.", ".resblocks."))
+    }
+    in_blocks |= {name for name, _ in model.named_parameters() if name.endswith("in_proj_weight")}
+    online = {name for name in in_blocks if not name.split(".")[0].endswith("_m")}
+    assert names == {name for name in online if "pruner" not in name} and names
+    by_kind = [set(sparse_weights(model, (2, 4), layers).weights) for layers in ("attention", "mlp")]
+    assert by_kind[0] | by_kind[1] == names and not by_kind[0] & by_kind[1]
+    assert all(any(word in name for word in (".mlp.", ".intermediate.", ".output.dense")) for name in by_kind[1])
+
+
+@pytest.mark.parametrize("kind", ["retrieval", "clip"])
+def test_momentum_encoders_get_the_same_masks(kind):
+    model = MODELS[kind]()
+    sparse = sparse_weights(model, (2, 4), "all")
+    sparse.select(sparse.weights)
+    parameters = dict(model.named_parameters())
+    for name, mask in sparse.masks.items():
+        top, _, rest = name.partition(".")
+        assert torch.equal(parameters[f"{top}_m.{rest}"] != 0, mask)
+
+
+def test_weights_fall_into_the_attention_and_the_mlps_of_each_tower():
+    names = sparse_weights(tiny.nlvr(), (2, 4), "all").weights
+    found = groups(names)
+    towers = ("visual_encoder", "text_encoder")
+    assert set(found) == {f"{tower} {kind}" for tower in towers for kind in ("attention", "mlp")}
+    assert sorted(sum(found.values(), [])) == sorted(names)
+
+
+def test_the_meter_counts_what_fvcore_does_with_sparse_layers_halved():
+    model = tiny.nlvr()
+    inputs = tiny.images(1), *tiny.text([9])
+    sparse = sparse_weights(model, (2, 4), "all")
+    counted = analyse(model, inputs).by_module()
+    expected = counted[""] - sum(counted[f"model.{name.removesuffix('.weight')}"] for name in sparse.weights) / 2
+    with torch.no_grad():
+        dense = float(model.gflops(model(*inputs)))
+        assert dense * 1e9 == pytest.approx(counted[""], rel=1e-9)
+        sparse.select(sparse.weights)
+        assert float(model.gflops(model(*inputs))) * 1e9 == pytest.approx(expected, rel=1e-9)

@@ -1,0 +1,125 @@
+"""Sparse weights and distillation through the entry script, on a tiny Shapes world: what is left, resumed, evaluated, refused."""
+
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+
+from data.shapes.write import make_shapes
+from madtp.sparsity import Pattern, magnitude_mask
+from models.pretrained import read_checkpoint
+from tests import runs
+from tests.runs import assert_same_run, log_of, read
+from tests.test_end_to_end import flags as dense_flags
+
+P = 0.6  # weights alone remove 0.28
+BOTH = ("--enable-sparse-api", "--token_reduce", "--p", str(P))
+LEARNING = {"distill": "true", "mask_schedule": "refresh", "max_epoch": 3, "ramp_epochs": 1}
+
+run_here = partial(runs.run_here, "compress_nlvr_dtp")
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("world")
+    make_shapes(folder, seed=3, size=40, tasks=("nlvr",), eval_size=17, workers=1)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def dense(world, tmp_path_factory) -> Path:
+    """A checkpoint of an uncompressed model."""
+    out = tmp_path_factory.mktemp("dense")
+    run_here(dense_flags(world, out, "--p", "0", "--epoch", "1"))
+    return out / "checkpoint_best.pth"
+
+
+@pytest.fixture(scope="module")
+def flags(world, dense):
+    return lambda out, *more, **settings: dense_flags(world, out, *BOTH, "--pretrained", str(dense), *more, **settings)
+
+
+@pytest.fixture(scope="module")
+def trained(flags, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("sparse") / "both"
+    run_here(flags(out, **LEARNING))
+    return out
+
+
+def sparse_names(weights: dict) -> list[str]:
+    return [
+        name for name in weights if (".blocks." in name or ".layer." in name) and weights[name].dim() == 2 and "pruner" not in name
+    ]
+
+
+def test_two_of_four_weights_are_left_and_the_result_says_so(trained):
+    result, weights = read(trained, "result.json"), read_checkpoint(trained / "checkpoint_best.pth")["model"]
+    assert result["sparsity_type"] == "2:4"
+    names = sparse_names(weights)
+    for name in names:
+        assert (weights[name].unflatten(1, (-1, 4)).count_nonzero(dim=-1) == 2).all(), name
+    params = result["params"]
+    assert params["sparse_total"] == sum(weights[name].numel() for name in names) == 2 * params["sparse_nonzero"]
+    assert params["nonzero"] <= params["total"] - params["sparse_nonzero"]
+    gflops = result["gflops"]
+    assert gflops["measured"] == pytest.approx(gflops["target"], rel=0.01)
+    assert gflops["measured"] < min(gflops["tokens"], gflops["weights"]) < gflops["uncompressed"]
+
+
+def test_the_teacher_is_heard_in_every_epoch(trained):
+    for entry in log_of(trained):
+        assert {"task", "similarity", "distill_vision", "distill_language", "distill_answers", "total"} == set(entry["loss"])
+
+
+def test_a_resumed_run_is_the_same_to_the_bit(trained, flags, tmp_path):
+    runs.interrupt_in_the_second_epoch(lambda: run_here(flags(tmp_path, **LEARNING)))
+    run_here(flags(tmp_path, "--resume", **LEARNING))
+    assert_same_run(trained, tmp_path)
+    ours, theirs = (read_checkpoint(folder / "checkpoint_last.pth")["model"] for folder in (tmp_path, trained))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_evaluating_the_checkpoint_gives_its_result(trained, flags, tmp_path):
+    run_here(flags(tmp_path, "--evaluate", "--pretrained", str(trained / "checkpoint_best.pth")))
+    ours, theirs = read(tmp_path, "result.json"), read(trained, "result.json")
+    for key in ("metrics", "temperature", "params"):
+        assert ours[key] == theirs[key]
+    assert ours["gflops"]["test"] == theirs["gflops"]["test"]
+
+
+def test_dense_weights_are_masked_at_once_for_an_evaluation(flags, dense, tmp_path):
+    run_here(flags(tmp_path, "--evaluate"))
+    params = read(tmp_path, "result.json")["params"]
+    assert params["sparse_total"] == 2 * params["sparse_nonzero"] > 0
+    weights = read_checkpoint(dense)["model"]
+    assert params["sparse_total"] == sum(weights[name].numel() for name in sparse_names(weights))
+
+
+@pytest.mark.parametrize("order", ["weights_first", "tokens_first", "adaptive"])
+def test_every_order_ends_within_the_budget(flags, order, tmp_path):
+    run_here(flags(tmp_path, order=order, max_epoch=4, ramp_epochs=1))
+    result, weights = read(tmp_path, "result.json"), read_checkpoint(tmp_path / "checkpoint_best.pth")
+    assert result["gflops"]["measured"] <= 1.01 * result["gflops"]["target"]
+    masked = set(weights["masked"])
+    for name in masked:
+        assert torch.equal(weights["model"][name] != 0, magnitude_mask(weights["model"][name], Pattern(2, 4))), name
+    assert masked == set(sparse_names(weights["model"])) or order == "adaptive"
+
+
+def test_weights_alone_that_meet_p_leave_the_tokens_alone(flags, tmp_path, caplog):
+    caplog.set_level("INFO")
+    run_here(flags(tmp_path, "--p", "0.2", "--epoch", "1"))
+    result = read(tmp_path, "result.json")
+    assert result["method"] == "none" and result["temperature"] is None and "token pruning is off" in caplog.text
+    assert result["gflops"]["measured"] == result["gflops"]["weights"] <= result["gflops"]["target"]
+
+
+def test_what_weights_alone_cannot_reach_is_refused(world, dense, tmp_path, capsys):
+    arguments = dense_flags(world, tmp_path, "--pretrained", str(dense), "--enable-sparse-api", "--p", "0.9")
+    assert "the weights alone remove" in runs.refusal(capsys, lambda: run_here(arguments))
+
+
+def test_distilling_from_nothing_is_refused(world, tmp_path, capsys):
+    said = runs.refusal(capsys, lambda: run_here(dense_flags(world, tmp_path, distill="true")))
+    assert "set the key 'teacher' or 'pretrained'" in said
