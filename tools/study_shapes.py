@@ -75,7 +75,7 @@ def main() -> None:
 
 
 def jobs_of(name: str, data: Path) -> list[Job]:
-    """All runs, in the order of the rows; `data` is the folder of the data set."""
+    """All runs, a first one of each row before the second of any; `data` is the folder of the data set."""
     shared = [CONFIGS[name].script, "--config", str(config_of(name))]
     if data != SHAPES:  # where the config looks
         shared += ["--set", f"image_root={data / 'images'}", "--set", f"ann_root={data / 'annotations'}"]
@@ -84,7 +84,7 @@ def jobs_of(name: str, data: Path) -> list[Job]:
         for seed in SEEDS if each else SEEDS[:1]:
             folder = OUTPUT / f"{name}_{row.replace(' = ', '').replace(', ', '_').replace(' ', '_')}_{seed}"
             jobs.append(Job(row, folder, [*shared, "--seed", str(seed), "--output_dir", str(folder), *arguments.split()]))
-    return jobs
+    return sorted(jobs, key=lambda job: not job.folder.name.endswith(f"_{SEEDS[0]}"))
 
 
 def rows_of(name: str) -> dict[str, tuple[str, bool]]:

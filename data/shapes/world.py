@@ -20,7 +20,7 @@ PICTURE = 96  # px
 CELL = 16  # px
 LATTICE = PICTURE // CELL
 FEWEST, MOST = 1, 12  # things in a picture
-FULLNESS = 1.5  # their number is log-uniform at 1; above, full pictures are rarer
+FULLNESS = 2.0  # their number is log-uniform at 1; above, full pictures are rarer
 JPEG = {"format": "JPEG", "quality": 92, "subsampling": 0}
 
 RGB = {
