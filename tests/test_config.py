@@ -144,6 +144,30 @@ def test_flags_go_before_set_and_set_before_the_file(tmp_path: Path) -> None:
     assert config.resume_path == Path("output/nlvr/checkpoint_last.pth")
 
 
+@pytest.mark.parametrize(
+    ("flags", "sparse", "method"),
+    [
+        ([], None, "dtp"),
+        (["--enable-sparse-api", "--token_reduce"], (2, 4), "dtp"),
+        (["--enable-sparse-api"], (2, 4), "none"),
+        (["--enable-sparse-api", "--weight-sparse-pattern", "m8n4_1d", "--token_reduce"], (4, 8), "dtp"),
+        (["--set", "sparsity_type=1:4"], (1, 4), "dtp"),
+        (["--set", "sparsity_type=2:4", "--p", "0"], None, "dtp"),  # uncompressed is uncompressed
+    ],
+)
+def test_the_published_flags_for_sparse_weights_are_keys(flags, sparse, method, tmp_path: Path) -> None:
+    (tmp_path / "x.yaml").write_text("image_size: 384\n")
+    config = parse_command_line("test", NlvrConfig, ["--config", str(tmp_path / "x.yaml"), *flags])
+    assert (config.pattern, config.method) == (sparse, method)
+
+
+@pytest.mark.parametrize("pattern", ["4:2", "0:4", "2", "m4n2"])
+def test_what_is_no_pattern_is_refused(pattern, tmp_path: Path) -> None:
+    (tmp_path / "x.yaml").write_text(f"sparsity_type: '{pattern}'\n")
+    with pytest.raises(UserError, match=f"sparsity_type: '{pattern}' is no N:M pattern; write 2:4"):
+        load_config(NlvrConfig, tmp_path / "x.yaml")
+
+
 def test_an_unknown_key_is_answered_with_the_nearest(tmp_path: Path) -> None:
     assert refusal(tmp_path, "bach_size_train: 3").endswith(
         "x.yaml: unknown key 'bach_size_train'; did you mean 'batch_size_train'?"
