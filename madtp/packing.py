@@ -6,7 +6,7 @@ Shapes: B samples, N tokens of the longest, T tokens of all together. A sample's
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
@@ -14,10 +14,14 @@ from torch import Tensor
 
 @dataclass(frozen=True, eq=False)
 class Packed:
-    """Where the samples of a flat (T, ...) tensor lie. `lengths` is known to the host: whoever packs waits for the device once."""
+    """Where the samples of a flat (T, ...) tensor lie. `lengths` is known to the host: whoever packs waits for the device once.
+
+    readers: how many texts of those that are read with these samples belong to each, neighbours; None: equally many
+    """
 
     lengths: tuple[int, ...]
     device: torch.device
+    readers: tuple[int, ...] | None = None
 
     @classmethod
     def of(cls, lengths: Iterable[int], device: torch.device) -> "Packed":
@@ -77,10 +81,11 @@ class Packed:
         """(T, C) -> (B, C)."""
         return x[self.offsets[:-1]]
 
-    def joined(self, number: int) -> "Packed":
-        """The same rows as `number` samples: neighbours become one."""
-        each = len(self.lengths) // number
-        return Packed.of((sum(self.lengths[i * each : (i + 1) * each]) for i in range(number)), self.device)
+    def joined(self, source: "Packed") -> "Packed":
+        """The same rows as samples that are as many as `source` has: those become one that read the same sample of it."""
+        each = len(self.lengths) // len(source.lengths)
+        ends = list(accumulate(source.readers or [each] * len(source.lengths), initial=0))
+        return Packed.of((self.starts[last] - self.starts[first] for first, last in pairwise(ends)), self.device)
 
     def select(self, x: Tensor, samples: Tensor) -> tuple[Tensor, "Packed"]:
         """The samples of these numbers (n,), in that order; one may come twice. Known to the host: it waits for the device once."""
