@@ -119,10 +119,11 @@ class BlipVqa(AlignedModel):
         similarity = similarity_loss(question.vision.features, question.language.features) if align else None
         return VqaOutput(losses, similarity, output.logits, question)
 
-    def _decode(self, question: Question, answer_ids: Tensor, answer_mask: Tensor, counts: Tensor):
-        """The decoder's output; `counts` (B,) answers to each question. Those to a single one share its keys and values."""
-        which = slice(0, 1)
-        if len(counts) > 1:
+    def _decode(self, question: Question, answer_ids: Tensor, answer_mask: Tensor, counts: Tensor | None = None):
+        """The decoder's output; `counts` (B,) answers to each question, or (1,), all to the first; None: equally many. Those to a
+        single one and equally many share each question's keys and values."""
+        which = slice(None) if counts is None else slice(0, 1)
+        if counts is not None and len(counts) > 1:
             which = torch.arange(len(counts), device=counts.device).repeat_interleave(counts, output_size=len(answer_ids))
         return self.text_decoder(
             answer_ids,
@@ -141,17 +142,18 @@ class BlipVqa(AlignedModel):
         number = min(number, candidates)
         start = torch.full((questions, 1), self.start, device=answer_ids.device)
         one = torch.ones(questions, dtype=torch.long, device=answer_ids.device)
-        first = self._decode(question, start, torch.ones_like(start), one).logits[:, 0].float().softmax(dim=-1)
+        first = self._decode(question, start, torch.ones_like(start)).logits[:, 0].float().softmax(dim=-1)
         likely = first[:, answer_ids[:, 1]].topk(number, dim=1).indices  # (B, number)
         chosen_ids, chosen_mask = answer_ids[likely.flatten()], answer_mask[likely.flatten()]
         longest = int(chosen_mask.sum(dim=1).max())
         chosen_ids, chosen_mask = chosen_ids[:, :longest], chosen_mask[:, :longest]
-        logits = self._decode(question, chosen_ids, chosen_mask, one * number).logits
+        logits = self._decode(question, chosen_ids, chosen_mask).logits
         losses = next_token_losses(logits, chosen_ids.masked_fill(chosen_mask == 0, IGNORED)[:, 1:])
         best = losses.unflatten(0, (questions, number)).argmin(dim=1, keepdim=True)
         source = question.valid.sum(dim=1)
         scored = decoder_flops(self.text_decoder, chosen_mask.sum(dim=1), source.repeat_interleave(number))
         cost = decoder_flops(self.text_decoder, one, source) + scored.unflatten(0, (questions, number)).sum(dim=1)
+        cost = cost - (number - 1) * self._question_key_flops(source)
         return likely.gather(1, best).squeeze(1), cost.double() / GIGA
 
     @torch.no_grad()
@@ -207,14 +209,12 @@ class BlipVqa(AlignedModel):
         text = self.text_encoder.flops(question.language, [patches.repeat_interleave(each)], setting)
         text = text.unflatten(0, (images, each)).sum(dim=1) - (each - 1) * self._key_flops(patches)
         source = question.valid[: len(answer_counts)].sum(dim=1)
-        config = self.text_decoder.config
-        keys = flops.linear(source, config.encoder_hidden_size, 2 * config.hidden_size) * config.num_hidden_layers
         answers = decoder_flops(self.text_decoder, answer_tokens, source.repeat_interleave(answer_counts))
         decoder = torch.zeros_like(source).index_add_(
             0, torch.arange(len(source), device=source.device).repeat_interleave(answer_counts), answers
         )
         if len(answer_counts) == 1:
-            decoder = decoder - (answer_counts - 1) * keys
+            decoder = decoder - (answer_counts - 1) * self._question_key_flops(source)
         decoder = decoder.unflatten(0, (images, -1)).sum(dim=1)
         vision, text = vision.to(decoder.device), text.to(decoder.device)  # packed records are on the CPU
         parts = {"visual_encoder": vision, "text_encoder": text, "text_decoder": decoder}
@@ -224,6 +224,11 @@ class BlipVqa(AlignedModel):
         """Multiply-adds of an image's keys and values in all cross-attentions."""
         width = self.text_encoder.hidden_size
         return self.text_encoder.depth * flops.linear(patches, self.visual_encoder.embed_dim, 2 * width)
+
+    def _question_key_flops(self, source: Tensor) -> Tensor:
+        """The same of questions of `source` (B,) tokens in the decoder."""
+        config = self.text_decoder.config
+        return flops.linear(source, config.encoder_hidden_size, 2 * config.hidden_size) * config.num_hidden_layers
 
     def reference_gflops(self) -> float:
         """GFLOPs of the uncompressed model by the paper's convention. No data needed.
