@@ -155,6 +155,7 @@ def test_every_task_has_a_config_of_its_own(task, monkeypatch):
         (["--task", "rerank", "--p", "0.5"], "--p"),
         (["--task", "rank_answers", "--train"], "--train"),
         (["--task", "retrieval_clip", "--against", "timm"], "--task vit"),
+        (["--task", "retrieval_clip", "--pretrained", "clip.pth"], "--pretrained"),
     ],
 )
 def test_what_cannot_be_compared_is_refused(run, arguments, said):

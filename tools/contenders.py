@@ -13,7 +13,7 @@ from models.pretrained import read_checkpoint
 from options import load_config
 from tools.flops import BUILD
 from tools.rankings import RANKINGS
-from tools.workloads import WORKLOADS, Inputs, Method
+from tools.workloads import WORKLOADS, ClipImage, Inputs, Method
 from utils import UserError
 
 LIVELY = 0.1  # standard deviation of random learnable tokens: alignment that is not flat
@@ -53,6 +53,10 @@ def ranking_methods(args: argparse.Namespace, device: torch.device) -> list[Meth
 
 
 def loaded(args: argparse.Namespace, config: Config) -> nn.Module:
+    if args.task == "retrieval_clip":
+        if args.pretrained:
+            raise UserError("--pretrained: task retrieval_clip is timed with random weights; leave it out")
+        return ClipImage.built(config)
     model, load, _ = BUILD[config.task](config)
     if args.pretrained:
         load(model, read_checkpoint(args.pretrained)["model"], args.pretrained)
@@ -60,9 +64,8 @@ def loaded(args: argparse.Namespace, config: Config) -> nn.Module:
 
 
 def model_of(args: argparse.Namespace, p: float) -> nn.Module:
-    workload = WORKLOADS[args.task]
-    config = load_config(workload.config, args.config, {"p": p, "keep": "instance", "sd_init_std": LIVELY})
-    return workload.trimmed(loaded(args, config)).train(args.train)
+    config = load_config(WORKLOADS[args.task].config, args.config, {"p": p, "keep": "instance", "sd_init_std": LIVELY})
+    return loaded(args, config).train(args.train)
 
 
 def random_inputs(args: argparse.Namespace, batch_size: int, device: torch.device) -> Inputs:

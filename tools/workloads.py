@@ -11,14 +11,15 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from clip.model import Clip
+from clip.model import ClipSize, VisionTower
 from config import ClipRetrievalConfig, NlvrConfig
 from madtp.flops import GIGA
 from madtp.packing import pack
 from madtp.pruning import PruneSetting
 from models.attention import scored_again
 from models.blip_nlvr import REFERENCE_TEXT_TOKENS, BlipNlvr
-from models.tower import Encoded, TowerRecord, count_tokens
+from models.build import learnable_tokens, pruner_factory
+from models.tower import AlignedModel, Encoded, TowerRecord, count_tokens
 
 Inputs = tuple[Tensor, ...]
 Forward = Callable[[], object]
@@ -43,11 +44,6 @@ class Nlvr:
     """Two images and a text."""
 
     config, path = NlvrConfig, Path("configs/nlvr.yaml")
-
-    @staticmethod
-    def trimmed(model: nn.Module) -> nn.Module:
-        """The model without what `run` does not need."""
-        return model
 
     @staticmethod
     def towers(model: BlipNlvr) -> list[Sequence[nn.Module]]:
@@ -112,27 +108,27 @@ class ClipImage(Image):
     config, path = ClipRetrievalConfig, Path("configs/retrieval_flickr_clip.yaml")
 
     @staticmethod
-    def trimmed(model: Clip) -> Clip:
-        """At real size, the text encoder, the momentum encoders and the queues are three gigabytes."""
-        for name in [name for name, _ in model.named_children() if name != "visual"]:
-            delattr(model, name)
-        model.image_queue = model.text_queue = None
+    def built(config: ClipRetrievalConfig) -> AlignedModel:
+        """The image tower alone: at real size, all that training needs beside it is three gigabytes."""
+        model = AlignedModel()
+        model.visual = VisionTower(ClipSize(config.image_size, **config.clip.model_dump()), pruner_factory(config))
+        model.init_learnable_tokens(learnable_tokens(config))
         return model
 
     @staticmethod
-    def towers(model: Clip) -> list[Sequence[nn.Module]]:
+    def towers(model: AlignedModel) -> list[Sequence[nn.Module]]:
         return [model.visual.transformer.resblocks]
 
     @staticmethod
-    def run(model: Clip, inputs: Inputs, setting: PruneSetting, packed: bool, align: bool = False) -> Encoded:
-        return model.encode_image(*inputs, setting, align, packed)
+    def run(model: AlignedModel, inputs: Inputs, setting: PruneSetting, packed: bool, align: bool = False) -> Encoded:
+        return model.visual(*inputs, model.learnable_tokens, setting, align, packed)
 
     @staticmethod
-    def loss(model: Clip, output: Encoded) -> Tensor:
+    def loss(model: AlignedModel, output: Encoded) -> Tensor:
         return mean_square(output.feature, output.record)
 
     @staticmethod
-    def gflops(model: Clip, output: Encoded, setting: PruneSetting) -> Tensor:
+    def gflops(model: AlignedModel, output: Encoded, setting: PruneSetting) -> Tensor:
         return model.visual.flops(output, setting).double() / GIGA
 
     @staticmethod
