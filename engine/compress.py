@@ -18,6 +18,7 @@ from config import Config
 from engine.checkpoint import load_run, save_atomic, save_run
 from engine.flop_table import flop_table
 from engine.results import RunLog, count_parameters, write_json
+from engine.saved import RULE, is_authors, saved_setting
 from engine.train import CosineSchedule, Losses, Precision, Trainer, move, train_epoch
 from madtp.budget import UnreachableTarget, calibrate
 from madtp.pruning import OFF, PruneSetting
@@ -294,15 +295,12 @@ def _selected(experiment: Experiment, folder: Path) -> tuple[PruneSetting, int, 
 def _setting_of_checkpoint(experiment: Experiment, target: float) -> PruneSetting:
     """The setting that the loaded weights came with, when it was made for this rule and p; else one calibrated for `target`."""
     config, saved = experiment.config, experiment.checkpoint
-    if config.uncompressed:
-        return OFF
-    if config.variant == "released" and "variant" not in saved and isinstance(saved.get("temperature"), int | float):
-        return PruneSetting(saved["temperature"]) if saved["temperature"] > 0 else OFF  # an authors' checkpoint; T <= 0 is off
+    setting = saved_setting(config, saved)
     here = _run_state(config, OFF, 0, 0.0)
-    same = all(saved.get(key) == here[key] for key in ("method", "variant", "keep", "p"))
+    same = all(saved.get(key) == here[key] for key in RULE)
     same = same and (config.keep == "instance" or saved.get("batch_size") == here["batch_size"])
-    if same and saved.get("temperature") is not None:
-        return PruneSetting(saved["temperature"], saved["prune_from"])
+    if setting is not None and (config.uncompressed or is_authors(config, saved) or same):
+        return setting
     logger.info("no temperature was saved for this rule, p and batch size: calibrating")
     return meet(experiment, target, OFF)[0]
 
