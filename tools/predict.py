@@ -64,10 +64,11 @@ def main() -> None:
     check_inputs(args.image, args.text, args.explain)
     opened = open_checkpoint(args.checkpoint, args.config, args.device, args.task)
     predictor = PREDICTORS[opened.config.task](opened, args.image, args.text)
+    shown = predictor.shown() if args.explain else None
     with Precision(opened.run.device, opened.config.amp).autocast():
         prediction = predictor.predict()
     if args.explain:
-        write_drawings(predictor.samples(prediction), args.explain)
+        write_drawings(predictor.samples(shown, prediction), args.explain)
     print(json.dumps({"task": opened.config.task, **prediction.content()}) if args.json else prediction.report())
 
 

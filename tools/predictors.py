@@ -98,9 +98,8 @@ class Predictor:
     def on_device(self, batch: dict) -> dict:
         return move(batch, self.opened.run.device)
 
-    def samples(self, prediction: Prediction) -> list[Sample]:
-        """The drawings, the best first."""
-        batch = self.shown()
+    def samples(self, batch: dict, prediction: Prediction) -> list[Sample]:
+        """The drawings of the batch that `shown` gave, the best first."""
         config, model, setting, tokenizer, run = self.opened
         view = VIEWS[config.task].over(config, run, setting, model, tokenizer, (), self.images, None)
         drawn = view.samples(batch)
@@ -182,7 +181,7 @@ class VqaPredictor(Predictor):
         best, *others = (f"{row['answer']} (likelihood {row['score']:.4f})" if "score" in row else row["answer"] for row in answers)
         return Prediction(
             [best, *(f"  or {other}" for other in others)],
-            {"prediction": answers[0]["answer"], "answers": answers},
+            {"prediction": answers[0]["answer"], "score": answers[0].get("score"), "answers": answers},
             (model.reading_gflops(question, self.setting) + costs[0])[0],
             (model.reading_gflops(whole, OFF) + costs[1])[0],
             {"image": question.vision, "text": question.language},
@@ -224,38 +223,36 @@ class PairPredictor(Predictor):
         return items_of(CaptionTexts([{"caption": self.texts}]))
 
     def predict(self) -> Prediction:
-        model, setting, number = self.model, self.setting, len(self.texts)
         images = self.on_device(collate_images(self._pictures()))["image"]
         batch = self.on_device(TextCollate(self.opened.tokenizer, self.config.max_text_tokens)(self._captions()))
         words = batch["input_ids"], batch["attention_mask"]
-        image = model.encode_image(images, setting, packed=self.packed)
-        text = model.encode_text(*words, setting, packed=self.packed)
+        image = self.model.encode_image(images, self.setting, packed=self.packed)
+        text = self.model.encode_text(*words, self.setting, packed=self.packed)
         with torch.autocast(images.device.type, enabled=False):  # as when a split is ranked
             scores = (image.feature @ text.feature.t()).flatten()
         pairs = [{"image": path, "text": said} for path in self.images for said in self.texts]
         rows = [{**pair, "similarity": value} for pair, value in zip(pairs, scores.tolist(), strict=True)]
         records = {"image": image.record, "text": text.record}
-        gflops, uncompressed = (
-            self._encoding_gflops(image, text, setting),
-            self._encoding_gflops(*map(unpruned, (image, text)), OFF),
-        )
+        costs = [self._encoding_gflops(image, text, self.setting), self._encoding_gflops(unpruned(image), unpruned(text), OFF)]
         if self.config.task == "retrieval":
-            repeated = (part.repeat(len(self.images), 1) for part in words)
-            logits, record = model.match(*repeated, (image.tokens, image.layout), setting)
-            records["matching"] = record
-            entering, leaving = (
-                tokens.repeat_interleave(number) for tokens in (image.record.entering[0], image.record.leaving[-1])
-            )
-            gflops = gflops + model.matching_gflops(record, leaving, setting).sum()
-            uncompressed = uncompressed + model.matching_gflops(record.unpruned(), entering, OFF).sum()
-            scores = scores + logits[:, 1].float()
-            for row, match in zip(rows, logits.float().softmax(dim=-1)[:, 1].tolist(), strict=True):
-                row["match"] = match
-        for row, score in zip(rows, scores.tolist(), strict=True):
-            row["score"] = score
+            logits, records["matching"], more = self._matched(words, image)
+            costs = [cost + matching for cost, matching in zip(costs, more, strict=True)]
+            scores = scores + logits[:, 1]
+            rows = [{**row, "match": match} for row, match in zip(rows, logits.softmax(dim=-1)[:, 1].tolist(), strict=True)]
         order = scores.argsort(descending=True, stable=True).tolist()
-        ranking = [rows[place] for place in order]
-        return Prediction([self._line(row) for row in ranking], {"ranking": ranking}, gflops, uncompressed, records, order)
+        ranking = [{**rows[place], "score": float(scores[place])} for place in order]
+        return Prediction([self._line(row) for row in ranking], {"ranking": ranking}, *costs, records, order)
+
+    def _matched(self, words: tuple[Tensor, ...], image: Encoded) -> tuple[Tensor, TowerRecord, list[Tensor]]:
+        """The matching of every picture with every text: logits (I * T, 2), the record, GFLOPs, and these with nothing pruned."""
+        texts = (part.repeat(len(self.images), 1) for part in words)
+        logits, record = self.model.match(*texts, (image.tokens, image.layout), self.setting)
+        left, whole = (tokens.repeat_interleave(len(self.texts)) for tokens in (image.record.leaving[-1], image.record.entering[0]))
+        costs = [
+            self.model.matching_gflops(record, left, self.setting).sum(),
+            self.model.matching_gflops(record.unpruned(), whole, OFF).sum(),
+        ]
+        return logits.float(), record, costs
 
     def _encoding_gflops(self, image: Encoded, text: Encoded, setting: PruneSetting) -> Tensor:
         """Of all pictures and all texts."""
