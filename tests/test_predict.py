@@ -66,18 +66,11 @@ def evaluate(task: str, world: Path, out: Path, **settings) -> None:
     config = parse_command_line("", CONFIGS[task], argv)
     words = load_clip_tokenizer(config.tokenizer) if task == "retrieval_clip" else load_tokenizer(config.tokenizer)
     model = tiny.with_lively_weights(BUILD[task](config, words))
-    torch.save(
-        {"model": model.state_dict(), "temperature": 3.0, "prune_from": 1, "batch_size": 3, **RULE}, out / "checkpoint_best.pth"
-    )
-    runs.run_here(f"compress_{task}_dtp", argv)
-
-
-def predicted(monkeypatch, capsys, checkpoint: Path, *more: object) -> Any:
-    """What the program prints, of --json."""
-    capsys.readouterr()
-    monkeypatch.setattr("sys.argv", ["predict.py", "--checkpoint", str(checkpoint), "--device", "cpu", "--json", *map(str, more)])
-    predict.main()
-    return json.loads(capsys.readouterr().out)
+    saved = {"model": model.state_dict(), "temperature": 3.0, "prune_from": 1, "batch_size": 3, **RULE}
+    torch.save(saved, out / "checkpoint_best.pth")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PATH", "")  # no Java: the scores of captions do not matter here, and take long
+        runs.run_here(f"compress_{task}_dtp", argv)
 
 
 @pytest.fixture
@@ -86,7 +79,11 @@ def ask(evaluated, monkeypatch, capsys):
 
     def run(task: str, images: list, texts: list[str] = (), *more: object, **settings) -> Any:
         given = [word for image in images for word in ("--image", image)] + [word for text in texts for word in ("--text", text)]
-        return predicted(monkeypatch, capsys, evaluated(task, **settings) / "checkpoint_best.pth", *given, *more)
+        argv = ["--checkpoint", evaluated(task, **settings) / "checkpoint_best.pth", "--device", "cpu", "--json", *given, *more]
+        capsys.readouterr()
+        monkeypatch.setattr("sys.argv", ["predict.py", *map(str, argv)])
+        predict.main()
+        return json.loads(capsys.readouterr().out)
 
     return run
 
@@ -158,40 +155,39 @@ def test_scores_of_pairs_are_those_of_the_ranking(ask, evaluated, world, task) -
         assert all(row["score"] == row["similarity"] and "match" not in row for row in said)
 
 
-@pytest.fixture
-def opened_with(evaluated, world, tmp_path, monkeypatch, capsys):
-    """Of the model for statements the weights without those that `left_out` are in the names of, asked as a dense model."""
+def one_sample(task: str, world: Path) -> tuple[list[Path], list[str]]:
+    """Two pictures or one, and a text."""
+    return sorted((world / "images").rglob("*.jpg"))[: 1 + (task == "nlvr")], ["a red star"]
 
-    def run(*left_out: str) -> Any:
-        weights = torch.load(evaluated("nlvr") / "checkpoint_best.pth")["model"]
-        kept = {name: tensor for name, tensor in weights.items() if not any(part in name for part in left_out)}
-        save_file(kept, tmp_path / "weights.safetensors")
-        entry = entries(world, "nlvr_test")[0]
-        images = [word for name in entry["images"] for word in ("--image", world / "images" / name)]
-        config = evaluated("nlvr") / "config.yaml"
-        return predicted(
-            monkeypatch, capsys, tmp_path / "weights.safetensors", *images, "--text", entry["sentence"], "--config", config
-        )
+
+@pytest.fixture
+def ask_weights(ask, evaluated, world, tmp_path):
+    """(task, names) -> what its model says of a sample as bare weights without those that one of the names is part of."""
+
+    def run(task: str, *left_out: str) -> Any:
+        weights = torch.load(evaluated(task) / "checkpoint_best.pth")["model"]
+        kept = {name: tensor.clone() for name, tensor in weights.items() if not any(part in name for part in left_out)}
+        save_file(kept, file := tmp_path / "weights.safetensors")
+        return ask(task, *one_sample(task, world), "--config", evaluated(task) / "config.yaml", "--checkpoint", file)
 
     return run
 
 
-def test_dense_weights_run_dense_and_cost_what_a_pruned_model_calls_uncompressed(ask, world, opened_with) -> None:
-    entry = entries(world, "nlvr_test")[0]
-    pruned = ask("nlvr", [world / "images" / name for name in entry["images"]], [entry["sentence"]])
-    said = opened_with("pruner", "space_dict")
+@pytest.mark.parametrize("task", ["nlvr", *OWN])
+def test_dense_weights_run_dense_and_cost_what_a_pruned_model_calls_uncompressed(ask, ask_weights, world, task) -> None:
+    pruned, said = ask(task, *one_sample(task, world)), ask_weights(task, "pruner", "space_dict")
     assert said["gflops"] == said["gflops_uncompressed"] == pytest.approx(pruned["gflops_uncompressed"])
+    assert pruned["gflops"] < said["gflops"]
     assert said["tokens"]["image"]["kept"] == said["tokens"]["image"]["of"] == pruned["tokens"]["image"]["of"]
-    assert said["score"] != pruned["score"]
 
 
-def test_weights_without_which_an_answer_would_be_random_are_refused(opened_with, capsys) -> None:
-    said = runs.refusal(capsys, lambda: opened_with("pruner", "space_dict", "cls_head"))
+def test_weights_without_which_an_answer_would_be_random_are_refused(ask_weights, capsys) -> None:
+    said = runs.refusal(capsys, lambda: ask_weights("nlvr", "pruner", "space_dict", "cls_head"))
     assert "weights.safetensors: lacks cls_head.0.weight, so its answers would be random" in said
 
 
-def test_pruned_weights_without_their_temperature_are_refused(opened_with, capsys) -> None:
-    assert "pruned weights without their temperature" in runs.refusal(capsys, lambda: opened_with("nothing"))
+def test_pruned_weights_without_their_temperature_are_refused(ask_weights, capsys) -> None:
+    assert "pruned weights without their temperature" in runs.refusal(capsys, lambda: ask_weights("nlvr", "cls_head.0.bias"))
 
 
 @pytest.mark.parametrize("task", ["nlvr", *OWN])
@@ -202,13 +198,13 @@ def test_what_survives_is_drawn(ask, world, tmp_path, task) -> None:
     assert once == ask(task, images, ["a red star"]) and height > 300
     if task != "nlvr":  # a drawing a pair
         ask(task, images[:1], ["a red star"], "--explain", tmp_path / "one.png")
-        assert Image.open(tmp_path / "one.png").size[1] * 2 == height
+        assert Image.open(tmp_path / "one.png").size[1] * 2 == pytest.approx(height, abs=2)
 
 
 def test_a_reader_gets_the_answer_first(evaluated, world, monkeypatch, capsys) -> None:
-    images = [word for name in entries(world, "nlvr_test")[0]["images"] for word in ("--image", str(world / "images" / name))]
-    checkpoint = str(evaluated("nlvr") / "checkpoint_best.pth")
-    monkeypatch.setattr("sys.argv", ["predict.py", "--checkpoint", checkpoint, *images, "--text", "a star", "--device", "cpu"])
+    (left, right), (text,) = one_sample("nlvr", world)
+    argv = ["--checkpoint", evaluated("nlvr") / "checkpoint_best.pth", "--image", left, "--image", right, "--text", text]
+    monkeypatch.setattr("sys.argv", ["predict.py", *map(str, argv), "--device", "cpu"])
     capsys.readouterr()
     predict.main()
     answer, cost, tokens = capsys.readouterr().out.splitlines()
@@ -238,7 +234,7 @@ def test_what_cannot_be_read_is_named(ask, evaluated, world, tmp_path, capsys) -
     whole = next((world / "images").rglob("*.jpg"))
     assert f"{picture}: not a readable picture" in refusal([picture])
     assert "nowhere.jpg: no such picture; give the path of one with --image" in refusal(["nowhere.jpg"])
-    assert "--text '?': has no words" in refusal([whole], ["?"])
+    assert "--text '...': has no words" in refusal([whole], ["..."])
     assert "must end in .png" in refusal([whole], [], "--explain", "out.jpg")
     assert "nowhere.yaml: No such file" in refusal([whole], [], "--config", "nowhere.yaml")
     (config := tmp_path / "config.yaml").write_text("task: poetry\n")
