@@ -239,5 +239,5 @@ def test_what_cannot_be_read_is_named(ask, evaluated, world, tmp_path, capsys) -
     assert "nowhere.yaml: No such file" in refusal([whole], [], "--config", "nowhere.yaml")
     (config := tmp_path / "config.yaml").write_text("task: poetry\n")
     assert "its key 'task' is 'poetry'" in refusal([whole], [], "--config", config)
-    said = refusal([whole], [], "--config", evaluated("vqa") / "config.yaml")
+    said = refusal([whole], [], "--config", evaluated("nlvr") / "config.yaml")
     assert "checkpoint_best.pth: lacks text_encoder" in said and "is it a checkpoint of this kind of model?" in said

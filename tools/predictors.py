@@ -112,7 +112,8 @@ class Predictor:
     def samples(self, batch: dict, prediction: Prediction) -> list[Sample]:
         """The drawings of the batch that `shown` gave, the best first."""
         config, model, setting, tokenizer, run, _ = self.opened
-        view = VIEWS[config.task].over(config, run, setting, model, tokenizer, (), self.images, None)
+        names = [Path(path).name for path in self.images]
+        view = VIEWS[config.task].over(config, run, setting, model, tokenizer, (), names, None)
         drawn = view.samples(batch)
         return [drawn[place] for place in prediction.order]
 
