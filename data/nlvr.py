@@ -1,7 +1,6 @@
 """NLVR2: two pictures and a sentence that is true of them or not."""
 
 import re
-from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
@@ -18,6 +17,8 @@ from transform.images import ImageTransform, eval_transform, keeps_truth, train_
 
 MAX_WORDS = 40
 
+Entry = dict[str, Any]
+
 _OTHER_SIDE = {"left": "right", "right": "left"}
 # "a star left of a circle" is about places within one picture, which exchanging the pictures does not touch.
 _NAMES_A_PICTURE = re.compile(r"\b(left|right)(?! of\b)(?=most\b|\b)")
@@ -29,16 +30,16 @@ class NlvrDataset(Dataset):
     `swap` exchanges the two pictures half the time, and left and right in the sentences with them.
     `statements_per_pair` > 1 makes entries that share their pictures one item of that many statements, drawn anew each
     time; the image encoder then runs once for all of them. Pairs with fewer are left out. `images` "left" shows the left
-    picture twice, `text_only` none. An id is the annotation file's name and the entry's index in it.
+    picture twice, `text_only` none. `entries` are as read_statements gives them.
 
     Raises:
-        UserError: for annotations that are not NLVR2's, or when the pictures of the first entries are not there; an item
-            raises one for a picture that is missing or broken.
+        UserError: when the pictures of the first entries are not there; an item raises one for a picture that is missing or
+            broken.
     """
 
     def __init__(
         self,
-        annotation_files: Sequence[str | Path],
+        entries: list[Entry],
         image_root: str | Path,
         transform: ImageTransform,
         *,
@@ -47,7 +48,7 @@ class NlvrDataset(Dataset):
         images: Literal["both", "left"] = "both",
         text_only: bool = False,
     ) -> None:
-        self.entries = [entry for file in annotation_files for entry in _read(Path(file))]
+        self.entries = entries
         self.items = [[index] for index in range(len(self.entries))]
         if statements_per_pair > 1:
             self.items = _group(self.entries, statements_per_pair)
@@ -111,21 +112,21 @@ class NlvrCollate:
 
 def build_datasets(config: NlvrConfig) -> dict[str, Dataset]:
     """The datasets "train", "calibration" (a fixed part of the training entries, untouched), "val" and "test"."""
-    train_files = [config.annotation_file(name) for name in config.train_files]
+    train = read_statements(*map(config.annotation_file, config.train_files))
     shown = {"images": config.images, "text_only": config.text_only}
     untouched = {"image_root": config.image_root, "transform": eval_transform(config.image_size), **shown}
     return {
         "train": NlvrDataset(
-            train_files,
+            train,
             config.image_root,
             train_transform(config.image_size, config.augment),
             swap=config.augment.swap,
             statements_per_pair=config.statements_per_pair,
             **shown,
         ),
-        "calibration": calibration_subset(NlvrDataset(train_files, **untouched), config.calibration_size),
-        "val": NlvrDataset([config.annotation_file(config.val_file)], **untouched),
-        "test": NlvrDataset([config.annotation_file(config.test_file)], **untouched),
+        "calibration": calibration_subset(NlvrDataset(train, **untouched), config.calibration_size),
+        "val": NlvrDataset(read_statements(config.annotation_file(config.val_file)), **untouched),
+        "test": NlvrDataset(read_statements(config.annotation_file(config.test_file)), **untouched),
     }
 
 
@@ -152,12 +153,16 @@ def find_image(image_root: Path, name: str) -> Path:
     raise no_such_picture(image_root / name)
 
 
-def _read(file: Path) -> list[dict[str, Any]]:
-    """The entries of an annotation file, each with its id."""
-    return [{**entry, "id": f"{file.stem}-{index}"} for index, entry in enumerate(read_entries(file, _problem))]
+def read_statements(*files: Path) -> list[Entry]:
+    """The entries of annotation files, each with its id: the file's name and the entry's index in it.
+
+    Raises:
+        UserError: for annotations that are not NLVR2's.
+    """
+    return [{**entry, "id": f"{file.stem}-{index}"} for file in files for index, entry in enumerate(read_entries(file, _problem))]
 
 
-def _problem(entry: dict[str, Any]) -> str | None:
+def _problem(entry: Entry) -> str | None:
     """What is wrong with an entry, if anything."""
     if not isinstance(entry.get("sentence"), str):
         return "has no 'sentence' that is text"
@@ -169,7 +174,7 @@ def _problem(entry: dict[str, Any]) -> str | None:
     return None
 
 
-def _group(entries: list[dict[str, Any]], size: int) -> list[list[int]]:
+def _group(entries: list[Entry], size: int) -> list[list[int]]:
     """The indices of the entries by their pair of pictures, in the order of first appearance; groups of at least `size`."""
     groups: dict[tuple[str, ...], list[int]] = {}
     for index, entry in enumerate(entries):

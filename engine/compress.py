@@ -18,6 +18,7 @@ from engine.checkpoint import load_run, save_atomic, save_run
 from engine.experiment import Evaluation, Experiment
 from engine.flop_table import flop_table
 from engine.results import RunLog, count_parameters, write_json
+from engine.saved import RULE, is_authors, mask_as_saved, saved_setting
 from engine.train import CosineSchedule, Trainer, move, train_epoch
 from engine.weights import WeightPlan
 from madtp.budget import UnreachableTarget, calibrate
@@ -44,7 +45,8 @@ def run_experiment(experiment: Experiment) -> dict:
         logger.info("one sample by fvcore, uncompressed:\n%s", flop_table(experiment.model, experiment.inputs(first)))
     logger.info("uncompressed: %.4f GFLOPs per sample; target at p = %g: %.4f", dense, config.p, target)
     if config.evaluate:
-        _mask_as_saved(experiment)
+        if experiment.sparse is not None:
+            mask_as_saved(experiment.sparse, experiment.checkpoint)
         setting, epoch = _setting_of_checkpoint(experiment, target), experiment.checkpoint.get("epoch", 0)
         val = experiment.evaluated("val", setting)
     else:
@@ -204,21 +206,13 @@ def _trainer(experiment: Experiment) -> Trainer:
 
 def _rule(config: Config) -> dict:
     """What a setting was made for, and means little without."""
-    keys = ("method", "variant", "keep", "p", "sparsity_type", "sparse_layers")
-    return {**{key: getattr(config, key) for key in keys}, "batch_size": config.batch_size_test}
+    return {**{key: getattr(config, key) for key in RULE}, "batch_size": config.batch_size_test}
 
 
 def _run_state(experiment: Experiment, setting: PruneSetting, epoch: int, best_score: float) -> dict:
     """What is saved beside the weights."""
     masked = sorted(experiment.sparse.masks) if experiment.sparse else []
     return {**asdict(setting), "epoch": epoch, "best_score": best_score, "masked": masked, **_rule(experiment.config)}
-
-
-def _mask_as_saved(experiment: Experiment) -> None:
-    """Mask the weights that were masked when they were saved, and so are zero where their masks are; dense ones all at once."""
-    if experiment.sparse is not None:
-        experiment.sparse.select(experiment.checkpoint.get("masked") or experiment.sparse.weights)
-        experiment.sparse.fix()
 
 
 def _selected(experiment: Experiment, folder: Path) -> tuple[PruneSetting, int, Evaluation]:
@@ -238,17 +232,14 @@ def _selected(experiment: Experiment, folder: Path) -> tuple[PruneSetting, int, 
 def _setting_of_checkpoint(experiment: Experiment, target: float) -> PruneSetting:
     """The setting that the loaded weights came with, when it was made for this rule and p; else one calibrated for `target`."""
     config, saved = experiment.config, experiment.checkpoint
-    if config.uncompressed:
-        return OFF
-    if config.variant == "released" and "variant" not in saved and isinstance(saved.get("temperature"), int | float):
-        return PruneSetting(saved["temperature"]) if saved["temperature"] > 0 else OFF  # an authors' checkpoint; T <= 0 is off
+    setting = saved_setting(config, saved)
     here = _rule(config)
-    saved = {"sparsity_type": "", "sparse_layers": config.sparse_layers, **saved}
     if config.keep == "instance":
         here.pop("batch_size")
-    calibrated = saved.get("temperature") is not None or saved.get("masked")  # off, where sparse weights alone meet p
-    if calibrated and all(saved.get(key) == value for key, value in here.items()):
-        return PruneSetting(saved["temperature"], saved["prune_from"])
+    saved = {"sparsity_type": "", "sparse_layers": config.sparse_layers, **saved}  # what older checkpoints do not say
+    same = all(saved.get(key) == value for key, value in here.items())
+    if setting is not None and (config.uncompressed or is_authors(config, saved) or same):
+        return setting
     logger.info("no temperature was saved for this rule, p and batch size: calibrating")
     return meet(experiment, target, OFF)[0]
 

@@ -193,14 +193,15 @@ class BlipRetrieval(MomentumModel):
         return MatchingPasses(image, text, image, text, logits=torch.empty(0), targets=torch.empty(0), matching=matching)
 
     def gflops_by_module(self, passes: MatchingPasses, setting: PruneSetting = OFF) -> dict[str, Tensor]:
-        pairs, negatives = (self._matching_gflops(*each, setting) for each in passes.matching)
+        pairs, negatives = (self.matching_gflops(*each, setting) for each in passes.matching)
         own_text, own_image = negatives.chunk(2)
         return {**super().gflops_by_module(passes, setting), "matching": pairs + own_text + own_image}
 
     def deployment_gflops(self, passes: MatchingPasses, setting: PruneSetting = OFF) -> Tensor:
-        return super().deployment_gflops(passes, setting) + self._matching_gflops(*passes.matching[0], setting)
+        return super().deployment_gflops(passes, setting) + self.matching_gflops(*passes.matching[0], setting)
 
-    def _matching_gflops(self, record: TowerRecord, read: Tensor, setting: PruneSetting) -> Tensor:
+    def matching_gflops(self, record: TowerRecord, read: Tensor, setting: PruneSetting) -> Tensor:
+        """Of `match`, which left `record`, with images of `read` (S,) tokens. (S,) float64"""
         cost = self.text_encoder.flops(record, [read], setting) + linear(1, self.text_encoder.hidden_size, 2)
         return cost.double() / GIGA
 

@@ -141,10 +141,17 @@ class BlipVqa(AlignedModel):
         """For each question the likeliest of the candidates: the `number` best by their first token, and of these the best as a
         whole. answer_ids, answer_mask (W, M), [DEC] first, [SEP] last -> (B,) numbers of candidates, (B,) GFLOPs of ranking.
         """
-        questions, candidates = len(question.tokens), len(answer_ids)
-        number = min(number, candidates)
+        likely, losses = self.likeliest(question, answer_ids, answer_mask, number)
+        cost = self.ranking_gflops(question.valid.sum(dim=1), answer_mask.sum(dim=1)[likely])
+        return likely.gather(1, losses.argmin(dim=1, keepdim=True)).squeeze(1), cost
+
+    @torch.no_grad()
+    def likeliest(self, question: Question, answer_ids: Tensor, answer_mask: Tensor, number: int) -> tuple[Tensor, Tensor]:
+        """The `number` candidates (n, where there are fewer) that are best by their first token, and how unlikely each is as a
+        whole. answer_ids, answer_mask (W, M) -> (B, n) numbers of candidates, (B, n) negative logarithms of their likelihoods.
+        """
+        questions, number = len(question.tokens), min(number, len(answer_ids))
         start = torch.full((questions, 1), self.start, device=answer_ids.device)
-        one = torch.ones(questions, dtype=torch.long, device=answer_ids.device)
         first = self._decode(question, start, torch.ones_like(start)).logits[:, 0].float().softmax(dim=-1)
         likely = first[:, answer_ids[:, 1]].topk(number, dim=1).indices  # (B, number)
         chosen_ids, chosen_mask = answer_ids[likely.flatten()], answer_mask[likely.flatten()]
@@ -152,12 +159,14 @@ class BlipVqa(AlignedModel):
         chosen_ids, chosen_mask = chosen_ids[:, :longest], chosen_mask[:, :longest]
         logits = self._decode(question, chosen_ids, chosen_mask).logits
         losses = next_token_losses(logits, chosen_ids.masked_fill(chosen_mask == 0, IGNORED)[:, 1:])
-        best = losses.unflatten(0, (questions, number)).argmin(dim=1, keepdim=True)
-        source = question.valid.sum(dim=1)
-        scored = decoder_flops(self.text_decoder, chosen_mask.sum(dim=1), source.repeat_interleave(number))
-        cost = decoder_flops(self.text_decoder, one, source) + scored.unflatten(0, (questions, number)).sum(dim=1)
-        cost = cost - (number - 1) * self._question_key_flops(source)
-        return likely.gather(1, best).squeeze(1), cost.double() / GIGA
+        return likely, losses.unflatten(0, (questions, number))
+
+    def ranking_gflops(self, source: Tensor, tokens: Tensor) -> Tensor:
+        """GFLOPs of `rank` for questions of `source` (B,) tokens with n likely candidates of `tokens` (B, n). (B,) float64"""
+        scored = decoder_flops(self.text_decoder, tokens.flatten(), source.repeat_interleave(tokens.shape[1]))
+        scored = scored.unflatten(0, tokens.shape).sum(dim=1) - (tokens.shape[1] - 1) * self._question_key_flops(source)
+        first = decoder_flops(self.text_decoder, torch.ones_like(source), source)
+        return (first + scored).double() / GIGA
 
     @torch.no_grad()
     def generate(self, question: Question, num_beams: int = 3, max_length: int = 10) -> tuple[Tensor, Tensor]:
@@ -175,9 +184,11 @@ class BlipVqa(AlignedModel):
             eos_token_id=self.end,
             pad_token_id=self.padding,
         )
-        lengths = written_lengths(ids, self.end)
-        cost = generation_flops(self.text_decoder, 1, lengths, num_beams, question.valid.sum(dim=1))
-        return ids, cost.double() / GIGA
+        return ids, self.writing_gflops(question.valid.sum(dim=1), ids, num_beams)
+
+    def writing_gflops(self, source: Tensor, ids: Tensor, num_beams: int) -> Tensor:
+        """GFLOPs of answers (B, M) as `generate` wrote them, to questions of `source` (B,) tokens. (B,) float64"""
+        return generation_flops(self.text_decoder, 1, written_lengths(ids, self.end), num_beams, source).double() / GIGA
 
     def reading_gflops(self, question: Question, setting: PruneSetting = OFF) -> Tensor:
         """GFLOPs of `read` for each question with an image of its own. (B,) float64"""

@@ -87,8 +87,10 @@ def _read_torchscript(path: Path) -> StateDict:
     return torch.jit.load(path, map_location="cpu").state_dict()
 
 
-def load_nlvr_weights(model: nn.Module, weights: StateDict, source: str) -> None:
+def load_nlvr_weights(model: nn.Module, weights: StateDict, source: str) -> list[str]:
     """Load BLIP weights into a `BlipNlvr`: one cross-attention becomes two, position embeddings are interpolated.
+
+    Returns the names of weights that `weights` lacks, as the loaders below do.
 
     Raises:
         UserError: naming weights that do not fit, are missing, or are not known.
@@ -101,10 +103,10 @@ def load_nlvr_weights(model: nn.Module, weights: StateDict, source: str) -> None
     position = "visual_encoder.pos_embed"
     if position in translated and position in expected:
         translated[position] = interpolate_position_embedding(translated[position], expected[position].shape[1])
-    load_weights(model, translated, source, NLVR_MAY_MISS, BLIP_MAY_IGNORE)
+    return load_weights(model, translated, source, NLVR_MAY_MISS, BLIP_MAY_IGNORE)
 
 
-def load_retrieval_weights(model: nn.Module, weights: StateDict, source: str) -> None:
+def load_retrieval_weights(model: nn.Module, weights: StateDict, source: str) -> list[str]:
     """Load BLIP weights into a `BlipRetrieval`. Momentum weights that are missing start as the online ones.
 
     Raises:
@@ -112,34 +114,34 @@ def load_retrieval_weights(model: nn.Module, weights: StateDict, source: str) ->
     """
     weights = {name: tensor if tensor.dtype == torch.long else tensor.float() for name, tensor in weights.items()}
     weights = {name: tensor for name, tensor in weights.items() if name not in ("queue_ptr", "ptr_queue") or tensor.dim()}
-    load_pair_weights(model, weights, source, ("visual_encoder.pos_embed", "visual_encoder_m.pos_embed"), BLIP_MAY_IGNORE)
+    return load_pair_weights(model, weights, source, ("visual_encoder.pos_embed", "visual_encoder_m.pos_embed"), BLIP_MAY_IGNORE)
 
 
-def load_caption_weights(model: nn.Module, weights: StateDict, source: str) -> None:
+def load_caption_weights(model: nn.Module, weights: StateDict, source: str) -> list[str]:
     """Load BLIP weights into a `BlipCaption`; position embeddings are interpolated.
 
     Raises:
         UserError: naming weights that do not fit, are missing, or are not known.
     """
-    _load_decoder_model(model, weights, source, BLIP_MAY_IGNORE)
+    return _load_decoder_model(model, weights, source, BLIP_MAY_IGNORE)
 
 
-def load_vqa_weights(model: nn.Module, weights: StateDict, source: str) -> None:
+def load_vqa_weights(model: nn.Module, weights: StateDict, source: str) -> list[str]:
     """Load BLIP weights into a `BlipVqa`; position embeddings are interpolated. Raises as `load_caption_weights`."""
-    _load_decoder_model(model, weights, source, tuple(name for name in BLIP_MAY_IGNORE if name != "text_decoder."))
+    return _load_decoder_model(model, weights, source, tuple(name for name in BLIP_MAY_IGNORE if name != "text_decoder."))
 
 
-def _load_decoder_model(model: nn.Module, weights: StateDict, source: str, may_ignore: Iterable[str]) -> None:
+def _load_decoder_model(model: nn.Module, weights: StateDict, source: str, may_ignore: Iterable[str]) -> list[str]:
     weights = {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in weights.items()}
     position = "visual_encoder.pos_embed"
     if position in weights:
         weights[position] = interpolate_position_embedding(weights[position], model.state_dict()[position].shape[1])
-    load_weights(model, weights, source, DECODER_MAY_MISS, may_ignore)
+    return load_weights(model, weights, source, DECODER_MAY_MISS, may_ignore)
 
 
 def load_pair_weights(
     model: nn.Module, weights: StateDict, source: str, positions: Iterable[str], may_ignore: Iterable[str]
-) -> None:
+) -> list[str]:
     """The part that BLIP and CLIP share: position embeddings are interpolated, queues of another size start anew, momentum
     weights that are missing are those of the encoders.
 
@@ -159,7 +161,7 @@ def load_pair_weights(
         online = part.removesuffix("_m") + dot + rest
         if name not in weights and online in weights:
             weights[name] = weights[online]
-    load_weights(model, weights, source, RETRIEVAL_MAY_MISS, may_ignore)
+    return load_weights(model, weights, source, RETRIEVAL_MAY_MISS, may_ignore)
 
 
 def _paired(name: str) -> list[str]:
@@ -188,8 +190,10 @@ def interpolate_position_embedding(embedding: Tensor, tokens: int) -> Tensor:
 
 def load_weights(
     model: nn.Module, weights: StateDict, source: str, may_miss: Iterable[str] = (), may_ignore: Iterable[str] = ()
-) -> None:
+) -> list[str]:
     """Load a state dict; only names that contain one of `may_miss` may be absent, and of `may_ignore` be superfluous.
+
+    Returns the absent ones.
 
     Raises:
         UserError: with the first names that break this, or whose shapes do not fit.
@@ -214,6 +218,7 @@ def load_weights(
     if missing:
         logger.info("%s lacks %s: new weights there", source, _first(missing))
     model.load_state_dict({name: tensor for name, tensor in weights.items() if name in expected}, strict=False)
+    return missing
 
 
 def _first(names: list[str], shown: int = 3) -> str:

@@ -31,8 +31,10 @@ PARTS = {
 TRANSPOSED = {"visual_projection.weight": "visual.proj", "text_projection.weight": "text_projection"}
 
 
-def load_clip_weights(model: nn.Module, weights: StateDict, source: str) -> None:
+def load_clip_weights(model: nn.Module, weights: StateDict, source: str) -> list[str]:
     """Load a `ClipRetrieval`. Position embeddings are interpolated; momentum weights that are missing start as the online ones.
+
+    Returns the names of weights that `weights` lacks.
 
     Raises:
         UserError: naming weights that do not fit, are missing, or are not known.
@@ -40,7 +42,7 @@ def load_clip_weights(model: nn.Module, weights: StateDict, source: str) -> None
     if any(name.startswith("vision_model.") for name in weights):
         weights = from_transformers(weights)
     weights = {name.replace(*PRUNER): value.float() if value.is_floating_point() else value for name, value in weights.items()}
-    load_pair_weights(model, weights, source, POSITIONS, MAY_IGNORE)
+    return load_pair_weights(model, weights, source, POSITIONS, MAY_IGNORE)
 
 
 def from_transformers(weights: StateDict) -> StateDict:

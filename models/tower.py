@@ -1,7 +1,7 @@
 """What the image and the text tower have in common: how blocks hand tokens on, and what they leave on record."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.distributed as dist
@@ -42,6 +42,11 @@ class TowerRecord:
         self.kept.append(kept)
         if features is not None:
             self.features = features if self.features is None else self.features + features
+
+    def unpruned(self) -> "TowerRecord":
+        """What the same samples leave on record when nothing is pruned."""
+        depth, tokens = len(self.entering), self.entering[0]
+        return replace(self, entering=[tokens] * depth, leaving=[tokens] * depth, kept=[None] * depth, features=None)
 
 
 @dataclass

@@ -11,7 +11,7 @@ from torch.utils.data import Dataset
 
 from config import Augment, NlvrConfig
 from data.loading import Loader, build_loader, calibration_subset, load_image, read_json
-from data.nlvr import NlvrCollate, NlvrDataset, build_datasets, find_image, swap_sides
+from data.nlvr import NlvrCollate, NlvrDataset, build_datasets, find_image, read_statements, swap_sides
 from data.text import enc_token_id, load_tokenizer
 from transform.images import eval_transform, train_transform
 from utils import Run, UserError
@@ -40,7 +40,7 @@ def world(tmp_path: Path) -> Path:
 
 
 def dataset_of(world: Path, **settings: Any) -> NlvrDataset:
-    return NlvrDataset([world / "nlvr_train.json"], world / "images", eval_transform(SIZE), **settings)
+    return NlvrDataset(read_statements(world / "nlvr_train.json"), world / "images", eval_transform(SIZE), **settings)
 
 
 def loader_of(dataset: Dataset, workers: int = 0, run: Run | None = None, train: bool = True, **options) -> Loader:
@@ -123,7 +123,7 @@ def test_statements_of_one_pair_share_its_pictures(world: Path) -> None:
 def test_the_ablations_hide_pictures(world: Path) -> None:
     left = dataset_of(world, images="left")[0]
     assert torch.equal(left["left"], left["right"])
-    blank = NlvrDataset([world / "nlvr_train.json"], world / "nowhere", eval_transform(SIZE), text_only=True)[0]
+    blank = NlvrDataset(read_statements(world / "nlvr_train.json"), world / "nowhere", eval_transform(SIZE), text_only=True)[0]
     assert not blank["left"].any() and not blank["right"].any()
 
 
@@ -138,9 +138,9 @@ def test_both_layouts_of_the_pictures_are_found(world: Path, name: str) -> None:
 
 def test_missing_files_are_the_users_to_mend(world: Path) -> None:
     with pytest.raises(UserError, match="0-img0.png: no such picture; set the key 'image_root'"):
-        NlvrDataset([world / "nlvr_train.json"], world / "nowhere", eval_transform(SIZE))
+        NlvrDataset(read_statements(world / "nlvr_train.json"), world / "nowhere", eval_transform(SIZE))
     with pytest.raises(UserError, match="none.json: No such file"):
-        NlvrDataset([world / "none.json"], world / "images", eval_transform(SIZE))
+        read_statements(world / "none.json")
     (world / "images/train/0/4-img1.png").write_bytes(b"not a picture")
     with pytest.raises(UserError, match="4-img1.png: not a readable picture"):
         dataset_of(world)[9]
@@ -230,6 +230,6 @@ def test_a_sentence_that_names_a_side_is_not_mirrored(world: Path) -> None:
         picture.paste((0, 0, 0), (0, 0, SIZE // 2, SIZE))
         picture.save(folder / f"0-img{side}.png")
     transform = train_transform(SIZE, Augment(crop_scale=(1, 1), flip=True, randaugment=False))
-    dataset = NlvrDataset([world / "nlvr_train.json"], world / "images", transform)
+    dataset = NlvrDataset(read_statements(world / "nlvr_train.json"), world / "images", transform)
     halves = [[dataset[index]["left"][0, 0, 0] < 0 for _ in range(30)] for index in (0, 1)]
     assert all(halves[0]) and not all(halves[1])

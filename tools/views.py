@@ -6,6 +6,7 @@ Shapes: B samples, P pictures each, L blocks of a tower, N text tokens of the lo
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,6 +19,7 @@ from data.captions import CaptionImages, CaptionTexts, FirstPairs, PairCollate, 
 from data.loading import Loader, build_loader
 from data.nlvr import NlvrCollate, build_datasets
 from data.text import Tokenizer, enc_token_id, load_tokenizer
+from engine.saved import saved_setting
 from engine.train import Precision, move
 from madtp.pruning import OFF, PruneSetting
 from models.blip_nlvr import NlvrOutput
@@ -76,6 +78,13 @@ class View:
         self.tokenizer, self.dataset, self.ids, self.collate = tokenizer, dataset, list(ids), collate
         self.precision = Precision(run.device, config.amp)
         self.packed = config.variant == "paper"
+
+    @classmethod
+    def over(cls, *args: Any) -> "View":
+        """Of a model that is open, over any samples: what `View` itself is made of."""
+        view = cls.__new__(cls)
+        View.__init__(view, *args)
+        return view
 
     def compute(self, batch: dict) -> object:
         """The forward pass over a batch that is on the device."""
@@ -202,8 +211,10 @@ class NlvrView(View):
 
     def headings(self, batch: dict, output: NlvrOutput) -> list[str]:
         scores = output.logits.float().softmax(dim=-1)[:, 1].tolist()
-        truths = batch["targets"].bool().tolist()
-        return [f"predicted {score > 0.5} ({score:.2f}), truth {truth}" for score, truth in zip(scores, truths, strict=True)]
+        said = [f"predicted {score > 0.5} ({score:.2f})" for score in scores]
+        if "targets" not in batch:
+            return said
+        return [f"{start}, truth {truth}" for start, truth in zip(said, batch["targets"].bool().tolist(), strict=True)]
 
     def names(self, batch: dict) -> list[str]:
         return batch["ids"]
@@ -280,12 +291,9 @@ def open_view(config: Config, checkpoint: Path | str, device: str | None = None,
         raise UserError(f"runs of task {config.task!r} cannot be shown yet; those of {', '.join(VIEWS)} can")
     run = init_run(device, config.seed)
     saved = read_checkpoint(checkpoint)
-    setting = OFF
-    if not config.uncompressed:
-        strength = saved.get("temperature") if temperature is None else temperature
-        if strength is None:
-            raise UserError(f"{checkpoint}: holds no temperature; give one with --temperature, or a run's checkpoint")
-        setting = PruneSetting(strength, saved.get("prune_from", config.prune_from))
+    setting = saved_setting(config, saved if temperature is None else {**saved, "temperature": temperature})
+    if setting is None:
+        raise UserError(f"{checkpoint}: holds no temperature; give one with --temperature, or a run's checkpoint")
     return VIEWS[config.task](config, run, setting, saved["model"], str(checkpoint))
 
 

@@ -17,6 +17,7 @@ from matplotlib.lines import Line2D
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from engine.saved import saved_rule  # noqa: E402
 from models.pretrained import read_checkpoint  # noqa: E402
 from options import load_any_config  # noqa: E402
 from tools.views import VIEWS, Sample, open_view, spread  # noqa: E402
@@ -126,8 +127,7 @@ def main() -> None:
     if args.samples < 1:
         raise UserError(f"--samples must be at least 1, got {args.samples}")
     saved = read_checkpoint(args.checkpoint)
-    rule = {key: saved[key] for key in ("method", "variant", "keep", "p") if key in saved}
-    view = open_view(load_any_config(args.config, rule, args.task), args.checkpoint, args.device, args.temperature)
+    view = open_view(load_any_config(args.config, saved_rule(saved), args.task), args.checkpoint, args.device, args.temperature)
     ids = args.ids or spread(view.ids, args.samples)
     samples = [sample for batch in view.batches(ids) for sample in view.samples(batch)]
     for path in write_drawings(samples, args.out):

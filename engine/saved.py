@@ -1,0 +1,132 @@
+"""Saved models of any task: the rule and the setting that they prune by, and the whole, ready to predict."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+from torch import nn
+
+from clip.tokenizer import load_clip_tokenizer
+from config import Config
+from data.text import Tokenizer, dec_token_id, enc_token_id, load_tokenizer, prompt_ids
+from madtp.pruning import OFF, PruneSetting
+from madtp.sparsity import SparseWeights
+from models.build import caption_from_config, clip_from_config, nlvr_from_config, retrieval_from_config, vqa_from_config
+from models.linears import sparse_weights
+from models.pretrained import (
+    QUEUES,
+    StateDict,
+    load_caption_weights,
+    load_nlvr_weights,
+    load_retrieval_weights,
+    load_vqa_weights,
+    read_checkpoint,
+)
+from models.pretrained_clip import load_clip_weights
+from options import load_any_config
+from utils import Run, UserError, init_run
+
+RULE = ("method", "variant", "keep", "p", "sparsity_type", "sparse_layers")
+
+BUILD: dict[str, Callable[[Config, Tokenizer], nn.Module]] = {
+    "nlvr": lambda config, words: nlvr_from_config(config, len(words)),
+    "retrieval": lambda config, words: retrieval_from_config(config, len(words), enc_token_id(words)),
+    "retrieval_clip": lambda config, words: clip_from_config(config, len(words)),
+    "caption": lambda config, words: caption_from_config(
+        config, len(words), prompt_ids(words, config.prompt), words.sep_token_id, words.pad_token_id
+    ),
+    "vqa": lambda config, words: vqa_from_config(config, len(words), dec_token_id(words), words.sep_token_id, words.pad_token_id),
+}
+LOAD: dict[str, Callable[[nn.Module, StateDict, str], list[str]]] = {
+    "nlvr": load_nlvr_weights,
+    "retrieval": load_retrieval_weights,
+    "retrieval_clip": load_clip_weights,
+    "caption": load_caption_weights,
+    "vqa": load_vqa_weights,
+}
+# What training alone uses, is a constant, or is another name of weights that are there.
+NOT_READ = (*QUEUES, "temp", "decoder_alignment.", "position_ids", "cls.predictions.decoder.")
+
+
+class Opened(NamedTuple):
+    """A model on its device, in evaluation mode, and what it predicts with.
+
+    sparse: its sparse weights, masked as they were saved; None where all are dense
+    """
+
+    config: Config
+    model: nn.Module
+    setting: PruneSetting
+    tokenizer: Tokenizer
+    run: Run
+    sparse: SparseWeights | None
+
+
+def saved_rule(saved: dict) -> dict:
+    """The keys of a config that a checkpoint carries: its temperature was made for them."""
+    return {key: saved[key] for key in RULE if key in saved}
+
+
+def is_authors(config: Config, saved: dict) -> bool:
+    """Whether a checkpoint is one of the authors': they save a temperature, but no rule."""
+    return config.variant == "released" and "variant" not in saved and isinstance(saved.get("temperature"), int | float)
+
+
+def saved_setting(config: Config, saved: dict) -> PruneSetting | None:
+    """The setting that a checkpoint was saved with: off, where sparse weights alone meet p; None where it is not known."""
+    if config.uncompressed:
+        return OFF
+    if is_authors(config, saved):
+        return PruneSetting(saved["temperature"]) if saved["temperature"] > 0 else OFF
+    if saved.get("temperature") is None:
+        return OFF if saved.get("masked") else None
+    return PruneSetting(saved["temperature"], saved.get("prune_from", config.prune_from))
+
+
+def mask_as_saved(sparse: SparseWeights, saved: dict) -> None:
+    """Mask the weights that were masked when they were saved, and so are zero where their masks are; dense ones all at once."""
+    sparse.select(saved.get("masked") or sparse.weights)
+    sparse.fix()
+
+
+def open_checkpoint(
+    path: str | Path, config: str | Path | None = None, device: str | None = None, task: str | None = None
+) -> Opened:
+    """The model of a checkpoint: pruned under the rule and at the temperature that it was saved with, dense where it has none.
+
+    Args:
+        config: its YAML file; None: the config.yaml beside it.
+        device: cpu or cuda; None: cuda when there is one.
+        task: where the file names none.
+
+    Raises:
+        UserError: when the two do not fit each other, or when weights are missing that a prediction needs.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; give a run's checkpoint_best.pth")
+    saved = read_checkpoint(path)
+    dense = "temperature" not in saved and "space_dict" not in saved["model"]
+    rule = {"p": 0.0} if dense else saved_rule(saved)
+    settings = load_any_config(config or path.with_name("config.yaml"), {**rule, "device": device}, task)
+    setting = saved_setting(settings, saved)
+    if setting is None:
+        raise UserError(f"{path}: pruned weights without their temperature; give a run's checkpoint_best.pth")
+    run = init_run(device, settings.seed)
+    is_clip = settings.task == "retrieval_clip"
+    tokenizer = load_clip_tokenizer(settings.tokenizer) if is_clip else load_tokenizer(settings.tokenizer)
+    model = BUILD[settings.task](settings, tokenizer)
+    missing = [name for name in LOAD[settings.task](model, saved["model"], str(path)) if _is_read(name)]
+    if missing:
+        raise UserError(f"{path}: lacks {missing[0]}, so its answers would be random; give a checkpoint of this task's runs")
+    model = model.to(run.device).eval()
+    sparse = None
+    if settings.pattern is not None and saved.get("masked"):
+        sparse = sparse_weights(model, settings.pattern, settings.sparse_layers)
+        mask_as_saved(sparse, saved)
+    return Opened(settings, model, setting, tokenizer, run, sparse)
+
+
+def _is_read(name: str) -> bool:
+    """Whether a prediction needs the weights: momentum encoders, named with `_m`, only train."""
+    return not name.split(".")[0].endswith("_m") and not any(part in name for part in NOT_READ)

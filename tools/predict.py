@@ -1,0 +1,76 @@
+"""What a checkpoint says of your own pictures, and what that costs. Of any task's run; its config.yaml lies beside it.
+
+    python tools/predict.py --checkpoint output/nlvr_p0.5/checkpoint_best.pth --image a.jpg --image b.jpg --text "Both are red."
+    python tools/predict.py --checkpoint output/vqa_p0.5/checkpoint_best.pth --image a.jpg --text "What is on the table?"
+    python tools/predict.py --checkpoint output/caption_p0.4/checkpoint_best.pth --image a.jpg
+    python tools/predict.py --checkpoint output/coco_p0.45/checkpoint_best.pth --image a.jpg --text "a dog" --text "a cat"
+
+Retrieval ranks several texts for one picture, or several pictures for one text. The weights of dense models (.safetensors, or .pth
+without a temperature) want a --config and run dense. GFLOPs are those of the whole answer, "uncompressed" of the same answer with
+nothing pruned. --explain draws what survives in each block, as tools/visualize.py.
+"""
+
+import argparse
+import json
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from config import CONFIGS  # noqa: E402
+from data.text import clean_sentence  # noqa: E402
+from engine.saved import open_checkpoint  # noqa: E402
+from engine.train import Precision  # noqa: E402
+from tools.predictors import PREDICTORS  # noqa: E402
+from tools.visualize import write_drawings  # noqa: E402
+from utils import UserError, run_main  # noqa: E402
+
+
+def check_inputs(images: Sequence[str], texts: Sequence[str], explain: Path | None) -> None:
+    """What can be said before there is a model.
+
+    Raises:
+        UserError: for a picture that is not there, a text without words, or a drawing that is no .png.
+    """
+    for path in images:
+        if not Path(path).exists():
+            raise UserError(f"{path}: no such picture; give the path of one with --image")
+    for text in texts:
+        if not clean_sentence(text, "caption", 1):
+            raise UserError(f"--text {text!r}: has no words; write what the model is to read")
+    if explain is not None and explain.suffix != ".png":
+        raise UserError(f"--explain {explain}: must end in .png")
+
+
+@torch.no_grad()
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--checkpoint", required=True, metavar="FILE", help="the weights that a run made, or those of a dense model"
+    )
+    parser.add_argument("--config", metavar="FILE", help="the run's config.yaml, where it does not lie beside the checkpoint")
+    parser.add_argument("--task", choices=CONFIGS, help="where the file has no key 'task'")
+    parser.add_argument("--image", action="append", default=[], metavar="FILE", help="a picture; may come again")
+    parser.add_argument("--text", action="append", default=[], metavar="TEXT", help="a sentence or a question; may come again")
+    parser.add_argument("--explain", type=Path, metavar="PNG", help="draw what survives in each block")
+    parser.add_argument("--device", help="cpu or cuda; cuda when there is one")
+    parser.add_argument("--json", action="store_true", help="one JSON object instead of lines")
+    args = parser.parse_args()
+    logging.basicConfig(level=logging.WARNING, stream=sys.stderr)  # else a run's log goes to where the answer goes
+    check_inputs(args.image, args.text, args.explain)
+    opened = open_checkpoint(args.checkpoint, args.config, args.device, args.task)
+    predictor = PREDICTORS[opened.config.task](opened, args.image, args.text)
+    shown = predictor.shown() if args.explain else None
+    with Precision(opened.run.device, opened.config.amp).autocast():
+        prediction = predictor.predict()
+    if args.explain:
+        write_drawings(predictor.samples(shown, prediction), args.explain)
+    print(json.dumps({"task": opened.config.task, **prediction.content()}) if args.json else prediction.report())
+
+
+if __name__ == "__main__":
+    run_main(main)
