@@ -32,8 +32,8 @@ STUDY_SHAPES = Path("datasets/shapes_study")  # of tasks that want more data tha
 SEEDS = (42, 43, 44)
 MORE_ROWS = {
     "nlvr": {
-        "trained on the text alone": ("--p 0 --set text_only=true", False),
-        "trained on the left image alone": ("--p 0 --set images=left", False),
+        "trained on the text alone": ("--p 0 --epoch 3 --set text_only=true", False),
+        "trained on the left image alone": ("--p 0 --epoch 3 --set images=left", False),
     }
 }
 
