@@ -4,7 +4,8 @@ Every picture and every caption is encoded once for its feature, on the process 
 matching, so that no picture's tokens are kept. Shapes: I images, T texts, L text tokens, E width of the common space, P pairs.
 """
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +17,7 @@ from models.tower import select
 from utils import Run, all_reduce_sum, gather_objects
 
 QUERIES = 1024  # whose similarities to all targets are in memory at a time
-PAIRS = 256  # of one image, that are matched at a time
+PAIRS = 256  # that are matched at a time
 PREDICTED = 10  # targets of each query that a run writes down
 
 
@@ -77,20 +78,38 @@ def rerank(
     place = run.rank
     for batch in progress(split.images, "matching", run):
         image = model.encode_image(batch["image"].to(run.device, non_blocking=True), setting, packed=packed)
-        for number in range(len(batch["image"])):
-            one = select(image.tokens, image.layout, torch.tensor([number], device=run.device))
-            first, last = bounds[place], bounds[place + 1]
-            for start in range(first, last, PAIRS):
-                wanted = keys[start : min(start + PAIRS, last)]
-                text = _padded([tokens[i] for i in (wanted % texts).tolist()], run.device)
-                found, _ = model.match(*text, one, setting)
-                logits[start : start + len(wanted)] = found[:, 1].float().cpu()
-            place += run.world_size
+        places = range(place, place + len(batch["image"]) * run.world_size, run.world_size)
+        place = places.stop
+        for numbers, parts in _matching_passes([range(bounds[i], bounds[i + 1]) for i in places], packed):
+            some, layout = select(image.tokens, image.layout, torch.tensor(numbers, device=run.device))
+            if packed:
+                layout = replace(layout, readers=tuple(map(len, parts)))
+            wanted = torch.cat([torch.arange(part.start, part.stop) for part in parts])
+            text = _padded([tokens[i] for i in (keys[wanted] % texts).tolist()], run.device)
+            found, _ = model.match(*text, (some, layout), setting)
+            logits[wanted] = found[:, 1].float().cpu()
     logits = all_reduce_sum(logits.to(run.device)).cpu()
     return tuple(
         _reordered(ranking, logits[torch.searchsorted(keys, _keys_of(ranking, texts, of_texts))])
         for ranking, of_texts in ((by_image, False), (by_text, True))
     )
+
+
+def _matching_passes(pairs: list[range], several: bool) -> Iterator[tuple[list[int], list[range]]]:
+    """Given the pairs of each image: images that are matched in one pass, and which pairs of each. A pass holds as many as fit, or
+    one image unless there may be `several`; those of one image are parted where they fit no pass."""
+    numbers: list[int] = []
+    parts: list[range] = []
+    for number, own in enumerate(pairs):
+        for start in range(0, len(own), PAIRS):
+            part = own[start : start + PAIRS]
+            if parts and not (several and sum(map(len, parts)) + len(part) <= PAIRS):
+                yield numbers, parts
+                numbers, parts = [], []
+            numbers.append(number)
+            parts.append(part)
+    if parts:
+        yield numbers, parts
 
 
 def _keys_of(ranking: Ranking, texts: int, of_texts: bool) -> Tensor:

@@ -6,7 +6,7 @@ Shapes: B samples, N tokens of the longest, T tokens of all together. A sample's
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
@@ -14,10 +14,14 @@ from torch import Tensor
 
 @dataclass(frozen=True, eq=False)
 class Packed:
-    """Where the samples of a flat (T, ...) tensor lie. `lengths` is known to the host: whoever packs waits for the device once."""
+    """Where the samples of a flat (T, ...) tensor lie. `lengths` is known to the host: whoever packs waits for the device once.
+
+    readers: how many texts of those that are read with these samples belong to each, neighbours; None: equally many
+    """
 
     lengths: tuple[int, ...]
     device: torch.device
+    readers: tuple[int, ...] | None = None
 
     @classmethod
     def of(cls, lengths: Iterable[int], device: torch.device) -> "Packed":
@@ -57,6 +61,11 @@ class Packed:
         rows = self.offsets[:-1].long().unsqueeze(1) + torch.arange(self.longest, device=self.device)
         return rows.clamp(max=self.total - 1)
 
+    @cached_property
+    def places(self) -> Tensor:
+        """(T,) where the tokens stand in the padded layout, its first two dimensions flattened."""
+        return _true_places(self.valid, self.total)
+
     def pad(self, values: Tensor) -> Tensor:
         """(T, ...) -> (B, N, ...). Padding holds the values of other samples."""
         if self.uniform:
@@ -65,16 +74,18 @@ class Packed:
 
     def unpad(self, values: Tensor) -> Tensor:
         """(B, N, ...) -> (T, ...)."""
-        return values.flatten(0, 1) if self.uniform else _select(values, self.valid, self.total)
+        values = values.flatten(0, 1)
+        return values if self.uniform else values.index_select(0, self.places)
 
     def class_tokens(self, x: Tensor) -> Tensor:
         """(T, C) -> (B, C)."""
         return x[self.offsets[:-1]]
 
-    def joined(self, number: int) -> "Packed":
-        """The same rows as `number` samples: neighbours become one."""
-        each = len(self.lengths) // number
-        return Packed.of((sum(self.lengths[i * each : (i + 1) * each]) for i in range(number)), self.device)
+    def joined(self, source: "Packed") -> "Packed":
+        """The same rows as samples that are as many as `source` has: those become one that read the same sample of it."""
+        each = len(self.lengths) // len(source.lengths)
+        ends = list(accumulate(source.readers or [each] * len(source.lengths), initial=0))
+        return Packed.of((self.starts[last] - self.starts[first] for first, last in pairwise(ends)), self.device)
 
     def select(self, x: Tensor, samples: Tensor) -> tuple[Tensor, "Packed"]:
         """The samples of these numbers (n,), in that order; one may come twice. Known to the host: it waits for the device once."""
@@ -96,12 +107,13 @@ def pack(x: Tensor, valid: Tensor | None) -> tuple[Tensor, Packed]:
     if valid is None:
         return x.flatten(0, 1), Packed.of([x.shape[1]] * len(x), x.device)
     layout = Packed.of(valid.sum(dim=1).tolist(), x.device)
-    return _select(x, valid, layout.total), layout
+    return x.flatten(0, 1).index_select(0, _true_places(valid, layout.total)), layout
 
 
-def _select(x: Tensor, mask: Tensor, number: int) -> Tensor:
-    """x[mask], of a known number of entries: a GPU need not wait for it, and the backward pass is a plain scatter."""
-    return x.flatten(0, 1).index_select(0, torch.nonzero_static(mask.flatten(), size=number).flatten())
+def _true_places(mask: Tensor, number: int) -> Tensor:
+    """Where the flattened mask is true, in a known number of places: a GPU need not wait for it, as it would for x[mask]. What is
+    selected by it has a plain scatter for a backward pass."""
+    return torch.nonzero_static(mask.flatten(), size=number).flatten()
 
 
 class Groups:
@@ -111,12 +123,15 @@ class Groups:
     """
 
     def __init__(self, layout: Packed, members: list[list[int]]):
+        self._rows = None
+        if members == [list(range(len(layout.lengths)))]:
+            self.layouts = [layout]  # what it has computed serves the next layer too
+            return
         self.layouts = [Packed.of([layout.lengths[i] for i in group], layout.device) for group in members]
         order = [i for group in members for i in group]
-        self._rows = None
         if order != list(range(len(order))):
             places = torch.tensor(order, device=layout.device)
-            self._rows = _select(layout.rows[places], layout.valid[places], layout.total)
+            self._rows = layout.rows[places].flatten().index_select(0, _true_places(layout.valid[places], layout.total))
 
     def split(self, x: Tensor) -> list[Tensor]:
         """(T, C) -> (G, N, C) of each group, padded."""

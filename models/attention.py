@@ -144,6 +144,7 @@ def _attend_group(
 
 def similar(queries: Sequence[int], keys: Sequence[int], width: int) -> Iterator[list[int]]:
     """Samples that may be padded to one another, most keys first: a group ends where padding costs more than one more group.
+    In a group they stand in their own order, so that a group of all need not be moved.
 
     queries, keys: tokens of each sample
     """
@@ -154,8 +155,8 @@ def similar(queries: Sequence[int], keys: Sequence[int], width: int) -> Iterator
         stretched = max(longest, queries[sample])
         wasted = (len(group) + 1) * stretched * keys[(group or [sample])[0]] - area - queries[sample] * keys[sample]
         if 2 * wasted * width > GROUP_COST:
-            yield group
+            yield sorted(group)
             group, area, stretched = [], 0, queries[sample]
         group.append(sample)
         longest, area = stretched, area + queries[sample] * keys[sample]
-    yield group
+    yield sorted(group)

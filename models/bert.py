@@ -2,7 +2,7 @@
 
 Shapes: S texts, L text tokens with [ENC]/[CLS] first, C width; B images, M image tokens, V their width. S is a multiple of B:
 the first S / B texts are about the first image, and so on. Instead of padded with a mask, texts and images may be packed: (T, C)
-with the T tokens of all samples and their `madtp.packing.Packed`.
+with the T tokens of all samples and their `madtp.packing.Packed`, where that of the images may say how many texts are about each.
 """
 
 from collections.abc import Callable, Sequence
@@ -46,11 +46,11 @@ class Heads(nn.Module):
     def forward(self, x: Tensor, source: Tensor, layout: Layout, source_layout: Layout, pruner: TokenPruner | None = None):
         """x (S, L, C), source (B, M, V) -> (S, L, C), statistics or None.
 
-        S is a multiple of B: neighbouring texts share a source, whose keys and values are then computed once.
+        Neighbouring texts share a source, whose keys and values are then computed once: S / B of them, or packed its `readers`.
         """
         query, key, value = self.query(x), self.key(source), self.value(source)
         if isinstance(layout, Packed):
-            layout = layout.joined(len(source_layout.lengths))
+            layout = layout.joined(source_layout)
         else:
             query = query.reshape(len(source), -1, query.shape[-1])
         dropout = self.dropout if self.training else 0.0

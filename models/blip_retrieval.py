@@ -119,7 +119,8 @@ class BlipRetrieval(MomentumModel):
     def match(
         self, input_ids: Tensor, attention_mask: Tensor, image: tuple[Tensor, Layout], setting: PruneSetting = OFF
     ) -> tuple[Tensor, TowerRecord]:
-        """Do they fit? The first S / B texts are read with the first image, and so on. Logits (S, 2), class 1 is yes; record.
+        """Do they fit? The first S / B texts are read with the first image, and so on, or as many as the `readers` of the images'
+        packed layout say. Logits (S, 2), class 1 is yes; record.
 
         input_ids, attention_mask: (S, L), [CLS] first, which becomes [ENC]
         image: image tokens of B samples with their layout; packed ones make the text packed

@@ -122,10 +122,11 @@ class BlipVqa(AlignedModel):
         similarity = similarity_loss(question.vision.features, question.language.features) if align else None
         return VqaOutput(losses, similarity, output.logits, question)
 
-    def _decode(self, question: Question, answer_ids: Tensor, answer_mask: Tensor, counts: Tensor):
-        """The decoder's output; `counts` (B,) answers to each question. Those to a single one share its keys and values."""
-        which = slice(0, 1)
-        if len(counts) > 1:
+    def _decode(self, question: Question, answer_ids: Tensor, answer_mask: Tensor, counts: Tensor | None = None):
+        """The decoder's output; `counts` (B,) answers to each question, or (1,), all to the first; None: equally many. Those to a
+        single one and equally many share each question's keys and values."""
+        which = slice(None) if counts is None else slice(0, 1)
+        if counts is not None and len(counts) > 1:
             which = torch.arange(len(counts), device=counts.device).repeat_interleave(counts, output_size=len(answer_ids))
         return self.text_decoder(
             answer_ids,
@@ -151,13 +152,12 @@ class BlipVqa(AlignedModel):
         """
         questions, number = len(question.tokens), min(number, len(answer_ids))
         start = torch.full((questions, 1), self.start, device=answer_ids.device)
-        one = torch.ones(questions, dtype=torch.long, device=answer_ids.device)
-        first = self._decode(question, start, torch.ones_like(start), one).logits[:, 0].float().softmax(dim=-1)
+        first = self._decode(question, start, torch.ones_like(start)).logits[:, 0].float().softmax(dim=-1)
         likely = first[:, answer_ids[:, 1]].topk(number, dim=1).indices  # (B, number)
         chosen_ids, chosen_mask = answer_ids[likely.flatten()], answer_mask[likely.flatten()]
         longest = int(chosen_mask.sum(dim=1).max())
         chosen_ids, chosen_mask = chosen_ids[:, :longest], chosen_mask[:, :longest]
-        logits = self._decode(question, chosen_ids, chosen_mask, one * number).logits
+        logits = self._decode(question, chosen_ids, chosen_mask).logits
         losses = next_token_losses(logits, chosen_ids.masked_fill(chosen_mask == 0, IGNORED)[:, 1:])
         return likely, losses.unflatten(0, (questions, number))
 
@@ -165,7 +165,8 @@ class BlipVqa(AlignedModel):
         """GFLOPs of `rank` for questions of `source` (B,) tokens with n likely candidates of `tokens` (B, n). (B,) float64"""
         scored = decoder_flops(self.text_decoder, tokens.flatten(), source.repeat_interleave(tokens.shape[1]))
         first = decoder_flops(self.text_decoder, torch.ones_like(source), source)
-        return (first + scored.unflatten(0, tokens.shape).sum(dim=1)).double() / GIGA
+        shared = (tokens.shape[1] - 1) * self._question_key_flops(source)
+        return (first + scored.unflatten(0, tokens.shape).sum(dim=1) - shared).double() / GIGA
 
     @torch.no_grad()
     def generate(self, question: Question, num_beams: int = 3, max_length: int = 10) -> tuple[Tensor, Tensor]:
@@ -227,7 +228,7 @@ class BlipVqa(AlignedModel):
             0, torch.arange(len(source), device=source.device).repeat_interleave(answer_counts), answers
         )
         if len(answer_counts) == 1:
-            decoder = decoder - (answer_counts - 1) * key_flops(self.text_decoder.bert.encoder.layer, source)
+            decoder = decoder - (answer_counts - 1) * self._question_key_flops(source)
         decoder = decoder.unflatten(0, (images, -1)).sum(dim=1)
         vision, text = vision.to(decoder.device), text.to(decoder.device)  # packed records are on the CPU
         parts = {"visual_encoder": vision, "text_encoder": text, "text_decoder": decoder}
@@ -236,6 +237,10 @@ class BlipVqa(AlignedModel):
     def _key_flops(self, patches: Tensor) -> Tensor:
         """Multiply-adds of an image's keys and values in all cross-attentions."""
         return key_flops(self.text_encoder.encoder.layer, patches)
+
+    def _question_key_flops(self, source: Tensor) -> Tensor:
+        """The same of questions of `source` (B,) tokens in the decoder."""
+        return key_flops(self.text_decoder.bert.encoder.layer, source)
 
     def reference_gflops(self) -> float:
         """GFLOPs of the uncompressed model by the paper's convention. No data needed.

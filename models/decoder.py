@@ -17,13 +17,19 @@ IGNORED = -100  # the target of a token that is no part of the loss
 
 
 class MaskedCrossAttention(BlipTextSelfAttention):
-    """transformers hands the mask of the keys over as if it was the queries', and then ignores it."""
+    """transformers hands the mask of the keys over as if it was the queries', and then ignores it.
+
+    Texts may be a multiple of what they read: neighbours then share a source, whose keys and values are computed once.
+    """
 
     def forward(
         self, hidden_states: Tensor, attention_mask: Tensor | None = None, encoder_hidden_states: Tensor | None = None, **kwargs
     ):
-        kwargs["encoder_attention_mask"] = attention_mask
-        return super().forward(hidden_states, None, encoder_hidden_states, **kwargs)
+        # One row of the mask serves all queries, however many: it says which keys are padding.
+        kwargs["encoder_attention_mask"] = None if attention_mask is None else attention_mask[:, :, :1]
+        joined = hidden_states.reshape(len(encoder_hidden_states), -1, hidden_states.shape[-1])
+        attended, attention = super().forward(joined, None, encoder_hidden_states, **kwargs)
+        return attended.reshape(hidden_states.shape), attention
 
 
 def text_decoder(

@@ -2,11 +2,18 @@
 
 import csv
 import json
+import re
 import sys
 
 import pytest
+import torch
 
+from config import RetrievalConfig, VqaConfig
+from options import load_config
+from tests.tiny import with_lively_weights
 from tools import benchmark
+from tools.flops import BUILD
+from tools.rankings import RANKINGS
 from utils import UserError
 
 CONFIG = """
@@ -16,14 +23,25 @@ bert: {hidden_size: 32, num_hidden_layers: 2, num_attention_heads: 2, intermedia
 sd_num: 4
 sd_dim: 32
 """
+CLIP = """
+image_size: 64
+clip: {patch_size: 8, vision_width: 32, vision_layers: 3, vision_heads: 2, text_width: 16, text_layers: 1, text_heads: 2,
+  context_length: 16, embed_dim: 8}
+max_text_tokens: 16
+queue_size: 4
+sd_num: 4
+sd_dim: 32
+"""
+RANKING = CONFIG.replace("layers: 2", "layers: 3") + "k_test: 6\n"
+FILES = {"retrieval_clip": CLIP, "rerank": RANKING + "queue_size: 4\nembed_dim: 8\n", "rank_answers": RANKING}
 KEYS = {"method", "p", "batch_size", "device", "throughput", "speedup", "latency_ms", "peak_memory_mib", "gflops", "keep"}
 
 
 @pytest.fixture
 def run(tmp_path, monkeypatch):
-    (tmp_path / "tiny.yaml").write_text(CONFIG)
-
     def run(*arguments: str) -> list[dict]:
+        task = arguments[1 + arguments.index("--task")] if "--task" in arguments else ""
+        (tmp_path / "tiny.yaml").write_text(FILES.get(task, CONFIG))
         argv = ["--config", str(tmp_path / "tiny.yaml"), "--rounds", "2", "--batch-sizes", "1,3", "--device", "cpu"]
         monkeypatch.setattr(sys, "argv", ["benchmark.py", *argv, "--json", str(tmp_path / "rows.json"), *arguments])
         benchmark.main()
@@ -32,7 +50,7 @@ def run(tmp_path, monkeypatch):
     return run
 
 
-@pytest.mark.parametrize("task", ["nlvr", "vit"])
+@pytest.mark.parametrize("task", ["nlvr", "vit", "retrieval_clip"])
 def test_a_row_for_every_method_and_batch_size_at_the_cost_asked_for(run, task, tmp_path):
     rows = run("--task", task, "--p", "0.2,0.4", "--out", str(tmp_path / "plots"))
     assert [(row["method"], row["batch_size"]) for row in rows] == [
@@ -60,7 +78,7 @@ def test_a_keep_schedule_is_imposed_block_by_block(run):
     ]  # 1 + 64; then half of 64, a quarter of 33, and a merged one
 
 
-@pytest.mark.parametrize("task", ["nlvr", "vit"])
+@pytest.mark.parametrize("task", ["nlvr", "vit", "retrieval_clip"])
 def test_training_is_timed_with_the_cost_of_inference(run, task):
     rows = run("--task", task, "--p", "0.3", "--train")
     assert [(row["method"], row["batch_size"]) for row in rows] == [("dense", 1), ("madtp", 1), ("dense", 3), ("madtp", 3)]
@@ -71,6 +89,60 @@ def test_other_libraries_are_timed_beside(run):
     rows = run("--task", "vit", "--p", "0.3", "--against", "timm,transformers")
     assert [row["method"] for row in rows[:4]] == ["dense", "timm", "transformers", "madtp"]
 
+    rows = run("--task", "retrieval_clip", "--p", "0.3", "--against", "dense,transformers")
+    assert [row["method"] for row in rows[:3]] == ["dense", "transformers", "madtp"]
+
+
+@pytest.mark.parametrize("task", ["nlvr", "vit", "block", "retrieval_clip"])
+def test_a_metered_pass_is_timed_beside_each_pruned_one(run, task):
+    _, first, metered, second, also_metered = run("--task", task, "--p", "0.2,0.3", "--metered", "--batch-sizes", "2")
+    assert [first["method"], metered["method"]] == [second["method"], also_metered["method"]] == ["madtp", "metered"]
+    assert first["gflops"] == metered["gflops"] > second["gflops"] == also_metered["gflops"]
+
+
+@pytest.mark.parametrize(
+    ("task", "methods", "said"),
+    [("rerank", ["separate", "padded", "shared"], "captions"), ("rank_answers", ["one by one", "batched"], "answers")],
+)
+def test_ways_of_ranking_are_timed_with_the_lengths_of_the_texts(run, task, methods, said, tmp_path):
+    rows = run("--task", task, "--candidates", "4", "--rounds", "1", "--out", str(tmp_path / "tables"))
+    assert [(row["method"], row["batch_size"]) for row in rows] == [(method, size) for size in (1, 3) for method in methods]
+    assert rows[0]["speedup"] == 1 and rows[0]["gflops"] >= rows[-1]["gflops"] > 0
+    least, median, most = map(int, re.search(rf"{said} of (\d+)/(\d+)/(\d+) tokens", rows[0]["note"]).groups())
+    assert 3 <= least <= median < most
+    each = 4 if task == "rerank" else 1
+    assert rows[-1]["throughput"] == pytest.approx(3 * each * 1000 / rows[-1]["latency_ms"], rel=1e-6)
+    (table,) = (tmp_path / "tables").iterdir()
+    assert table.suffix == ".csv"
+
+
+@pytest.mark.parametrize(("task", "config"), [("rerank", RetrievalConfig), ("rank_answers", VqaConfig)])
+@torch.no_grad()
+def test_ways_of_ranking_give_equal_scores(task, config, tmp_path):
+    (tmp_path / "tiny.yaml").write_text(FILES[task])
+    config = load_config(config, tmp_path / "tiny.yaml", {"p": 0.0})
+    torch.manual_seed(0)
+    model = with_lively_weights(BUILD[config.task](config)[0]).eval()
+    ranking = RANKINGS[task]
+    inputs = ranking.inputs(config, 3)
+    found = [method.prepare(inputs)() for method in ranking.methods(config, model, ranking.inputs(config, 1))]
+    if task == "rerank":
+        (candidates, *_), scores = zip(*((way.candidates, way.scores) for way in found), strict=True)
+        assert candidates.shape == (3, 6) and scores[0].std() > 0.01
+    else:
+        scores = [torch.cat([torch.stack([best.double(), gflops]) for best, gflops in way], dim=1) for way in found]
+    for other in scores[1:]:
+        torch.testing.assert_close(other, scores[0], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("task", benchmark.TASKS)
+def test_every_task_has_a_config_of_its_own(task, monkeypatch):
+    seen = []
+    monkeypatch.setattr(benchmark, "benchmark", lambda args: seen.append(args.config) or [])
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", "--task", task])
+    benchmark.main()
+    load_config(benchmark.TASKS[task].config, *seen)
+
 
 @pytest.mark.parametrize(
     ("arguments", "said"),
@@ -79,6 +151,11 @@ def test_other_libraries_are_timed_beside(run):
         (["--against", "timm"], "--task vit"),
         (["--task", "vit", "--keep-schedule", "1"], "3 blocks"),
         (["--train", "--task", "block"], "--train"),
+        (["--train", "--metered"], "--metered"),
+        (["--task", "rerank", "--p", "0.5"], "--p"),
+        (["--task", "rank_answers", "--train"], "--train"),
+        (["--task", "retrieval_clip", "--against", "timm"], "--task vit"),
+        (["--task", "retrieval_clip", "--pretrained", "clip.pth"], "--pretrained"),
     ],
 )
 def test_what_cannot_be_compared_is_refused(run, arguments, said):

@@ -4,15 +4,26 @@
     python tools/benchmark.py --task vit --against dense,timm,transformers --batch-sizes 1,8,32
     python tools/benchmark.py --task vit --train --p 0.5 --batch-sizes 8
     python tools/benchmark.py --task nlvr --keep-schedule 0.9,0.9,0.8,0.8,0.7,0.7,0.7,0.7,0.7,0.7,0.7,0.7
+    python tools/benchmark.py --task retrieval_clip --against dense,transformers --p 0.5,0.75 --batch-sizes 4 --metered
+    python tools/benchmark.py --task rerank --candidates 256 --batch-sizes 4
+    python tools/benchmark.py --task rank_answers --batch-sizes 32
 
 The pictures are noise and the weights random, and scores of these mean nothing. So every block keeps the same share of its tokens,
 the one that makes the GFLOPs fall by p, pruning's own cost included; scores and thresholds are computed all the same.
 --keep-schedule gives the share of each block instead; --temperature prunes as --pretrained weights would.
---train times a forward and a backward pass, the similarity loss included.
+--train times a forward and a backward pass, the similarity loss included. --metered adds to each pruned model the same pass with
+the GFLOPs of each sample counted, as evaluation does.
 
-nlvr is BLIP-NLVR whole (pairs), vit its image encoder (images), block the first block of that, on all its tokens.
+nlvr is BLIP-NLVR whole (pairs), vit its image encoder (images), block the first block of that, on all its tokens; retrieval_clip is
+CLIP's image encoder (images).
 dense is this project's model without pruners (fused attention), compiled the same under torch.compile; timm and transformers are
-their image encoders of the same size and exist for --task vit. speedup is the throughput over that of dense, round by round.
+their image encoders of the same size and exist for --task vit, transformers for retrieval_clip too. speedup is the throughput over
+that of the first method, dense, round by round.
+
+rerank and rank_answers score candidates with an uncompressed model; images and questions are encoded beforehand.
+rerank is BLIP's matching of images with --candidates texts each (pairs of an image and a text): separate repeats the image for each
+of its texts, which so have keys and values of their own; padded and shared compute them once an image, shared with packed texts, as
+evaluation does. rank_answers is VQA's choice among listed answers (questions): one by one, and batched, as evaluation does.
 """
 
 import argparse
@@ -31,16 +42,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from engine.results import write_json  # noqa: E402
 from engine.train import Precision  # noqa: E402
-from tools.contenders import TASKS, Forward, build_methods, random_inputs  # noqa: E402
+from tools.contenders import PRUNED, TASKS, build_methods, random_inputs  # noqa: E402
+from tools.workloads import Forward  # noqa: E402
 from utils import run_main  # noqa: E402
 
-CONFIG = Path("configs/nlvr.yaml")
 MIB = 2**20
 
 
 @dataclass
 class Row:
-    """One line of the result. throughput: pairs (nlvr) or images (vit) a second; keep: tokens after each image block."""
+    """One line of the result. throughput: samples a second, of rerank pairs; keep: tokens after each image block."""
 
     method: str
     p: float
@@ -53,26 +64,30 @@ class Row:
     peak_memory_mib: float
     gflops: float | None
     keep: list[float]
+    note: str
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--task", choices=TASKS, default="nlvr")
-    parser.add_argument("--config", type=Path, default=CONFIG, help="sizes of the model; the published one by default")
+    parser.add_argument("--config", type=Path, help="sizes of the model; by default the published ones, for rankings small ones")
     parser.add_argument("--pretrained", help="weights to load")
-    parser.add_argument("--p", type=numbers(float), default=(0.5, 0.7, 0.8), help="shares of the GFLOPs to remove, 0.5,0.8")
+    parser.add_argument("--p", type=numbers(float), default=PRUNED, help="shares of the GFLOPs to remove, 0.5,0.8")
     parser.add_argument("--keep-schedule", type=numbers(float), help="the share of its tokens that each block keeps")
     parser.add_argument("--temperature", type=float, help="prune at this temperature, instead of --p")
     parser.add_argument("--batch-sizes", type=numbers(int), default=(8,))
+    parser.add_argument("--candidates", type=int, help="that rerank and rank_answers score for each image or question; k_test")
     parser.add_argument("--against", default="dense", help="of dense, compiled, timm, transformers")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--train", action="store_true", help="forward and backward, as training runs them")
+    parser.add_argument("--metered", action="store_true", help="pruned models also with the GFLOPs of each sample counted")
     parser.add_argument("--amp", action="store_true", help="bf16 under autocast")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, help="write the rows here")
     parser.add_argument("--out", type=Path, help="a folder for a CSV and a plot, named by task, device and PyTorch version")
     args = parser.parse_args()
+    args.config = args.config or TASKS[args.task].path
     torch.manual_seed(args.seed)
     rows = benchmark(args)
     print(table(rows))
@@ -103,15 +118,15 @@ def benchmark(args: argparse.Namespace) -> list[Row]:
         forwards = [method.prepare(inputs) for method in methods]
         with precision.autocast():
             seconds, memory = time_in_turn(forwards, args.rounds, device)
-        dense = seconds[0]
+        first, note = seconds[0], TASKS[args.task].note(inputs)
         for method, times, mib in zip(methods, seconds, memory, strict=True):
-            speedup = statistics.median(a / b for a, b in zip(dense, times, strict=True))
-            rates = sorted(batch_size / t for t in times)
+            speedup = statistics.median(a / b for a, b in zip(first, times, strict=True))
+            rates = sorted(method.each * batch_size / t for t in times)
             spread = (rates[-1 - len(rates) // 4] - rates[len(rates) // 4]) / 2  # half of what lies between the quartiles
             rate, latency = statistics.median(rates), 1000 * statistics.median(times)
             rows.append(
                 Row(method.name, method.p, batch_size, str(device), rate, spread, speedup, latency, mib, method.gflops,
-                    list(method.keep))
+                    list(method.keep), note)
             )  # fmt: skip
     return rows
 
@@ -172,13 +187,12 @@ def table(rows: Sequence[Row]) -> str:
         f"{r.latency_ms:10.1f}{r.peak_memory_mib:9.0f}" + (f"{r.gflops:10.3f}" if r.gflops else f"{'':10}")
         for r in rows
     ]
-    return "\n".join([head, *lines])
+    notes = dict.fromkeys(f"batch {r.batch_size}: {r.note}" for r in rows if r.note)
+    return "\n".join([head, *lines, *notes])
 
 
 def save(rows: Sequence[Row], args: argparse.Namespace) -> None:
-    """A CSV with the command that made it, and the throughput over the GFLOPs reduction."""
-    from matplotlib.figure import Figure
-
+    """A CSV with the command that made it, and where models are pruned, the throughput over the GFLOPs reduction."""
     args.out.mkdir(parents=True, exist_ok=True)
     name = args.out / f"{args.task}_{args.device.replace(':', '')}_torch{torch.__version__.partition('+')[0]}"
     with open(f"{name}.csv", "w", newline="", encoding="utf-8") as file:
@@ -186,6 +200,13 @@ def save(rows: Sequence[Row], args: argparse.Namespace) -> None:
         writer = csv.DictWriter(file, asdict(rows[0]))
         writer.writeheader()
         writer.writerows({**asdict(row), "keep": " ".join(f"{n:g}" for n in row.keep)} for row in rows)
+    if any(row.method == "madtp" for row in rows):
+        plot(rows, args).savefig(f"{name}.png")
+
+
+def plot(rows: Sequence[Row], args: argparse.Namespace):
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(5, 3.5), layout="constrained")
     axes = figure.subplots()
     for size in args.batch_sizes:
@@ -193,7 +214,7 @@ def save(rows: Sequence[Row], args: argparse.Namespace) -> None:
         axes.plot(*zip(*mine, strict=True), marker="o", label=f"batch {size}")
     axes.set(xlabel="GFLOPs removed, p", ylabel="throughput over dense", title=f"{args.task} on {args.device}")
     axes.legend()
-    figure.savefig(f"{name}.png")
+    return figure
 
 
 if __name__ == "__main__":

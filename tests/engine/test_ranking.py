@@ -98,6 +98,25 @@ def test_every_candidate_pair_is_matched_once(monkeypatch):
     assert sum(matched) == len(pairs) and len(matched) == len({image for image, _ in pairs})
 
 
+@pytest.mark.parametrize(
+    ("at_once", "passes"),
+    [(256, [(8, 8, 3, 10, 4)]), (16, [(8, 8), (3, 10), (4,)]), (9, [(8,), (8,), (3,), (9,), (1, 4)])],
+)
+@torch.no_grad()
+def test_packed_pictures_share_a_pass_and_are_parted_where_they_alone_exceed_it(at_once, passes, monkeypatch):
+    model, matched = tiny.retrieval(), []
+    match = model.match
+
+    def watched(ids, mask, image, setting):
+        matched.append(image[1].readers)
+        return match(ids, mask, image, setting)
+
+    monkeypatch.setattr(ranking, "PAIRS", at_once)
+    monkeypatch.setattr(model, "match", watched)
+    rank(model, split("blip", 5)[0], OFF, True, RUN, 3, matching=True)
+    assert matched == passes
+
+
 @torch.no_grad()
 def test_similarities_are_told_apart_in_mixed_precision():
     torch.manual_seed(0)

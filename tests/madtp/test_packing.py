@@ -1,5 +1,7 @@
 """Packed tokens: nothing lost or moved on the way, and column statistics without a map against the map itself."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -44,7 +46,8 @@ def test_a_batch_is_split_and_neighbours_are_joined():
     (left, first), (right, second) = layout.chunk(flat, 2)
     assert (first.lengths, second.lengths) == ((2, 1), (3, 4))
     assert torch.equal(torch.cat([left, right]), flat)
-    assert layout.joined(2).lengths == (3, 7)
+    assert layout.joined(first).lengths == (3, 7)
+    assert layout.joined(replace(first, readers=(3, 1))).lengths == (6, 4)
 
 
 @quick

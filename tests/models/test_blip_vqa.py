@@ -156,6 +156,16 @@ def test_ranking_equals_a_plain_loop_over_the_likeliest_by_first_token():
         assert int(best[i]) == max(whole, key=whole.get)
 
 
+@torch.no_grad()
+def test_candidates_share_the_keys_of_their_question():
+    model, mapped = model_of(SMALL), []
+    question = model.read(*questions(SMALL, [6, 8]))
+    key = model.text_decoder.bert.encoder.layer[0].crossattention.self.key
+    key.register_forward_hook(lambda module, inputs, output: mapped.append(len(inputs[0])))
+    model.rank(question, *answers([3, 4, 3, 5], seed=3), number=3)
+    assert mapped == [2, 2]  # for the first token, and for whole answers
+
+
 @pytest.mark.parametrize("setting", [OFF, PruneSetting(0.0)])
 @torch.no_grad()
 def test_closed_form_equals_fvcore(setting):

@@ -1,0 +1,159 @@
+"""What tools/benchmark.py times of rankings: one uncompressed model that scores the same candidates in different ways.
+
+Images and questions are encoded beforehand. Weights and texts are random; the lengths of the texts spread as in public data sets.
+A ranking's `methods` take inputs with one image or question, whose GFLOPs they give.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from config import RetrievalConfig, VqaConfig
+from data.captions import Split
+from engine.ranking import Ranking, rerank
+from madtp.flops import GIGA
+from madtp.pruning import OFF, Layout, PruneSetting
+from models.blip_retrieval import BlipRetrieval
+from models.blip_vqa import BlipVqa, Question
+from models.tower import Encoded, TowerRecord, count_tokens, select
+from tools.flops import bert_vocabulary
+from tools.workloads import Forward, Inputs, Method
+from utils import Run
+
+LISTED = 3128  # answers, as BLIP publishes them
+LONGEST_QUESTION, LONGEST_ANSWER = 25, 10
+
+
+@dataclass(frozen=True)
+class Words:
+    """How long texts are, in tokens with what begins and ends them: log-normal around the median, of this spread."""
+
+    least: int
+    median: int
+    spread: float
+
+    def draw(self, number: int, longest: int, vocabulary: int) -> tuple[Tensor, Tensor]:
+        """Random token ids and attention mask (number, L); 0 is padding."""
+        lengths = (self.median * (self.spread * torch.randn(number)).exp()).round().clamp(self.least, longest)
+        mask = (torch.arange(int(lengths.max())) < lengths.unsqueeze(1)).long()
+        return torch.randint(5, vocabulary, mask.shape) * mask, mask
+
+
+CAPTION, QUESTION, ANSWER = Words(5, 13, 0.3), Words(5, 9, 0.3), Words(3, 3, 0.4)
+
+
+def spread(name: str, mask: Tensor) -> str:
+    lengths = mask.sum(dim=1)
+    return f"{name} of {lengths.min()}/{lengths.median()}/{lengths.max()} tokens (min/median/max)"
+
+
+class Rerank:
+    """Images, each with texts of its own, that the matching head ranks anew."""
+
+    config, path = RetrievalConfig, Path("configs/shapes/retrieval.yaml")
+
+    @staticmethod
+    def inputs(config: RetrievalConfig, batch_size: int) -> Inputs:
+        images = torch.randn(batch_size, 3, config.image_size, config.image_size)
+        return images, *CAPTION.draw(batch_size * config.k_test, config.max_text_tokens, bert_vocabulary(config))
+
+    @staticmethod
+    def note(inputs: Inputs) -> str:
+        return spread("captions", inputs[2])
+
+    @staticmethod
+    def methods(config: RetrievalConfig, model: BlipRetrieval, one: Inputs) -> list[Method]:
+        """An image's keys and values anew for each of its texts, and shared, the texts padded; shared, the texts packed."""
+        separate, shared = matching_gflops(model, one)
+        ways = (("separate", False, True, separate), ("padded", False, False, shared), ("shared", True, False, shared))
+        return [Method(name, 0.0, matching(model, *way), cost, each=config.k_test) for name, *way, cost in ways]
+
+
+class Matcher(nn.Module):
+    """The model for one batch of images that are `encoded` already; `separate`: an image is repeated for each of its texts."""
+
+    def __init__(self, model: BlipRetrieval, encoded: Encoded, separate: bool):
+        super().__init__()
+        self.model, self.encoded, self.separate = model, encoded, separate
+
+    def encode_image(self, images: Tensor, setting: PruneSetting, packed: bool) -> Encoded:
+        return self.encoded
+
+    def match(
+        self, input_ids: Tensor, attention_mask: Tensor, image: tuple[Tensor, Layout], setting: PruneSetting
+    ) -> tuple[Tensor, TowerRecord]:
+        if self.separate:
+            image = select(*image, torch.zeros(len(input_ids), dtype=torch.long, device=input_ids.device))
+        return self.model.match(input_ids, attention_mask, image, setting)
+
+
+def matching(model: BlipRetrieval, packed: bool, separate: bool) -> Callable[[Inputs], Forward]:
+    """The engine's re-ranking of each image's texts, and of no text's images."""
+
+    def prepare(inputs: Inputs) -> Forward:
+        images, ids, mask = inputs
+        split = Split([{"image": images}], [], [], [], [], [])
+        tokens = [text[valid] for text, valid in zip(ids.cpu(), mask.bool().cpu(), strict=True)]
+        candidates = torch.arange(len(ids)).unflatten(0, (len(images), -1))
+        by_image = Ranking(candidates, torch.zeros(candidates.shape))
+        by_text = Ranking(candidates.new_empty(len(ids), 0), torch.empty(len(ids), 0))
+        matcher, run = Matcher(model, model.encode_image(images, packed=packed), separate), Run(images.device)
+        return lambda: rerank(matcher, split, tokens, by_image, by_text, OFF, packed, run)[0]
+
+    return prepare
+
+
+def matching_gflops(model: BlipRetrieval, inputs: Inputs) -> tuple[float, float]:
+    """GFLOPs of a pair where the image's keys and values are its own, and where its texts share them. Of one image."""
+    images, *text = inputs
+    image = model.encode_image(images)
+    _, record = model.match(*text, (image.tokens, image.layout))
+    read = count_tokens(image.tokens, image.layout)
+    separate = float(model.text_encoder.flops(record, [read], OFF).double().mean()) + model.itm_head.weight.numel()
+    keys = sum(float(layer.crossattention.self.flops(0, read)) for layer in model.text_encoder.encoder.layer)
+    return separate / GIGA, (separate - keys * (1 - 1 / len(text[0]))) / GIGA
+
+
+class RankAnswers:
+    """Questions, each with an image of its own, and listed answers."""
+
+    config, path = VqaConfig, Path("configs/shapes/vqa.yaml")
+
+    @staticmethod
+    def inputs(config: VqaConfig, batch_size: int) -> Inputs:
+        images = torch.randn(batch_size, 3, config.image_size, config.image_size)
+        longest, words = config.bert_sizes.max_position_embeddings, bert_vocabulary(config)
+        questions = QUESTION.draw(batch_size, min(LONGEST_QUESTION, longest), words)
+        return images, *questions, *ANSWER.draw(LISTED, min(LONGEST_ANSWER, longest), words)
+
+    @staticmethod
+    def note(inputs: Inputs) -> str:
+        return f"{spread('questions', inputs[2])}, {spread('answers', inputs[4])}"
+
+    @staticmethod
+    def methods(config: VqaConfig, model: BlipVqa, one: Inputs) -> list[Method]:
+        """Each question by itself; all at a time, as evaluation runs."""
+
+        def ranking(split: Callable[[Question], Iterator[Question]]) -> Callable[[Inputs], Forward]:
+            def prepare(inputs: Inputs) -> Forward:
+                *read, answer_ids, answer_mask = inputs
+                questions = list(split(model.read(*read, packed=True)))
+                return lambda: [model.rank(question, answer_ids, answer_mask, config.k_test) for question in questions]
+
+            return prepare
+
+        together = ranking(lambda question: iter([question]))
+        ((_, cost),) = together(one)()
+        return [Method("one by one", 0.0, ranking(one_by_one), float(cost)), Method("batched", 0.0, together, float(cost))]
+
+
+def one_by_one(question: Question) -> Iterator[Question]:
+    for tokens, valid in zip(question.tokens.split(1), question.valid.split(1), strict=True):
+        length = int(valid.sum())
+        yield Question(tokens[:, :length], valid[:, :length], question.vision, question.language)
+
+
+RANKINGS = {"rerank": Rerank, "rank_answers": RankAnswers}
