@@ -24,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from config import CONFIGS  # noqa: E402
 from data.text import clean_sentence  # noqa: E402
 from engine.saved import open_checkpoint  # noqa: E402
+from engine.sparse_kernels import sparse_kernels  # noqa: E402
 from engine.train import Precision  # noqa: E402
 from tools.predictors import PREDICTORS  # noqa: E402
 from tools.visualize import write_drawings  # noqa: E402
@@ -65,7 +66,11 @@ def main() -> None:
     opened = open_checkpoint(args.checkpoint, args.config, args.device, args.task)
     predictor = PREDICTORS[opened.config.task](opened, args.image, args.text)
     shown = predictor.shown() if args.explain else None
-    with Precision(opened.run.device, opened.config.amp).autocast():
+    device, wanted = opened.run.device, opened.config.sparse_kernels
+    with (
+        Precision(device, opened.config.amp).autocast(),
+        sparse_kernels(wanted, opened.model, opened.sparse, device, predictor.predict),
+    ):
         prediction = predictor.predict()
     if args.explain:
         write_drawings(predictor.samples(shown, prediction), args.explain)
