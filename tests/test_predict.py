@@ -17,7 +17,7 @@ from data.text import load_tokenizer
 from engine.ranking import rank
 from engine.saved import BUILD, open_checkpoint
 from models.linears import sparse_weights
-from options import parse_command_line
+from options import parse_command_line, save_config
 from tests import runs, tiny
 from tests.runs import ROOT, read
 from tools import predict
@@ -55,7 +55,8 @@ def evaluated(world, tmp_path_factory):
     return run
 
 
-def evaluate(task: str, world: Path, out: Path, **settings) -> None:
+def random_run(task: str, world: Path, out: Path, **settings) -> list[str]:
+    """The checkpoint and the config of random weights; and the command line that evaluates them."""
     out.mkdir()
     roots = ("vqa_root", "vg_root") if task == "vqa" else ("image_root",)
     files = {**dict.fromkeys(roots, world / "images"), "ann_root": world / "annotations"}
@@ -74,6 +75,12 @@ def evaluate(task: str, world: Path, out: Path, **settings) -> None:
         state |= {"masked": sorted(sparse.masks), "sparsity_type": config.sparsity_type, "sparse_layers": config.sparse_layers}
     saved = {"model": model.state_dict(), **state}
     torch.save(saved, out / "checkpoint_best.pth")
+    save_config(config, out / "config.yaml")
+    return argv
+
+
+def evaluate(task: str, world: Path, out: Path, **settings) -> None:
+    argv = random_run(task, world, out, **settings)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PATH", "")  # no Java: the scores of captions do not matter here, and take long
         runs.run_here(f"compress_{task}_dtp", argv)
