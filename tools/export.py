@@ -5,7 +5,8 @@
 
 --out is a folder, which gets model.safetensors and config.yaml, or the path of a .safetensors file, beside which config.yaml goes.
 Both work as any run's: `tools/predict.py --checkpoint FILE`, `compress_*_dtp.py --config CONFIG --evaluate --pretrained FILE`.
-What training alone uses, as momentum encoders and queues, is left out.
+What training alone uses, as momentum encoders and queues, is left out; retrieval's GFLOPs of a training step are then those with
+momentum encoders that equal the others.
 --packed stores of N:M sparse weights the values that are kept and their places; what reads the file gets the weights whole, to the
 bit. --half rounds to float16.
 """
