@@ -5,9 +5,9 @@
     python tools/predict.py --checkpoint output/caption_p0.4/checkpoint_best.pth --image a.jpg
     python tools/predict.py --checkpoint output/coco_p0.45/checkpoint_best.pth --image a.jpg --text "a dog" --text "a cat"
 
-Retrieval ranks several texts for one picture, or several pictures for one text. Weights that came without a
-temperature want a --config and run dense. GFLOPs are those of the whole answer, "uncompressed" of the same answer with
-nothing pruned. --explain draws what survives in each block, as tools/visualize.py.
+Retrieval ranks several texts for one picture, or several pictures for one text. Weights that came without a temperature want a
+--config and run dense. GFLOPs are those of the whole answer, "uncompressed" of the same answer with nothing pruned, no weight
+either. --explain draws what survives in each block, as tools/visualize.py.
 """
 
 import argparse

@@ -82,13 +82,13 @@ def test_each_shape_is_measured_once():
     assert timed == [(3, 4)] * 2 + [(5, 4)] * 2
 
 
-def test_what_is_measured_is_2_of_4_and_what_the_kernel_refuses_never_wins():
+def test_what_is_measured_is_2_of_4_and_what_the_kernel_refuses_or_gets_wrong_never_wins():
     def refusing(weight: torch.Tensor) -> torch.Tensor:
         assert torch.equal(weight != 0, magnitude_mask(weight, Pattern(2, 4)))
         raise RuntimeError("no such shape")
 
-    measured = Stopwatch(torch.device("cpu"), lambda call: 1.0, refusing)(Product(3, 4, 8, HALF))
-    assert measured == (1.0, float("inf"))
+    for convert in (refusing, lambda weight: 1.1 * weight):
+        assert Stopwatch(torch.device("cpu"), lambda call: 1.0, convert)(Product(3, 4, 8, HALF)) == (1.0, float("inf"))
 
 
 def test_weights_are_replaced_inside_only_and_cost_what_they_did(model):
