@@ -124,10 +124,11 @@ def test_a_checkpoint_that_is_not_what_it_says_is_refused(exported, world, tmp_p
     assert not (tmp_path / "out").exists()
 
 
-def test_the_config_of_another_run_is_not_written_over(exported, world, tmp_path, capsys) -> None:
+def test_nothing_of_another_run_is_written_over(exported, world, tmp_path, capsys) -> None:
     random_run("nlvr", world, run := tmp_path / "run")
     exported(run, run / "model.safetensors")
     random_run("nlvr", world, other := tmp_path / "other", image_size=32)
     before = (run / "config.yaml").read_text()
     assert "config.yaml: is of another run" in runs.refusal(capsys, lambda: exported(other, run / "other.safetensors"))
     assert (run / "config.yaml").read_text() == before and not (run / "other.safetensors").exists()
+    assert "there already" in runs.refusal(capsys, lambda: exported(run, run / "checkpoint_best.pth"))

@@ -54,8 +54,11 @@ def export(checkpoint: Path, config: Path | None, out: Path, packed: bool, half:
     """Write the weights of a checkpoint, and its config beside them.
 
     Raises:
-        UserError: when the checkpoint is not what it says it is, or another config is where its own would go.
+        UserError: when the checkpoint is not what it says it is, or something else is where the files would go.
     """
+    path = out if out.suffix == ".safetensors" else out / "model.safetensors"
+    if out.is_file() and out != path or path.exists() and path.samefile(checkpoint):
+        raise UserError(f"--out {out}: is a file that is there already; give a folder, or another .safetensors file")
     saved = read_checkpoint(checkpoint)
     settings = load_any_config(config or checkpoint.with_name("config.yaml"), saved_rule(saved), task)
     weights = {name: tensor.detach() for name, tensor in saved["model"].items() if is_read(name)}
@@ -66,7 +69,6 @@ def export(checkpoint: Path, config: Path | None, out: Path, packed: bool, half:
     floats = [tensor for tensor in weights.values() if tensor.is_floating_point()]
     if half:
         weights = {name: in_half(name, tensor, checkpoint) for name, tensor in weights.items()}
-    path = out if out.suffix == ".safetensors" else out / "model.safetensors"
     path.parent.mkdir(parents=True, exist_ok=True)
     write_config(settings, path.with_name("config.yaml"))
     save_exported(path, weights, state, pattern if packed else None)
