@@ -131,4 +131,7 @@ def test_nothing_of_another_run_is_written_over(exported, world, tmp_path, capsy
     before = (run / "config.yaml").read_text()
     assert "config.yaml: is of another run" in runs.refusal(capsys, lambda: exported(other, run / "other.safetensors"))
     assert (run / "config.yaml").read_text() == before and not (run / "other.safetensors").exists()
+    (run / "checkpoint_best.pth").rename(run / "checkpoint.pth")
+    assert "no such checkpoint" in runs.refusal(capsys, lambda: exported(run, run / "model.safetensors"))
+    (run / "checkpoint.pth").rename(run / "checkpoint_best.pth")
     assert "there already" in runs.refusal(capsys, lambda: exported(run, run / "checkpoint_best.pth"))

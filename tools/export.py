@@ -56,10 +56,10 @@ def export(checkpoint: Path, config: Path | None, out: Path, packed: bool, half:
     Raises:
         UserError: when the checkpoint is not what it says it is, or something else is where the files would go.
     """
+    saved = read_checkpoint(checkpoint)
     path = out if out.suffix == ".safetensors" else out / "model.safetensors"
     if out.is_file() and out != path or path.exists() and path.samefile(checkpoint):
         raise UserError(f"--out {out}: is a file that is there already; give a folder, or another .safetensors file")
-    saved = read_checkpoint(checkpoint)
     settings = load_any_config(config or checkpoint.with_name("config.yaml"), saved_rule(saved), task)
     weights = {name: tensor.detach() for name, tensor in saved["model"].items() if is_read(name)}
     state = {"task": settings.task, **{key: saved[key] for key in SAVED if key in saved}}
