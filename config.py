@@ -80,6 +80,9 @@ class Config(Section):
     order: Literal["weights_first", "tokens_first", "together", "adaptive"] = Field(
         "together", description="in which order weights and tokens go; adaptive: step by step what costs the least accuracy"
     )
+    sparse_kernels: bool = Field(
+        False, description="on a GPU: run 2:4 layers by its sparse kernels where that is measured to be faster; evaluation only"
+    )
     distill: bool = Field(False, description="learn from the uncompressed model too; better at high p, and slower")
     teacher: str = Field("", description="path of the uncompressed model's weights; empty: those of 'pretrained'")
     distill_temperature: float = Field(2.0, gt=0, description="softens the answers of teacher and student")

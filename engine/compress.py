@@ -48,11 +48,12 @@ def run_experiment(experiment: Experiment) -> dict:
         if experiment.sparse is not None:
             mask_as_saved(experiment.sparse, experiment.checkpoint)
         setting, epoch = _setting_of_checkpoint(experiment, target), experiment.checkpoint.get("epoch", 0)
-        val = experiment.evaluated("val", setting)
     else:
-        setting, epoch, val = compress(experiment, dense)
-    test = experiment.evaluated("test", setting)
+        setting, epoch = compress(experiment, dense)
+    with experiment.sparse_kernels(setting) as kernels:
+        val, test = (experiment.evaluated(split, setting) for split in ("val", "test"))
     result = _result(experiment, setting, epoch, {"uncompressed": dense, "target": target}, val, test)
+    result["sparse_kernels"] = kernels
     if run.is_main:
         write_json(val.predictions, folder / "predictions_val.json")
         write_json(test.predictions, folder / "predictions_test.json")
@@ -72,8 +73,8 @@ def run_experiment(experiment: Experiment) -> dict:
     return result
 
 
-def compress(experiment: Experiment, dense: float) -> tuple[PruneSetting, int, Evaluation]:
-    """All epochs. Leaves the model with the selected weights; returns their setting, epoch and validation result.
+def compress(experiment: Experiment, dense: float) -> tuple[PruneSetting, int]:
+    """All epochs. Leaves the model with the selected weights; returns their setting and epoch.
 
     The temperature is calibrated before an epoch that lowers the target, and after an epoch at p, whose result may be selected.
     """
@@ -215,8 +216,8 @@ def _run_state(experiment: Experiment, setting: PruneSetting, epoch: int, best_s
     return {**asdict(setting), "epoch": epoch, "best_score": best_score, "masked": masked, **_rule(experiment.config)}
 
 
-def _selected(experiment: Experiment, folder: Path) -> tuple[PruneSetting, int, Evaluation]:
-    """Load the best checkpoint and validate it anew: what is reported is what the file gives."""
+def _selected(experiment: Experiment, folder: Path) -> tuple[PruneSetting, int]:
+    """Load the best checkpoint, to be validated anew: what is reported is what the file gives."""
     barrier()
     path = folder / "checkpoint_best.pth"
     if not path.is_file():
@@ -225,8 +226,7 @@ def _selected(experiment: Experiment, folder: Path) -> tuple[PruneSetting, int, 
         )
     saved = torch.load(path, map_location=experiment.run.device, weights_only=True)
     experiment.model.load_state_dict(saved["model"])
-    setting = PruneSetting(saved["temperature"], saved["prune_from"])
-    return setting, saved["epoch"], experiment.evaluated("val", setting)
+    return PruneSetting(saved["temperature"], saved["prune_from"]), saved["epoch"]
 
 
 def _setting_of_checkpoint(experiment: Experiment, target: float) -> PruneSetting:

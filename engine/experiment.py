@@ -1,12 +1,14 @@
 """A task as the loop sees it, and what evaluating it gives."""
 
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 
 import torch
 from torch import nn
 
 from config import Config
+from engine.sparse_kernels import sparse_kernels
 from engine.train import Losses, Precision, move
 from madtp.pruning import PruneSetting
 from models.linears import sparse_weights
@@ -88,6 +90,17 @@ class Experiment:
         self.model.eval()
         with self.precision.autocast():
             return self.evaluate(self.model, self.loaders[split], setting)
+
+    def sparse_kernels(self, setting: PruneSetting) -> AbstractContextManager[dict[str, int]]:
+        """Inside, 2:4 weights run sparse kernels where that is faster on a batch of the calibration slice."""
+
+        def forward() -> None:
+            self.model.eval()
+            with self.precision.autocast():
+                batch = move(self.calibration_batches[0], self.run.device)
+                (self.deployment or self.gflops)(self.model, batch, setting)
+
+        return sparse_kernels(self.config.sparse_kernels, self.model, self.sparse, self.run.device, forward)
 
 
 def mean_cost(model: nn.Module, batches: Iterable[dict], cost: Cost, setting: PruneSetting, run: Run) -> float:

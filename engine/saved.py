@@ -27,6 +27,7 @@ from options import load_any_config
 from utils import Run, UserError, init_run
 
 RULE = ("method", "variant", "keep", "p", "sparsity_type", "sparse_layers")
+SAVED = (*RULE, "batch_size", "temperature", "prune_from", "epoch", "masked")  # beside weights; what using them takes
 
 BUILD: dict[str, Callable[[Config, Tokenizer], nn.Module]] = {
     "nlvr": lambda config, words: nlvr_from_config(config, len(words)),
@@ -116,7 +117,7 @@ def open_checkpoint(
     is_clip = settings.task == "retrieval_clip"
     tokenizer = load_clip_tokenizer(settings.tokenizer) if is_clip else load_tokenizer(settings.tokenizer)
     model = BUILD[settings.task](settings, tokenizer)
-    missing = [name for name in LOAD[settings.task](model, saved["model"], str(path)) if _is_read(name)]
+    missing = [name for name in LOAD[settings.task](model, saved["model"], str(path)) if is_read(name)]
     if missing:
         raise UserError(f"{path}: lacks {missing[0]}, so its answers would be random; give a checkpoint of this task's runs")
     model = model.to(run.device).eval()
@@ -127,6 +128,6 @@ def open_checkpoint(
     return Opened(settings, model, setting, tokenizer, run, sparse)
 
 
-def _is_read(name: str) -> bool:
+def is_read(name: str) -> bool:
     """Whether a prediction needs the weights: momentum encoders, named with `_m`, only train."""
     return not name.split(".")[0].endswith("_m") and not any(part in name for part in NOT_READ)

@@ -20,7 +20,8 @@ def products(tokens: Tensor | int, *weights: nn.Parameter) -> Tensor | int:
 
 
 def multiplied(weight: nn.Parameter) -> int:
-    """The entries of a weight that cost a multiply-add a token."""
+    """The entries of a weight, or of the one that it stands for, that cost a multiply-add a token."""
+    weight = getattr(weight, "stands_for", weight)
     kept, group = getattr(weight, "sparse_pattern", None) or (1, 1)
     return weight.numel() * kept // group
 

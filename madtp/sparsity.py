@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from madtp import flops
@@ -29,6 +30,39 @@ def magnitude_mask(weight: Tensor, pattern: Pattern) -> Tensor:
     groups = weight.detach().abs().unflatten(1, (-1, pattern.group))
     best = groups.argsort(dim=-1, descending=True, stable=True)[..., : pattern.kept]
     return torch.zeros_like(groups, dtype=torch.bool).scatter_(-1, best, True).flatten(1)
+
+
+def most_in_a_group(weight: Tensor, group: int) -> int:
+    """The most weights of a group that are not zero. (O, I), I a multiple of the group."""
+    return int(weight.unflatten(1, (-1, group)).count_nonzero(dim=-1).max())
+
+
+def pack_weight(weight: Tensor, pattern: Pattern) -> tuple[Tensor, Tensor]:
+    """An N:M sparse weight as what is kept of it: values (O, I * N / M) and positions (O, I / M * B) uint8.
+
+    The values of a group are in their order. Of each, b bits say its place in the group, b as many as M - 1 has; those of a group
+    are one number, its first value in the lowest bits, in B bytes, the lowest first. So 2:4 has a byte a group, with p0 + 4 * p1.
+    """
+    mask = magnitude_mask(weight, pattern).unflatten(1, (-1, pattern.group))
+    places = mask.nonzero()[:, 2].view(*mask.shape[:2], pattern.kept)
+    values = weight.unflatten(1, (-1, pattern.group)).gather(2, places).flatten(1)
+    bits = (places[..., None] >> torch.arange(_bits(pattern), device=weight.device) & 1).flatten(2)
+    bits = F.pad(bits, (0, -bits.shape[2] % 8)).unflatten(2, (-1, 8))
+    return values, (bits << torch.arange(8, device=weight.device)).sum(dim=-1, dtype=torch.uint8).flatten(1)
+
+
+def unpack_weight(values: Tensor, positions: Tensor, pattern: Pattern) -> Tensor:
+    """What `pack_weight` was given, to the bit. -> (O, I)"""
+    values = values.unflatten(1, (-1, pattern.kept))
+    bits = (positions.view(*values.shape[:2], -1, 1) >> torch.arange(8, device=values.device, dtype=torch.uint8) & 1).flatten(2)
+    bits = bits[..., : pattern.kept * _bits(pattern)].unflatten(2, (pattern.kept, -1)).long()
+    places = (bits << torch.arange(_bits(pattern), device=values.device)).sum(dim=-1)
+    return values.new_zeros(*values.shape[:2], pattern.group).scatter_(2, places, values).flatten(1)
+
+
+def _bits(pattern: Pattern) -> int:
+    """Of a place in a group."""
+    return (pattern.group - 1).bit_length()
 
 
 class SparseWeights:

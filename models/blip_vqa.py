@@ -164,9 +164,9 @@ class BlipVqa(AlignedModel):
     def ranking_gflops(self, source: Tensor, tokens: Tensor) -> Tensor:
         """GFLOPs of `rank` for questions of `source` (B,) tokens with n likely candidates of `tokens` (B, n). (B,) float64"""
         scored = decoder_flops(self.text_decoder, tokens.flatten(), source.repeat_interleave(tokens.shape[1]))
-        scored = scored.unflatten(0, tokens.shape).sum(dim=1) - (tokens.shape[1] - 1) * self._question_key_flops(source)
         first = decoder_flops(self.text_decoder, torch.ones_like(source), source)
-        return (first + scored).double() / GIGA
+        shared = (tokens.shape[1] - 1) * self._question_key_flops(source)
+        return (first + scored.unflatten(0, tokens.shape).sum(dim=1) - shared).double() / GIGA
 
     @torch.no_grad()
     def generate(self, question: Question, num_beams: int = 3, max_length: int = 10) -> tuple[Tensor, Tensor]:

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from models.exported import read_safetensors
 from utils import UserError, logger
 
 StateDict = dict[str, Tensor]
@@ -52,7 +52,7 @@ def read_checkpoint(path: str | Path) -> dict:
         raise UserError(f"{path}: not a PyTorch checkpoint (it begins with {head[:12]!r}); fetch it again")
     try:
         if path.suffix == ".safetensors":
-            content = load_file(path)
+            content = read_safetensors(path)
         elif _is_torchscript(path):
             content = _read_torchscript(path)
         else:

@@ -1,5 +1,6 @@
 """The benchmark on a tiny model: what it writes, and that the imposed cost is the cost asked for. No figure of time is tested."""
 
+import argparse
 import csv
 import json
 import re
@@ -9,9 +10,10 @@ import pytest
 import torch
 
 from config import RetrievalConfig, VqaConfig
+from madtp.semi_structured import Milliseconds
 from options import load_config
 from tests.tiny import with_lively_weights
-from tools import benchmark
+from tools import benchmark, sparse_shapes
 from tools.flops import BUILD
 from tools.rankings import RANKINGS
 from utils import UserError
@@ -100,6 +102,34 @@ def test_a_metered_pass_is_timed_beside_each_pruned_one(run, task):
     assert first["gflops"] == metered["gflops"] > second["gflops"] == also_metered["gflops"]
 
 
+@pytest.mark.parametrize("task", ["nlvr", "vit"])
+def test_sparse_weights_are_timed_with_all_tokens_and_with_fewer_at_the_cost_asked_for(run, task):
+    rows = run("--task", task, "--p", "0.2,0.6", "--sparse", "--batch-sizes", "2", "--rounds", "1")
+    assert [row["method"] for row in rows] == ["dense", "madtp", "madtp", "2:4", "madtp+2:4"]  # 0.2 takes no token beside 2:4
+    dense, _, pruned, sparse, both = rows
+    assert sparse["keep"] == dense["keep"] and both["keep"][-1] > pruned["keep"][-1]
+    assert dense["gflops"] / 2 < sparse["gflops"] < 0.75 * dense["gflops"]
+    assert both["p"] == pytest.approx(1 - both["gflops"] / dense["gflops"], abs=1e-3) == pytest.approx(0.6, abs=0.04)
+    assert "2:4: dense kernels multiply zeros" in sparse["note"] and "madtp+2:4: dense kernels" in both["note"]
+
+
+@torch.no_grad()
+def test_shapes_are_those_of_all_2_4_products_in_16_bits(tmp_path):
+    (tmp_path / "tiny.yaml").write_text(CONFIG)
+    given = {
+        "task": "vit", "config": tmp_path / "tiny.yaml", "p": (0.6,), "batch_sizes": (2,), "amp": True, "train": False,
+        "pretrained": None, "keep_schedule": None, "temperature": None, "candidates": None,
+    }  # fmt: skip
+    products = sparse_shapes.products_in(argparse.Namespace(**given), torch.device("cpu"))
+    tokens = 2 * (1 + 64)
+    weights = {(96, 32), (32, 32), (128, 32), (32, 128)}  # qkv, proj, fc1, fc2
+    assert {(tokens, *weight) for weight in weights} <= {product[:3] for product in products}
+    assert {product[1:3] for product in products} == weights and {product.rows for product in products} > {tokens}
+    rows = sparse_shapes.timed(products, lambda product: Milliseconds(3.0, 2.0))
+    assert (rows[0].dtype, rows[0].dense_ms, rows[0].sparse_ms) == ("bfloat16", 3.0, 2.0)
+    assert len(sparse_shapes.shapes_table(rows).splitlines()) == 1 + len(rows)
+
+
 @pytest.mark.parametrize(
     ("task", "methods", "said"),
     [("rerank", ["separate", "padded", "shared"], "captions"), ("rank_answers", ["one by one", "batched"], "answers")],
@@ -153,6 +183,10 @@ def test_every_task_has_a_config_of_its_own(task, monkeypatch):
         (["--train", "--task", "block"], "--train"),
         (["--train", "--metered"], "--metered"),
         (["--task", "rerank", "--p", "0.5"], "--p"),
+        (["--sparse", "--train"], "--sparse"),
+        (["--sparse", "--task", "retrieval_clip"], "nlvr or vit"),
+        (["--shapes"], "--amp"),
+        (["--shapes", "--amp"], "--device cuda"),
         (["--task", "rank_answers", "--train"], "--train"),
         (["--task", "retrieval_clip", "--against", "timm"], "--task vit"),
         (["--task", "retrieval_clip", "--pretrained", "clip.pth"], "--pretrained"),

@@ -80,11 +80,17 @@ def test_a_resumed_run_is_the_same_to_the_bit(trained, flags, tmp_path):
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
-def test_evaluating_the_checkpoint_gives_its_result(trained, flags, tmp_path):
-    run_here(flags(tmp_path, "--evaluate", "--pretrained", str(trained / "checkpoint_best.pth")))
+def test_evaluating_the_checkpoint_gives_its_result_and_on_a_cpu_by_dense_kernels(trained, flags, tmp_path, caplog):
+    caplog.set_level("INFO")
+    run_here(flags(tmp_path, "--evaluate", "--pretrained", str(trained / "checkpoint_best.pth"), sparse_kernels="true"))
     ours, theirs = read(tmp_path, "result.json"), read(trained, "result.json")
-    for key in ("metrics", "temperature", "params"):
+    for key in ("metrics", "temperature", "params", "sparse_kernels"):
         assert ours[key] == theirs[key]
+    masked = read_checkpoint(trained / "checkpoint_best.pth")["masked"]
+    assert (
+        ours["sparse_kernels"] == {"used": 0, "of": len(masked)}
+        and caplog.text.count("dense ones run everywhere: this is no GPU") == 1
+    )
     assert ours["gflops"]["test"] == theirs["gflops"]["test"]
 
 

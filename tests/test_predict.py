@@ -16,7 +16,8 @@ from data.shapes.write import make_shapes
 from data.text import load_tokenizer
 from engine.ranking import rank
 from engine.saved import BUILD, open_checkpoint
-from options import parse_command_line
+from models.linears import sparse_weights
+from options import parse_command_line, save_config
 from tests import runs, tiny
 from tests.runs import ROOT, read
 from tools import predict
@@ -54,7 +55,8 @@ def evaluated(world, tmp_path_factory):
     return run
 
 
-def evaluate(task: str, world: Path, out: Path, **settings) -> None:
+def random_run(task: str, world: Path, out: Path, **settings) -> list[str]:
+    """The checkpoint and the config of random weights; and the command line that evaluates them."""
     out.mkdir()
     roots = ("vqa_root", "vg_root") if task == "vqa" else ("image_root",)
     files = {**dict.fromkeys(roots, world / "images"), "ann_root": world / "annotations"}
@@ -66,8 +68,19 @@ def evaluate(task: str, world: Path, out: Path, **settings) -> None:
     config = parse_command_line("", CONFIGS[task], argv)
     words = load_clip_tokenizer(config.tokenizer) if task == "retrieval_clip" else load_tokenizer(config.tokenizer)
     model = tiny.with_lively_weights(BUILD[task](config, words))
-    saved = {"model": model.state_dict(), "temperature": 3.0, "prune_from": 1, "batch_size": 3, **RULE}
+    state = {"temperature": 3.0, "prune_from": 1, "batch_size": 3, **RULE}
+    if config.pattern:
+        sparse = sparse_weights(model, config.pattern, config.sparse_layers)
+        sparse.select(sparse.weights)
+        state |= {"masked": sorted(sparse.masks), "sparsity_type": config.sparsity_type, "sparse_layers": config.sparse_layers}
+    saved = {"model": model.state_dict(), **state}
     torch.save(saved, out / "checkpoint_best.pth")
+    save_config(config, out / "config.yaml")
+    return argv
+
+
+def evaluate(task: str, world: Path, out: Path, **settings) -> None:
+    argv = random_run(task, world, out, **settings)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PATH", "")  # no Java: the scores of captions do not matter here, and take long
         runs.run_here(f"compress_{task}_dtp", argv)
@@ -108,6 +121,15 @@ def test_a_statement_is_judged_as_in_evaluation(ask, evaluated, world) -> None:
         tokens = said["tokens"]
         assert [len(tokens[tower]["kept"]) for tower in ("image", "text")] == [2, 1]
         assert sum(tokens["image"]["kept"] + tokens["text"]["kept"]) == row["tokens_kept"]
+
+
+def test_sparse_weights_count_for_the_answer_and_not_for_the_uncompressed_one(ask, evaluated, world) -> None:
+    sample, sparse = one_sample("nlvr", world), {"sparsity_type": "2:4"}
+    dense, said = ask("nlvr", *sample), ask("nlvr", *sample, **sparse)
+    assert said["gflops_uncompressed"] == pytest.approx(dense["gflops_uncompressed"], rel=1e-6)
+    (row, *_), entry = read(evaluated("nlvr", **sparse), "predictions_test.json").values(), entries(world, "nlvr_test")[0]
+    said = ask("nlvr", [world / "images" / name for name in entry["images"]], [entry["sentence"]], **sparse)
+    assert said["gflops"] == pytest.approx(row["gflops"]) and said["score"] == pytest.approx(row["score"], abs=1e-6)
 
 
 def test_a_caption_is_written_as_in_evaluation(ask, evaluated, world) -> None:

@@ -5,6 +5,8 @@
     python tools/benchmark.py --task vit --train --p 0.5 --batch-sizes 8
     python tools/benchmark.py --task nlvr --keep-schedule 0.9,0.9,0.8,0.8,0.7,0.7,0.7,0.7,0.7,0.7,0.7,0.7
     python tools/benchmark.py --task retrieval_clip --against dense,transformers --p 0.5,0.75 --batch-sizes 4 --metered
+    python tools/benchmark.py --task nlvr --sparse --amp --p 0.5,0.8 --batch-sizes 8,32
+    python tools/benchmark.py --task nlvr --shapes --amp --p 0.5,0.8 --batch-sizes 8,32
     python tools/benchmark.py --task rerank --candidates 256 --batch-sizes 4
     python tools/benchmark.py --task rank_answers --batch-sizes 32
 
@@ -13,6 +15,10 @@ the one that makes the GFLOPs fall by p, pruning's own cost included; scores and
 --keep-schedule gives the share of each block instead; --temperature prunes as --pretrained weights would.
 --train times a forward and a backward pass, the similarity loss included. --metered adds to each pruned model the same pass with
 the GFLOPs of each sample counted, as evaluation does.
+
+--sparse adds models with 2:4 weights in all blocks: with all tokens, and with as few as p takes beside them. On a GPU with --amp a
+layer runs sparse kernels where these are measured to be faster; elsewhere dense kernels multiply zeros, and the note says so.
+--shapes prints, of the same models on a GPU, the milliseconds of each shape of product with dense and with sparse kernels.
 
 nlvr is BLIP-NLVR whole (pairs), vit its image encoder (images), block the first block of that, on all its tokens; retrieval_clip is
 CLIP's image encoder (images).
@@ -43,6 +49,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from engine.results import write_json  # noqa: E402
 from engine.train import Precision  # noqa: E402
 from tools.contenders import PRUNED, TASKS, build_methods, random_inputs  # noqa: E402
+from tools.sparse_shapes import shapes_table, time_shapes  # noqa: E402
 from tools.workloads import Forward  # noqa: E402
 from utils import run_main  # noqa: E402
 
@@ -81,6 +88,8 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--train", action="store_true", help="forward and backward, as training runs them")
     parser.add_argument("--metered", action="store_true", help="pruned models also with the GFLOPs of each sample counted")
+    parser.add_argument("--sparse", action="store_true", help="also models with 2:4 weights")
+    parser.add_argument("--shapes", action="store_true", help="the time of each product of 2:4 weights instead, dense and sparse")
     parser.add_argument("--amp", action="store_true", help="bf16 under autocast")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--seed", type=int, default=0)
@@ -89,8 +98,8 @@ def main() -> None:
     args = parser.parse_args()
     args.config = args.config or TASKS[args.task].path
     torch.manual_seed(args.seed)
-    rows = benchmark(args)
-    print(table(rows))
+    rows = time_shapes(args) if args.shapes else benchmark(args)
+    print(shapes_table(rows) if args.shapes else table(rows))
     if args.json:
         write_json({"command": " ".join(sys.argv), **machine(args.device), "rows": [asdict(row) for row in rows]}, args.json)
     if args.out:
@@ -115,8 +124,8 @@ def benchmark(args: argparse.Namespace) -> list[Row]:
     rows = []
     for batch_size in args.batch_sizes:
         inputs = random_inputs(args, batch_size, device)
-        forwards = [method.prepare(inputs) for method in methods]
         with precision.autocast():
+            forwards = [method.prepare(inputs) for method in methods]
             seconds, memory = time_in_turn(forwards, args.rounds, device)
         first, note = seconds[0], TASKS[args.task].note(inputs)
         for method, times, mib in zip(methods, seconds, memory, strict=True):
@@ -126,7 +135,7 @@ def benchmark(args: argparse.Namespace) -> list[Row]:
             rate, latency = statistics.median(rates), 1000 * statistics.median(times)
             rows.append(
                 Row(method.name, method.p, batch_size, str(device), rate, spread, speedup, latency, mib, method.gflops,
-                    list(method.keep), note)
+                    list(method.keep), "; ".join(filter(None, (note, method.note))))
             )  # fmt: skip
     return rows
 
@@ -194,13 +203,17 @@ def table(rows: Sequence[Row]) -> str:
 def save(rows: Sequence[Row], args: argparse.Namespace) -> None:
     """A CSV with the command that made it, and where models are pruned, the throughput over the GFLOPs reduction."""
     args.out.mkdir(parents=True, exist_ok=True)
-    name = args.out / f"{args.task}_{args.device.replace(':', '')}_torch{torch.__version__.partition('+')[0]}"
+    kind = f"{args.task}_shapes" if args.shapes else args.task
+    name = args.out / f"{kind}_{args.device.replace(':', '')}_torch{torch.__version__.partition('+')[0]}"
     with open(f"{name}.csv", "w", newline="", encoding="utf-8") as file:
         file.write(f"# python {' '.join(sys.argv)}\n# {json.dumps(machine(args.device))}\n")
         writer = csv.DictWriter(file, asdict(rows[0]))
         writer.writeheader()
-        writer.writerows({**asdict(row), "keep": " ".join(f"{n:g}" for n in row.keep)} for row in rows)
-    if any(row.method == "madtp" for row in rows):
+        writer.writerows(
+            {key: " ".join(f"{n:g}" for n in value) if isinstance(value, list) else value for key, value in asdict(row).items()}
+            for row in rows
+        )
+    if not args.shapes and any(row.method == "madtp" for row in rows):
         plot(rows, args).savefig(f"{name}.png")
 
 

@@ -1,6 +1,8 @@
 """The models that tools/benchmark.py times: dense, pruned, other libraries', and one that ranks in different ways."""
 
 import argparse
+from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import replace
 
 import torch
@@ -8,18 +10,23 @@ from torch import nn
 
 from clip.model import MLP_RATIO
 from config import Config
+from engine.sparse_kernels import sparse_kernels
 from madtp.pruning import OFF, PruneSetting
+from madtp.semi_structured import PATTERN
+from madtp.sparsity import SparseWeights
+from models.linears import sparse_weights
 from models.pretrained import read_checkpoint
 from options import load_config
 from tools.flops import BUILD
 from tools.rankings import RANKINGS
-from tools.workloads import WORKLOADS, ClipImage, Inputs, Method
+from tools.workloads import WORKLOADS, ClipImage, Forward, Inputs, Method
 from utils import UserError
 
 LIVELY = 0.1  # standard deviation of random learnable tokens: alignment that is not flat
 BISECTIONS = 12
 PRUNED = (0.5, 0.7, 0.8)  # shares of the GFLOPs to remove, where none are given
 TASKS = WORKLOADS | RANKINGS
+SPARSE_TASKS = ("nlvr", "vit")
 
 
 def build_methods(args: argparse.Namespace, device: torch.device) -> list[Method]:
@@ -32,19 +39,26 @@ def build_methods(args: argparse.Namespace, device: torch.device) -> list[Method
         raise UserError(f"--against {unknown[0]}: not known; choose of {', '.join(known)}")
     if args.train and (args.task == "block" or set(names) != {"dense"}):
         raise UserError("--train: times the models of this project alone, of task nlvr, vit or retrieval_clip")
+    if args.sparse:
+        check_sparse(args)
     if args.train and args.metered:
         raise UserError("--metered: training counts nothing; leave out --train")
     names = [name for name in names if name != "dense"]
     dense = dense_method(args, device)
     methods = [dense, *(known[name](args, device) for name in names)]
-    for p in [None] if args.keep_schedule or args.temperature else [p for p in args.p if p > 0]:
+    for p in strengths(args):
         methods += pruned_methods(args, device, p, dense.gflops)
-    return methods
+    return methods + (sparse_methods(args, device, dense.gflops) if args.sparse else [])
+
+
+def strengths(args: argparse.Namespace) -> list[float | None]:
+    """The shares of the GFLOPs to remove; None where something else says what is pruned."""
+    return [None] if args.keep_schedule or args.temperature else [p for p in args.p if p > 0]
 
 
 def ranking_methods(args: argparse.Namespace, device: torch.device) -> list[Method]:
     refused = {"--p": args.p != PRUNED, "--against": args.against != "dense", "--keep-schedule": args.keep_schedule}
-    refused |= {"--temperature": args.temperature, "--train": args.train, "--metered": args.metered}
+    refused |= {"--temperature": args.temperature, "--train": args.train, "--metered": args.metered, "--sparse": args.sparse}
     if given := [name for name, value in refused.items() if value]:
         raise UserError(f"{given[0]}: task {args.task} compares ways of running the uncompressed model; leave it out")
     config = dense_config(args)
@@ -163,14 +177,7 @@ def pruned_methods(args: argparse.Namespace, device: torch.device, p: float | No
     """
     workload = WORKLOADS[args.task]
     model = model_of(args, 0.5).to(device)
-    setting = PruneSetting(args.temperature or 1.0)  # which temperature does not matter where the share is imposed
-    if p is not None:
-        impose(args, model, share_for(args, model, dense * (1 - p)))
-    elif args.keep_schedule:
-        schedule, blocks = args.keep_schedule, len(workload.towers(model)[0])
-        if len(schedule) != blocks:
-            raise UserError(f"--keep-schedule: {len(schedule)} shares for {blocks} blocks; give one a block")
-        impose(args, model, *schedule)
+    setting = prune(args, model, p, dense)
     gflops, keep = cost_of(args, model, setting, True)
     pruned = Method("madtp", round(1 - gflops / dense, 4), forward_of(args, model, setting, True), gflops, keep)
 
@@ -180,6 +187,68 @@ def pruned_methods(args: argparse.Namespace, device: torch.device, p: float | No
     if not args.metered:
         return [pruned]
     return [pruned, replace(pruned, name="metered", prepare=lambda inputs: lambda: metered(inputs))]
+
+
+def prune(args: argparse.Namespace, model: nn.Module, p: float | None, dense: float) -> PruneSetting:
+    """Impose what removes p of `dense` GFLOPs, or --keep-schedule. Which temperature does not matter where shares are imposed."""
+    if p is not None:
+        impose(args, model, share_for(args, model, dense * (1 - p)))
+    elif args.keep_schedule:
+        schedule, blocks = args.keep_schedule, len(WORKLOADS[args.task].towers(model)[0])
+        if len(schedule) != blocks:
+            raise UserError(f"--keep-schedule: {len(schedule)} shares for {blocks} blocks; give one a block")
+        impose(args, model, *schedule)
+    return PruneSetting(args.temperature or 1.0)
+
+
+def check_sparse(args: argparse.Namespace) -> None:
+    if args.train or args.task not in SPARSE_TASKS:
+        raise UserError(f"--sparse, --shapes: 2:4 weights are timed in inference, of task {' or '.join(SPARSE_TASKS)}")
+
+
+def sparse_methods(args: argparse.Namespace, device: torch.device, dense: float) -> list[Method]:
+    return [sparse_method(args, *contender, dense) for contender in sparse_models(args, device, dense)]
+
+
+def sparse_models(
+    args: argparse.Namespace, device: torch.device, dense: float
+) -> Iterator[tuple[str, nn.Module, SparseWeights, PruneSetting]]:
+    """Models with 2:4 weights: with all tokens, and where weights alone do not remove p already, with as few as p takes."""
+    model, sparse = masked_model(args, 0.0, device)
+    yield "2:4", model, sparse, OFF
+    alone, _ = cost_of(args, model, OFF, False)
+    for p in strengths(args):
+        if p is None or dense * (1 - p) < alone:
+            model, sparse = masked_model(args, 0.5, device)
+            yield "madtp+2:4", model, sparse, prune(args, model, p, dense)
+
+
+def masked_model(args: argparse.Namespace, p: float, device: torch.device) -> tuple[nn.Module, SparseWeights]:
+    """A model as `model_of` gives it, with masks by magnitude."""
+    model = model_of(args, p).to(device)
+    sparse = sparse_weights(model, PATTERN, "all")
+    sparse.select(sparse.weights)
+    sparse.fix()
+    return model, sparse
+
+
+def sparse_method(
+    args: argparse.Namespace, name: str, model: nn.Module, sparse: SparseWeights, setting: PruneSetting, dense: float
+) -> Method:
+    """Sparse kernels multiply where they are faster on the inputs for which the pass is prepared."""
+    packed = setting.temperature is not None
+    gflops, keep = cost_of(args, model, setting, packed)
+    forward_with, kernels = forward_of(args, model, setting, packed), ExitStack()
+
+    def prepare(inputs: Inputs) -> Forward:
+        kernels.close()
+        forward = forward_with(inputs)
+        used = kernels.enter_context(sparse_kernels(True, model, sparse, inputs[0].device, forward))["used"]
+        method.note = f"{name}: {used} layers on sparse kernels" if used else f"{name}: dense kernels multiply zeros"
+        return forward
+
+    method = Method(name, round(1 - gflops / dense, 4), prepare, gflops, keep)
+    return method
 
 
 def impose(args: argparse.Namespace, model: nn.Module, *shares: float) -> None:

@@ -5,9 +5,9 @@
     python tools/predict.py --checkpoint output/caption_p0.4/checkpoint_best.pth --image a.jpg
     python tools/predict.py --checkpoint output/coco_p0.45/checkpoint_best.pth --image a.jpg --text "a dog" --text "a cat"
 
-Retrieval ranks several texts for one picture, or several pictures for one text. The weights of dense models (.safetensors, or .pth
-without a temperature) want a --config and run dense. GFLOPs are those of the whole answer, "uncompressed" of the same answer with
-nothing pruned. --explain draws what survives in each block, as tools/visualize.py.
+Retrieval ranks several texts for one picture, or several pictures for one text. Weights that came without a temperature want a
+--config and run dense. GFLOPs are those of the whole answer, "uncompressed" of the same answer with nothing pruned, no weight
+either. --explain draws what survives in each block, as tools/visualize.py.
 """
 
 import argparse
@@ -24,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from config import CONFIGS  # noqa: E402
 from data.text import clean_sentence  # noqa: E402
 from engine.saved import open_checkpoint  # noqa: E402
+from engine.sparse_kernels import sparse_kernels  # noqa: E402
 from engine.train import Precision  # noqa: E402
 from tools.predictors import PREDICTORS  # noqa: E402
 from tools.visualize import write_drawings  # noqa: E402
@@ -65,7 +66,11 @@ def main() -> None:
     opened = open_checkpoint(args.checkpoint, args.config, args.device, args.task)
     predictor = PREDICTORS[opened.config.task](opened, args.image, args.text)
     shown = predictor.shown() if args.explain else None
-    with Precision(opened.run.device, opened.config.amp).autocast():
+    device, wanted = opened.run.device, opened.config.sparse_kernels
+    with (
+        Precision(device, opened.config.amp).autocast(),
+        sparse_kernels(wanted, opened.model, opened.sparse, device, predictor.predict),
+    ):
         prediction = predictor.predict()
     if args.explain:
         write_drawings(predictor.samples(shown, prediction), args.explain)

@@ -30,6 +30,7 @@ class Method:
     """A model to time: `prepare(inputs)` gives the forward pass, GFLOPs and kept tokens are of one sample.
 
     each: the things in a sample that throughput counts
+    note: what a reader should know of the pass that was prepared last
     """
 
     name: str
@@ -38,6 +39,7 @@ class Method:
     gflops: float | None = None
     keep: tuple[float, ...] = ()
     each: int = 1
+    note: str = ""
 
 
 class Nlvr:

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from madtp.flops import multiplied, products
-from madtp.sparsity import Pattern, SparseWeights, magnitude_mask
+from madtp.sparsity import Pattern, SparseWeights, magnitude_mask, most_in_a_group, pack_weight, unpack_weight
 
 PATTERNS = [Pattern(2, 4), Pattern(1, 4), Pattern(4, 8)]
 
@@ -42,6 +42,25 @@ def test_training_leaves_at_most_n_of_m_and_whole_what_does_not_divide(shapes, p
         assert int(filled.sum()) == multiplied(layer.weight)
     nonzero, total = sparse.nonzero
     assert nonzero * pattern.group == total * pattern.kept
+
+
+@given(st.integers(1, 4), st.integers(1, 5), st.sampled_from([*PATTERNS, Pattern(3, 5), Pattern(16, 32)]), st.integers(0, 99))
+@settings(max_examples=30, deadline=None, derandomize=True, database=None)
+def test_a_packed_weight_is_unpacked_to_the_bit(rows, groups, pattern, seed):
+    weight = torch.randn(rows, groups * pattern.group, generator=torch.Generator().manual_seed(seed)).round(decimals=1)
+    weight = weight * magnitude_mask(weight, pattern)
+    values, positions = pack_weight(weight, pattern)
+    assert values.numel() == weight.numel() * pattern.kept // pattern.group and positions.dtype == torch.uint8
+    assert torch.equal(unpack_weight(values, positions, pattern), weight)
+    assert most_in_a_group(weight, pattern.group) <= pattern.kept
+
+
+def test_a_byte_of_2_of_4_holds_two_places_of_two_bits():
+    weight = torch.tensor([[0, 5, 0, 7, 1, 2, 0, 0], [0, 0, 3, 4, 0, 6, 0, 0]], dtype=torch.float16)
+    values, positions = pack_weight(weight, Pattern(2, 4))
+    assert values.tolist() == [[5, 7, 1, 2], [3, 4, 0, 6]]
+    assert positions.tolist() == [[1 + 4 * 3, 0 + 4 * 1], [2 + 4 * 3, 0 + 4 * 1]]
+    assert most_in_a_group(torch.ones(3, 8), 4) == 4
 
 
 def train(layers: list[nn.Linear], sparse: SparseWeights, steps: int = 3) -> None:

@@ -1,0 +1,148 @@
+"""2:4 weights on PyTorch's semi-structured sparse kernels, where these are faster than dense ones: of a GPU, in 16 bits.
+
+What a weight is multiplied with depends on the model, on its data and on what is pruned, so it is watched in a forward pass; the
+time of each such product is measured dense and sparse.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.sparse import to_sparse_semi_structured
+
+from madtp.sparsity import Pattern, magnitude_mask
+
+PATTERN = Pattern(2, 4)
+DTYPES = (torch.float16, torch.bfloat16)
+GAIN = 0.03  # the share of a weight's time that sparse kernels must save
+TOLERANCE = 0.02  # of a sparse product, relative to the largest number in it
+WARM_UP, REPEATS = 10, 50
+
+Convert = Callable[[Tensor], Tensor]
+Clock = Callable[[Callable[[], object]], float]
+
+
+class Product(NamedTuple):
+    """A linear layer's product of `rows` vectors of `inputs` channels with an (outputs, inputs) weight."""
+
+    rows: int
+    outputs: int
+    inputs: int
+    dtype: torch.dtype
+
+
+class Milliseconds(NamedTuple):
+    dense: float
+    sparse: float
+
+
+def milliseconds(call: Callable[[], object]) -> float:
+    """What a call takes the GPU, on average of many after a warm-up."""
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    for _ in range(WARM_UP):
+        call()
+    start.record()
+    for _ in range(REPEATS):
+        call()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / REPEATS
+
+
+class Stopwatch:
+    """How long products take, dense and sparse. Each is measured once; what sparse kernels refuse or get wrong takes for ever."""
+
+    def __init__(self, device: torch.device, clock: Clock = milliseconds, convert: Convert = to_sparse_semi_structured):
+        self.device, self.clock, self.convert = device, clock, convert
+        self.measured: dict[Product, Milliseconds] = {}
+
+    @torch.no_grad()
+    def __call__(self, product: Product) -> Milliseconds:
+        if product not in self.measured:
+            self.measured[product] = self._measure(product)
+        return self.measured[product]
+
+    def _measure(self, product: Product) -> Milliseconds:
+        rows, outputs, inputs, dtype = product
+        x, bias = (torch.randn(shape, device=self.device, dtype=dtype) for shape in ((rows, inputs), (outputs,)))
+        weight = torch.randn(outputs, inputs, device=self.device, dtype=dtype)
+        weight = weight * magnitude_mask(weight, PATTERN)
+        expected, dense = F.linear(x, weight, bias), self.clock(lambda: F.linear(x, weight, bias))
+        try:
+            sparse = self.convert(weight)
+            if _is_as_good(F.linear(x, sparse, bias), expected):
+                return Milliseconds(dense, self.clock(lambda: F.linear(x, sparse, bias)))
+        except (RuntimeError, NotImplementedError):
+            pass
+        return Milliseconds(dense, float("inf"))
+
+
+def _is_as_good(result: Tensor, expected: Tensor) -> bool:
+    """Whether a product may stand for another. Older versions of PyTorch hand it over transposed; attention's kernels read rows."""
+    return result.is_contiguous() and bool((result - expected).abs().max() <= TOLERANCE * expected.abs().max())
+
+
+class _Watch(TorchFunctionMode):
+    """Notes the products of some weights, whichever module makes them."""
+
+    def __init__(self, weights: Mapping[str, Tensor]):
+        super().__init__()
+        self.names = {id(weight): name for name, weight in weights.items()}
+        self.products: dict[str, Counter[Product]] = {}
+        self.unfit: set[str] = set()
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function is F.linear and (name := self.names.get(id(args[1]))):
+            x, (outputs, inputs) = args[0], args[1].shape
+            kind = x.device.type
+            dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+            self.products.setdefault(name, Counter())[Product(x.numel() // inputs, outputs, inputs, dtype)] += 1
+            mixed = len({product.dtype for product in self.products[name]}) > 1
+            if dtype not in DTYPES or mixed or not x.is_contiguous():  # the kernels take a view of the rows
+                self.unfit.add(name)
+        return function(*args, **(kwargs or {}))
+
+
+def products_of(weights: Mapping[str, Tensor], forward: Callable[[], object]) -> dict[str, Counter[Product]]:
+    """What each weight is multiplied with in a forward pass, and how often; without those that sparse kernels cannot serve."""
+    with torch.no_grad(), _Watch(weights) as watch:
+        forward()
+    return {name: products for name, products in watch.products.items() if name not in watch.unfit}
+
+
+def faster_sparse(products: Mapping[str, Counter[Product]], stopwatch: Callable[[Product], Milliseconds]) -> list[str]:
+    """The weights whose products together take sparse kernels less time, by more than noise."""
+    chosen = []
+    for name, counts in products.items():
+        times = [(number, stopwatch(product)) for product, number in counts.items()]
+        dense, sparse = sum(number * time.dense for number, time in times), sum(number * time.sparse for number, time in times)
+        if sparse <= (1 - GAIN) * dense:
+            chosen.append(name)
+    return chosen
+
+
+@contextmanager
+def on_sparse_kernels(
+    model: nn.Module, dtypes: Mapping[str, torch.dtype], convert: Convert = to_sparse_semi_structured
+) -> Iterator[None]:
+    """Inside, the parameters of these names are sparse tensors of these types, for inference alone."""
+    weights = {name: model.get_parameter(name) for name in dtypes}
+    try:
+        for name, dtype in dtypes.items():
+            stand_in = nn.Parameter(convert(weights[name].detach().to(dtype)), requires_grad=False)
+            stand_in.stands_for = weights[name]
+            _put(model, name, stand_in)
+        yield
+    finally:
+        for name, weight in weights.items():
+            _put(model, name, weight)
+
+
+def _put(model: nn.Module, name: str, weight: nn.Parameter) -> None:
+    owner, _, attribute = name.rpartition(".")
+    setattr(model.get_submodule(owner), attribute, weight)

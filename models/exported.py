@@ -1,0 +1,39 @@
+"""Compressed weights as .safetensors with what a run says of them in the file's metadata; N:M sparse ones packed, if so wanted.
+
+The metadata's key "madtp" holds a JSON object. With "packed": [N, M] in it, each weight X of its list "masked" lies in the file as
+X.values and X.positions (the format is that of `madtp.sparsity.pack_weight`).
+"""
+
+import json
+from pathlib import Path
+
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from madtp.sparsity import Pattern, pack_weight, unpack_weight
+
+KEY, PACKED = "madtp", "packed"
+VALUES, POSITIONS = ".values", ".positions"
+
+
+def save_exported(path: Path, weights: dict[str, Tensor], state: dict, pattern: Pattern | None = None) -> None:
+    """state: what JSON can hold; with a `pattern` its "masked" weights are packed."""
+    if pattern:
+        state = {**state, PACKED: list(pattern)}
+        weights = dict(weights)
+        for name in state["masked"]:
+            weights[name + VALUES], weights[name + POSITIONS] = pack_weight(weights.pop(name), pattern)
+    weights = {name: tensor.contiguous() for name, tensor in weights.items()}
+    save_file(weights, path, {"format": "pt", KEY: json.dumps(state)})
+
+
+def read_safetensors(path: Path) -> dict:
+    """The state dict as "model", whole, beside what was saved with it."""
+    with safe_open(path, "pt") as file:
+        weights = {name: file.get_tensor(name) for name in file.keys()}
+        state = json.loads((file.metadata() or {}).get(KEY, "{}"))
+    if pattern := state.pop(PACKED, None):
+        for name in state["masked"]:
+            weights[name] = unpack_weight(weights.pop(name + VALUES), weights.pop(name + POSITIONS), Pattern(*pattern))
+    return {"model": weights, **state}

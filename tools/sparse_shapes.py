@@ -1,0 +1,68 @@
+"""The products of a model's 2:4 weights, shape by shape: how long dense and sparse kernels take."""
+
+import argparse
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from engine.train import Precision
+from madtp.semi_structured import Milliseconds, Product, Stopwatch, products_of
+from tools.contenders import check_sparse, dense_method, forward_of, random_inputs, sparse_models
+from utils import UserError
+
+
+@dataclass
+class ShapeRow:
+    """rows vectors of `inputs` channels by an (outputs, inputs) weight."""
+
+    rows: int
+    outputs: int
+    inputs: int
+    dtype: str
+    dense_ms: float
+    sparse_ms: float
+
+
+def time_shapes(args: argparse.Namespace) -> list[ShapeRow]:
+    """Of all products of all models that --sparse times.
+
+    Raises:
+        UserError: without a GPU, in 32 bits, or for a task that is not timed so.
+    """
+    device = torch.device(args.device)
+    check_sparse(args)
+    if not args.amp:
+        raise UserError("--shapes: sparse kernels run in 16 bits; add --amp")
+    if device.type != "cuda":
+        raise UserError("--shapes: sparse kernels are a GPU's; give --device cuda where there is one")
+    return timed(products_in(args, device), Stopwatch(device))
+
+
+@torch.no_grad()
+def products_in(args: argparse.Namespace, device: torch.device) -> list[Product]:
+    """Of all batch sizes, each once, the largest weights first."""
+    dense = dense_method(args, device).gflops
+    found: set[Product] = set()
+    for _, model, sparse, setting in sparse_models(args, device, dense):
+        forward_with = forward_of(args, model, setting, setting.temperature is not None)
+        for batch_size in args.batch_sizes:
+            with Precision(device, args.amp).autocast():
+                products = products_of(sparse.weights, forward_with(random_inputs(args, batch_size, device)))
+            found |= {product for counts in products.values() for product in counts}
+    return sorted(found, key=lambda product: (-product.outputs * product.inputs, product.outputs, -product.rows))
+
+
+def timed(products: Sequence[Product], stopwatch: Callable[[Product], Milliseconds]) -> list[ShapeRow]:
+    return [
+        ShapeRow(product.rows, product.outputs, product.inputs, str(product.dtype).removeprefix("torch."), *stopwatch(product))
+        for product in products
+    ]
+
+
+def shapes_table(rows: Sequence[ShapeRow]) -> str:
+    head = f"{'rows':>8}{'outputs':>9}{'inputs':>8}{'dense ms':>11}{'sparse ms':>11}{'speedup':>9}"
+    lines = [
+        f"{r.rows:8d}{r.outputs:9d}{r.inputs:8d}{r.dense_ms:11.4f}{r.sparse_ms:11.4f}{r.dense_ms / r.sparse_ms:9.2f}" for r in rows
+    ]
+    return "\n".join([head, *lines])
