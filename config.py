@@ -365,6 +365,7 @@ class VqaConfig(Config):
     output_dir: Path = Field(Path("output/vqa"), description="the folder that the run writes to")
     image_size: int = Field(480, ge=1, description="pixels along one side; more costs GFLOPs by the square and helps details")
     label_smoothing: float = Field(0.1, ge=0, lt=1, description="share of the target spread over the wrong words")
+    decoder_layers: int | None = Field(None, ge=1, description="layers of the answer decoder; none: as many as `bert` has")
     inference: Literal["rank", "generate"] = Field("rank", description="rank: choose from answer_list; generate: write freely")
     k_test: int = Field(128, ge=1, description="candidates whose whole likelihood is computed; more is better and slower")
     num_beams: int = Field(3, ge=1, description="answers kept at a time while one is generated")

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from madtp.alignment import Alignment, aligned_features, similarity_loss, token_attention
+from madtp.alignment import Alignment, Valid, aligned_features, similarity_loss, token_attention
 from madtp.flops import GIGA
 from madtp.pruning import OFF, Layout, PruneSetting
 from models.bert import BertSize
@@ -82,22 +82,27 @@ class BlipCaption(AlignedModel):
             align: whether to collect the alignment features; the decoder's are read from what enters its layers.
             packed: the image encoder without padding and attention maps; the same answer, sooner.
         """
-        tokens, valid, record = self.encode(images, setting, align, packed)
-        targets = input_ids.masked_fill(attention_mask == 0, IGNORED)
-        targets[:, : len(self.prompt)] = IGNORED
-        output = self.text_decoder(
-            input_ids,
-            attention_mask=attention_mask,
-            encoder_hidden_states=tokens,
-            encoder_attention_mask=None if valid is None else valid.long(),
-            labels=targets,
-            output_hidden_states=align,
-        )
+        *image, record = self.encode(images, setting, align, packed)
+        output = self.tell(*image, input_ids, attention_mask, align)
         losses = {"task": output.loss}
         if align:
             language = self._aligned(output.hidden_states[:-1], attention_mask)
             losses["similarity"] = similarity_loss(record.features, language)
         return CaptionOutput(losses, output.logits, record)
+
+    def tell(self, tokens: Tensor, valid: Valid, input_ids: Tensor, attention_mask: Tensor, hidden_states: bool = False):
+        """The decoder's output, its loss that of the next tokens, for captions of images encoded before: their tokens (B, M, C),
+        and the mask (B, M) or None."""
+        targets = input_ids.masked_fill(attention_mask == 0, IGNORED)
+        targets[:, : len(self.prompt)] = IGNORED
+        return self.text_decoder(
+            input_ids,
+            attention_mask=attention_mask,
+            encoder_hidden_states=tokens,
+            encoder_attention_mask=None if valid is None else valid.long(),
+            labels=targets,
+            output_hidden_states=hidden_states,
+        )
 
     def _aligned(self, entering: tuple[Tensor, ...], attention_mask: Tensor) -> Tensor:
         """E_l of the tokens that enter the decoder's layers (Eq. 3), [DEC] left out, summed over the layers. (B, K, D)"""
