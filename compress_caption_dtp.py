@@ -40,7 +40,6 @@ def main() -> None:
     align = not config.uncompressed
     packed = config.variant == "paper"  # the authors' masks do not follow their tokens: they need padding
     packed_training = packed and run.device.type == "cpu"  # there it was measured to be faster
-    writing = {"num_beams": config.num_beams, "max_length": config.max_length, "min_length": config.min_length}
 
     def losses(model: torch.nn.Module, batch: dict, setting: PruneSetting) -> dict[str, torch.Tensor]:
         return model(batch["image"], batch["input_ids"], batch["attention_mask"], setting, align, packed_training).losses
@@ -50,8 +49,8 @@ def main() -> None:
         return sum(model.costs(*inputs, setting=setting, packed=packed)[0].values())
 
     def write(model: torch.nn.Module, images: torch.Tensor, setting: PruneSetting):
-        ids, record = model.generate(images, setting, packed, **writing)
-        return ids, record, model.generation_gflops(record, ids, config.num_beams, setting)
+        ids, record = model.generate(images, setting, packed, **config.writing)
+        return ids, record, model.generation_gflops(record, ids, config.writing["num_beams"], setting)
 
     def evaluate(model: torch.nn.Module, split: Split, setting: PruneSetting) -> Evaluation:
         rows = {}

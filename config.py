@@ -120,6 +120,7 @@ class Config(Section):
     tokenizer: Path = Field(Path("pretrained/bert-base-uncased"), description="a vocab.txt, or a folder that holds one")
     image_size: int = Field(384, ge=1, description="pixels along one side; more costs GFLOPs by the square and helps details")
     augment: Augment = Field(Augment(), description="what training does to a picture")
+    text_only: bool = Field(False, description="an ablation that blanks all pictures")
     num_workers: int = Field(4, ge=0, description="processes that read pictures; results do not depend on it")
 
     # model
@@ -236,7 +237,6 @@ class NlvrConfig(Config):
         1, ge=1, description="training statements that share one encoding of their pictures; more is faster and less random"
     )
     images: Literal["both", "left"] = Field("both", description="left: an ablation that shows the left picture twice")
-    text_only: bool = Field(False, description="an ablation that blanks both pictures")
 
 
 RETRIEVAL_FILES = {"coco": "coco_karpathy", "flickr": "flickr30k"}
@@ -335,6 +335,8 @@ class CaptionConfig(Config):
     prompt: str = Field("a picture of ", description="what every caption begins with; it is no part of the loss or of the result")
     max_text_tokens: int = Field(40, ge=3, description="the longest training caption in tokens; longer ones are cut")
     num_beams: int = Field(3, ge=1, description="captions kept at a time while one is written; more is better and slower")
+    sample: bool = Field(False, description="draw the words by nucleus sampling under the run's seed; off: beam search")
+    top_p: float = Field(0.9, gt=0, le=1, description="sampling: draw from the likeliest words of this share; more varies more")
     max_length: int = Field(20, ge=2, description="the longest caption to write, in tokens with its prompt")
     min_length: int = Field(5, ge=1, description="the shortest")
 
@@ -344,6 +346,12 @@ class CaptionConfig(Config):
         if not isinstance(values, dict) or values.get("batch_size") is None:
             return values
         return {"batch_size_train": values["batch_size"], "batch_size_test": values["batch_size"], **values}
+
+    @property
+    def writing(self) -> dict[str, Any]:
+        """How `BlipCaption.generate` is to write: its keyword arguments."""
+        how = {"num_beams": 1, "top_p": self.top_p} if self.sample else {"num_beams": self.num_beams, "top_p": None}
+        return {**how, "seed": self.seed, "max_length": self.max_length, "min_length": self.min_length}
 
 
 class VqaConfig(Config):
