@@ -11,9 +11,10 @@ import torch
 
 from config import CaptionConfig
 from data.captions import Split, build_loaders, coco_results
-from data.text import dec_token_id, load_tokenizer, prompt_ids
+from data.text import dec_token_id, load_tokenizer
 from engine.compress import Evaluation, Experiment, mean_cost, run_experiment
 from engine.train import progress
+from engine.writing import Captioner
 from madtp.pruning import PruneSetting
 from metrics.caption import caption_scores
 from models.build import caption_from_config
@@ -29,8 +30,8 @@ def main() -> None:
     run = init_run(config.device, config.seed)
     tokenizer = load_tokenizer(config.tokenizer)
     loaders = build_loaders(config, run, tokenizer, config.prompt, dec_token_id(tokenizer))
-    prompt = prompt_ids(tokenizer, config.prompt)
-    model = caption_from_config(config, len(tokenizer), prompt, tokenizer.sep_token_id, tokenizer.pad_token_id)
+    write = Captioner(config, tokenizer)
+    model = caption_from_config(config, len(tokenizer), write.prompt, tokenizer.sep_token_id, tokenizer.pad_token_id)
     checkpoint = {}
     if config.pretrained:
         checkpoint = read_checkpoint(config.pretrained)
@@ -48,15 +49,10 @@ def main() -> None:
         inputs = batch["image"], batch["input_ids"], batch["attention_mask"]
         return sum(model.costs(*inputs, setting=setting, packed=packed)[0].values())
 
-    def write(model: torch.nn.Module, images: torch.Tensor, setting: PruneSetting):
-        ids, record = model.generate(images, setting, packed, **config.writing)
-        return ids, record, model.generation_gflops(record, ids, config.writing["num_beams"], setting)
-
     def evaluate(model: torch.nn.Module, split: Split, setting: PruneSetting) -> Evaluation:
         rows = {}
         for batch in progress(split.images, "captions", run):
-            ids, record, costs = write(model, batch["image"].to(run.device, non_blocking=True), setting)
-            texts = tokenizer.batch_decode(ids[:, len(prompt) :], skip_special_tokens=True)
+            texts, record, costs = write(model, batch["image"].to(run.device, non_blocking=True), setting)
             for name, text, kept, cost in zip(batch["ids"], texts, record.leaving[-1].tolist(), costs.tolist(), strict=True):
                 rows[name] = {"prediction": text, "tokens_kept": kept, "gflops": cost}
         rows = gather_dicts(rows)

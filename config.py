@@ -108,6 +108,7 @@ class Config(Section):
     """The keys that all tasks share."""
 
     script: ClassVar[str] = ""
+    image_keys: ClassVar[tuple[str, ...]] = ("image_root",)  # of the folders with the pictures
 
     task: str = Field("", description="which of the scripts the file is for; tools that take any file need it")
 
@@ -358,6 +359,7 @@ class VqaConfig(Config):
     """Visual question answering: what is the answer to the question about the picture?"""
 
     script: ClassVar[str] = "compress_vqa_dtp.py"
+    image_keys: ClassVar[tuple[str, ...]] = ("vqa_root", "vg_root")
 
     task: Literal["vqa"] = Field("vqa", description="which of the scripts the file is for; tools that take any file need it")
     vqa_root: Path = Field(Path("datasets/coco"), description="the folder that the image paths of VQAv2 start from")

@@ -38,8 +38,7 @@ sys.path.insert(0, str(ROOT))
 from clip.tokenizer import load_clip_tokenizer  # noqa: E402
 from config import CONFIGS, Config  # noqa: E402
 from data.shapes.tasks import vocabulary  # noqa: E402
-from data.text import enc_token_id, load_tokenizer, prompt_ids  # noqa: E402
-from data.vqa import encode_answers  # noqa: E402
+from data.text import dec_token_id, enc_token_id, load_tokenizer, prompt_ids  # noqa: E402
 from models.build import caption_from_config, clip_from_config, nlvr_from_config, retrieval_from_config, vqa_from_config  # noqa: E402
 from models.pretrained import read_checkpoint  # noqa: E402
 from options import load_config  # noqa: E402
@@ -116,8 +115,7 @@ def test(args: argparse.Namespace, recipe: Recipe, words: Path, work: Path) -> N
     run([sys.executable, "tools/make_shapes.py", "--out", str(data), "--seed", str(args.seed + 1), *recipe.data])
     script = CONFIGS[args.task].script
     command = [script, "--config", str(config_of(args.task)), "--p", "0", "--evaluate", "--output_dir", str(work / "test")]
-    roots = ("vqa_root", "vg_root") if args.task == "vqa" else ("image_root",)
-    folders = {**dict.fromkeys(roots, data / "images"), "ann_root": data / "annotations"}
+    folders = {**dict.fromkeys(CONFIGS[args.task].image_keys, data / "images"), "ann_root": data / "annotations"}
     for key, value in {**folders, "tokenizer": words}.items():
         command += ["--set", f"{key}={value}"]
     run([sys.executable, *command])
@@ -182,8 +180,7 @@ def caption(config: Config, words: Path) -> Recipe:
 
 def vqa(config: Config, words: Path) -> Recipe:
     tokenizer = load_tokenizer(words)
-    special = encode_answers(tokenizer, [""])["input_ids"][0].tolist()  # [DEC] and [SEP]
-    model = vqa_from_config(config, len(tokenizer), *special, tokenizer.pad_token_id)
+    model = vqa_from_config(config, len(tokenizer), dec_token_id(tokenizer), tokenizer.sep_token_id, tokenizer.pad_token_id)
     start_from_nlvr(model, read_checkpoint(PRETRAINED / "nlvr.safetensors")["model"])
     stages = {"answers": lambda seed, log: train_answers(model, config, tokenizer, ANSWERS, seed, log)}
     return Recipe(model, stages, ["--tasks", "vqa", "--size", "1000", "--eval-size", "4000"])

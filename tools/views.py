@@ -3,8 +3,9 @@
 Shapes: B samples, P pictures each, L blocks of a tower, N text tokens of the longest text. Class tokens are left out.
 """
 
+from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -13,16 +14,28 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, Subset
 
 from clip.tokenizer import load_clip_tokenizer
-from config import ClipRetrievalConfig, Config, NlvrConfig, RetrievalConfig
+from config import CaptionConfig, ClipRetrievalConfig, Config, NlvrConfig, RetrievalConfig, VqaConfig
 from data.captions import CaptionImages, CaptionTexts, FirstPairs, PairCollate, read_captioned
 from data.loading import Loader, build_loader
-from data.nlvr import NlvrCollate, build_datasets
-from data.text import Tokenizer, enc_token_id, load_tokenizer
+from data.nlvr import NlvrCollate
+from data.nlvr import build_datasets as judged_statements
+from data.text import Tokenizer, dec_token_id, enc_token_id, load_tokenizer
+from data.vqa import QuestionCollate
+from data.vqa import build_datasets as answered_questions
 from engine.train import Precision, move
+from engine.writing import Answerer, Captioner
 from madtp.pruning import OFF, PruneSetting
 from models.blip_nlvr import NlvrOutput
-from models.build import clip_from_config, nlvr_from_config, retrieval_from_config
-from models.pretrained import StateDict, load_nlvr_weights, load_retrieval_weights, read_checkpoint
+from models.blip_vqa import Question
+from models.build import caption_from_config, clip_from_config, nlvr_from_config, retrieval_from_config, vqa_from_config
+from models.pretrained import (
+    StateDict,
+    load_caption_weights,
+    load_nlvr_weights,
+    load_retrieval_weights,
+    load_vqa_weights,
+    read_checkpoint,
+)
 from models.pretrained_clip import load_clip_weights
 from models.tower import Encoded, TowerRecord
 from models.trace import surviving, tokens_by_block
@@ -36,12 +49,14 @@ class Sample:
 
     pictures: label, picture (H, W, 3) in 0 ... 1, patches alive after each block (blocks, rows, columns) bool
     texts: words, words alive after each layer (layers, words) bool
+    said: label, text: what the model says, and what is true
     """
 
     id: str
     heading: str
     pictures: list[tuple[str, np.ndarray, np.ndarray]]
     texts: list[tuple[list[str], np.ndarray]]
+    said: list[tuple[str, str]] = field(default_factory=list)
 
 
 class View:
@@ -49,11 +64,13 @@ class View:
 
     labels: of a sample's pictures, in their order
     image_key: where a batch has its pictures, (B, 3, H, W) or (B, P, 3, H, W)
+    text_keys: where it has its texts, token ids and attention mask (B, L)
     timed: what `forward` computes, in words
     """
 
     labels: tuple[str, ...] = ("image",)
     image_key = "image"
+    text_keys = ("input_ids", "attention_mask")
     timed = ""
 
     def __init__(
@@ -86,8 +103,16 @@ class View:
         raise NotImplementedError
 
     def headings(self, batch: dict, output: object) -> list[str]:
-        """What the model says of each sample."""
-        raise NotImplementedError
+        """What the model finds of each sample, in a few words."""
+        return ["" for _ in self.names(batch)]
+
+    def said(self, batch: dict, output: object) -> list[list[tuple[str, str]]]:
+        """Of each sample label and text: what the model says, and what is true."""
+        return [[] for _ in self.names(batch)]
+
+    def gflops(self, batch: dict, output: object) -> Tensor:
+        """What each sample costs in deployment, (B,)."""
+        return self.model.costs(*self.inputs(batch), setting=self.setting, packed=self.packed)[1]
 
     def names(self, batch: dict) -> list[str]:
         """The samples' ids."""
@@ -98,7 +123,7 @@ class View:
         return self.tokenizer.convert_ids_to_tokens(ids)[1:]
 
     def inputs(self, batch: dict) -> tuple[Tensor, ...]:
-        return batch[self.image_key], batch["input_ids"], batch["attention_mask"]
+        return batch[self.image_key], *(batch[key] for key in self.text_keys)
 
     def batches(self, ids: Sequence[str]) -> Loader:
         """The samples with these ids, in batches of the evaluation's size."""
@@ -140,8 +165,7 @@ class View:
         names, batch = self.names(batch), move(batch, self.run.device)
         with self.precision.autocast():
             output = self.compute(batch)
-            headings = self.headings(batch, output)
-            _, gflops = self.model.costs(*self.inputs(batch), setting=self.setting, packed=self.packed)
+            headings, said, gflops = (part(batch, output) for part in (self.headings, self.said, self.gflops))
         records = self.records(output)
         patches = self._patches(records["image"])
         texts = self._texts(batch, records["text"]) if "text" in records else [[] for _ in names]
@@ -152,9 +176,10 @@ class View:
         return [
             Sample(
                 name,
-                f"{name}, {strength}: {headings[i]}; {left} tokens left, {cost:.4g} GFLOPs",
+                f"{name}, {strength}: {headings[i]}{'; ' if headings[i] else ''}{left} tokens left, {cost:.4g} GFLOPs",
                 [(label, displayable(images[i, place]), patches[place, i]) for place, label in enumerate(self.labels)],
                 texts[i],
+                said[i],
             )
             for i, (name, (left, cost)) in enumerate(zip(names, costs, strict=True))
         ]
@@ -168,10 +193,10 @@ class View:
 
     def _texts(self, batch: dict, record: TowerRecord) -> list[list[tuple[list[str], np.ndarray]]]:
         """Of each sample its words, and which are alive (L, words) bool."""
-        mask = batch["attention_mask"].bool()
+        all_ids, mask = batch[self.text_keys[0]], batch[self.text_keys[1]].bool()
         alive = surviving(record, mask[:, 1:]).cpu().numpy()  # as many tokens are in memory behind the class token
         texts = []
-        for ids, inside, layers in zip(batch["input_ids"], mask, alive, strict=True):
+        for ids, inside, layers in zip(all_ids, mask, alive, strict=True):
             words = self.words(ids[inside].tolist())
             texts.append([(words, layers[:, : len(words)])])
         return texts
@@ -187,7 +212,7 @@ class NlvrView(View):
     def __init__(self, config: NlvrConfig, run: Run, setting: PruneSetting, weights: StateDict, source: str):
         """weights: of the model, read from the file `source`."""
         tokenizer = load_tokenizer(config.tokenizer)
-        dataset = build_datasets(config)["test"]
+        dataset = judged_statements(config)["test"]
         ids = [entry["id"] for entry in dataset.entries]
         collate = NlvrCollate(tokenizer, config.bert_sizes.max_position_embeddings)
         model = nlvr_from_config(config, len(tokenizer))
@@ -210,15 +235,33 @@ class NlvrView(View):
 
 
 class PairView(View):
-    """Retrieval: a picture and the first of its captions, each in its tower. A sample's id is its picture's path."""
+    """A picture and the first of its captions. A sample's id is its picture's path."""
+
+    def __init__(
+        self,
+        config: RetrievalConfig | CaptionConfig,
+        run: Run,
+        setting: PruneSetting,
+        model: nn.Module,
+        tokenizer: Tokenizer,
+        prompt: str = "",
+        first_token_id: int | None = None,
+    ):
+        """`prompt` and `first_token_id` as of data.captions.build_loaders."""
+        entries = read_captioned(config.annotation_file(config.test_file))
+        images = CaptionImages(entries, config.image_root, eval_transform(config.image_size, config.text_only))
+        pairs = FirstPairs(images, CaptionTexts(entries), prompt)
+        collate = PairCollate(tokenizer, config.max_text_tokens, first_token_id)
+        super().__init__(config, run, setting, model, tokenizer, pairs, images.names, collate)
+
+    def names(self, batch: dict) -> list[str]:
+        return [self.ids[number] for number in batch["image_ids"].tolist()]
+
+
+class TowersView(PairView):
+    """Retrieval: picture and caption, each in its tower."""
 
     timed = "both towers once, of a picture and its first caption"
-
-    def __init__(self, config: RetrievalConfig, run: Run, setting: PruneSetting, model: nn.Module, tokenizer: Tokenizer):
-        entries = read_captioned(config.annotation_file(config.test_file))
-        images = CaptionImages(entries, config.image_root, eval_transform(config.image_size))
-        pairs, collate = FirstPairs(images, CaptionTexts(entries)), PairCollate(tokenizer, config.max_text_tokens)
-        super().__init__(config, run, setting, model, tokenizer, pairs, images.names, collate)
 
     def compute(self, batch: dict) -> tuple[Encoded, Encoded]:
         images, *text = self.inputs(batch)
@@ -233,12 +276,9 @@ class PairView(View):
         image, text = output
         return [f"similarity {value:.2f}" for value in (image.feature * text.feature).sum(dim=1).tolist()]
 
-    def names(self, batch: dict) -> list[str]:
-        return [self.ids[number] for number in batch["image_ids"].tolist()]
 
-
-class RetrievalView(PairView):
-    timed = f"{PairView.timed}, without the matching"
+class RetrievalView(TowersView):
+    timed = f"{TowersView.timed}, without the matching"
 
     def __init__(self, config: RetrievalConfig, run: Run, setting: PruneSetting, weights: StateDict, source: str):
         """weights: of the model, read from the file `source`."""
@@ -254,7 +294,7 @@ class RetrievalView(PairView):
         return [f"{start}, match {match:.2f}" for start, match in zip(super().headings(batch, output), matches, strict=True)]
 
 
-class ClipView(PairView):
+class ClipView(TowersView):
     def __init__(self, config: ClipRetrievalConfig, run: Run, setting: PruneSetting, weights: StateDict, source: str):
         """weights: of the model, read from the file `source`."""
         tokenizer = load_clip_tokenizer(config.tokenizer)
@@ -267,7 +307,75 @@ class ClipView(PairView):
         return self.tokenizer.convert_ids_to_tokens(ids)[:-1]
 
 
-VIEWS: dict[str, type[View]] = {"nlvr": NlvrView, "retrieval": RetrievalView, "retrieval_clip": ClipView}
+class CaptionView(PairView):
+    """Captioning: a picture, whose caption the model writes."""
+
+    timed = "captions written, of the config's way to write them"
+
+    def __init__(self, config: CaptionConfig, run: Run, setting: PruneSetting, weights: StateDict, source: str):
+        """weights: of the model, read from the file `source`."""
+        tokenizer = load_tokenizer(config.tokenizer)
+        self.write = Captioner(config, tokenizer)
+        model = caption_from_config(config, len(tokenizer), self.write.prompt, tokenizer.sep_token_id, tokenizer.pad_token_id)
+        load_caption_weights(model, weights, source)
+        super().__init__(config, run, setting, model, tokenizer, config.prompt, dec_token_id(tokenizer))
+
+    def compute(self, batch: dict) -> tuple[list[str], TowerRecord, Tensor]:
+        return self.write(self.model, batch["image"], self.setting)
+
+    def records(self, output: tuple[list[str], TowerRecord, Tensor]) -> dict[str, TowerRecord]:
+        return {"image": output[1]}
+
+    def said(self, batch: dict, output: tuple[list[str], TowerRecord, Tensor]) -> list[list[tuple[str, str]]]:
+        truths = self.tokenizer.batch_decode(batch["input_ids"][:, len(self.write.prompt) :], skip_special_tokens=True)
+        return [[("written", text), ("truth", truth)] for text, truth in zip(output[0], truths, strict=True)]
+
+    def gflops(self, batch: dict, output: tuple[list[str], TowerRecord, Tensor]) -> Tensor:
+        return output[2]
+
+
+class VqaView(View):
+    """VQA: a picture and a question. A sample's id is that of its question."""
+
+    image_key = "images"
+    text_keys = ("question_ids", "question_mask")
+    timed = "questions answered, their pictures read anew for each"
+
+    def __init__(self, config: VqaConfig, run: Run, setting: PruneSetting, weights: StateDict, source: str):
+        """weights: of the model, read from the file `source`."""
+        tokenizer = load_tokenizer(config.tokenizer)
+        self.answer = Answerer(config, tokenizer, run.device)
+        model = vqa_from_config(config, len(tokenizer), dec_token_id(tokenizer), tokenizer.sep_token_id, tokenizer.pad_token_id)
+        load_vqa_weights(model, weights, source)
+        dataset = answered_questions(config)["test"]
+        ids = [str(entry["question_id"]) for entry in dataset.entries]
+        super().__init__(config, run, setting, model, tokenizer, dataset, ids, QuestionCollate(tokenizer))
+
+    def compute(self, batch: dict) -> tuple[list[str], Question, Tensor]:
+        return self.answer(self.model, batch, self.setting)
+
+    def records(self, output: tuple[list[str], Question, Tensor]) -> dict[str, TowerRecord]:
+        return {"image": output[1].vision, "text": output[1].language}
+
+    def names(self, batch: dict) -> list[str]:
+        return [str(question) for question in batch["ids"]]
+
+    def said(self, batch: dict, output: tuple[list[str], Question, Tensor]) -> list[list[tuple[str, str]]]:
+        """The truth is what most annotators said, where that is known."""
+        given = [[("truth", Counter(answers).most_common(1)[0][0])] if answers else [] for answers in batch["answers"]]
+        return [[("answer", text), *truth] for text, truth in zip(output[0], given, strict=True)]
+
+    def gflops(self, batch: dict, output: tuple[list[str], Question, Tensor]) -> Tensor:
+        return output[2]
+
+
+VIEWS: dict[str, type[View]] = {
+    "nlvr": NlvrView,
+    "retrieval": RetrievalView,
+    "retrieval_clip": ClipView,
+    "caption": CaptionView,
+    "vqa": VqaView,
+}
 
 
 def open_view(config: Config, checkpoint: Path | str, device: str | None = None, temperature: float | None = None) -> View:
