@@ -65,7 +65,7 @@ def test_a_stage_trains_every_weight_and_what_is_published_loads(task: str, tmp_
     still = [name for name, parameter in model.named_parameters() if torch.equal(parameter, before[name])]
     assert all(name.endswith("key.bias") for name in still), still  # attention does not depend on it
     publish(model, tmp_path / "model.safetensors")
-    assert (tmp_path / "model.safetensors").stat().st_size <= 6e6
+    assert (tmp_path / "model.safetensors").stat().st_size < 6 * 2**20
     LOAD[task](other, read_checkpoint(tmp_path / "model.safetensors")["model"], "model")
     for name, parameter in other.named_parameters():
         torch.testing.assert_close(parameter, model.get_parameter(name), rtol=1e-3, atol=1e-4)
