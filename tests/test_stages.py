@@ -48,10 +48,11 @@ def test_an_encoder_that_is_shown_everything_is_the_encoder_itself() -> None:
 @TASKS
 def test_the_encoders_come_from_the_model_for_nlvr2(task: str) -> None:
     model, _ = untrained(task)
+    text = {"caption": "text_decoder.bert", "vqa": "text_encoder"}[task]
     weights = read_checkpoint(PRETRAINED / "nlvr.safetensors")["model"]
-    start_from_nlvr(model, weights)
-    for encoder in {"caption": ["visual_encoder"], "vqa": ["visual_encoder", "text_encoder"]}[task]:
-        for name, parameter in getattr(model, encoder).named_parameters():
+    start_from_nlvr(model, weights, text)
+    for mine, encoder in (("visual_encoder", "visual_encoder"), (text, "text_encoder")):
+        for name, parameter in model.get_submodule(mine).named_parameters():
             theirs = f"{encoder}.{name}".replace("crossattention.self.", "crossattention.self0.")
             theirs = theirs.replace("crossattention.output.dense.", "crossattention.output.dense0.")
             assert torch.equal(parameter, weights[theirs].float())

@@ -13,7 +13,8 @@ nlvr            vision   the image encoder names what each patch shows and where
 retrieval       pairs    from the encoders of the model for NLVR2: pictures and captions find each other among near-alike ones
 retrieval_clip  vision   as above
                 pairs    as above
-caption         captions from the image encoder of the model for NLVR2: captions are written, little of the ground shown
+caption         captions from the encoders of the model for NLVR2, the decoder from that of texts: captions are written, little of
+                         the ground shown
 vqa             answers  from the encoders of the model for NLVR2: questions are answered, little of the ground shown
 
 A stage that has left its weights is not run again. The weights go to pretrained/shapes/TASK.safetensors in half precision, the
@@ -56,7 +57,7 @@ JOINT = Plan(steps=2_400, batch=8, rate=1.5e-4, warmup=100)
 SPARSE = Plan(steps=2_400, batch=8, rate=2e-4, warmup=100)
 BLIP_PAIRS = Plan(steps=2_500, batch=0, rate=3e-4)
 CAPTIONS = Plan(steps=2_800, batch=24, rate=4e-4)
-ANSWERS = Plan(steps=2_800, batch=16, rate=4e-4)
+ANSWERS = Plan(steps=500, batch=16, rate=4e-4, warmup=50)
 CLIP_PAIRS = Plan(steps=4_000, batch=0, rate=5e-4)
 Stage = Callable[[int, Path], None]  # seed, log
 
@@ -173,7 +174,7 @@ def caption(config: Config, words: Path) -> Recipe:
     tokenizer = load_tokenizer(words)
     prompt = prompt_ids(tokenizer, config.prompt)
     model = caption_from_config(config, len(tokenizer), prompt, tokenizer.sep_token_id, tokenizer.pad_token_id)
-    start_from_nlvr(model, read_checkpoint(PRETRAINED / "nlvr.safetensors")["model"])
+    start_from_nlvr(model, read_checkpoint(PRETRAINED / "nlvr.safetensors")["model"], text="text_decoder.bert")
     stages = {"captions": lambda seed, log: train_captions(model, config, tokenizer, CAPTIONS, seed, log)}
     return Recipe(model, stages, ["--tasks", "caption", "--size", "1000", "--eval-size", "4000"])
 

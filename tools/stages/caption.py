@@ -1,4 +1,4 @@
-"""The stage of the uncompressed Shapes model for captioning: from the image encoder of the one for NLVR2."""
+"""The stage of the uncompressed Shapes model for captioning: from the encoders of the one for NLVR2."""
 
 from collections.abc import Iterator
 from itertools import count

@@ -26,7 +26,7 @@ SIDE = 2 * LATTICE
 ATTRIBUTES = (SIZES, COLOURS, SHAPES)  # in the order of a Kind; named one by one, as words will name them
 GROUND_WEIGHT = 0.1
 PLACE_WEIGHT = 0.3  # of things alone; places are easy, and would drown what the patches show
-LOG_EVERY = 250
+LOG_EVERY = 100
 THIN = 1.5  # the higher, the less ground is shown
 
 
@@ -194,11 +194,14 @@ class ClassContent(nn.Module):
             hook.remove()
 
 
-def start_from_nlvr(model: nn.Module, weights: dict[str, Tensor]) -> None:
-    """Both encoders of a model of NLVR2 for `model`; of each layer's two cross-attentions the one to the left image."""
+def start_from_nlvr(model: nn.Module, weights: dict[str, Tensor], text: str = "text_encoder") -> None:
+    """Both encoders of a model of NLVR2 for `model`; of each layer's two cross-attentions the one to the left image.
+
+    text: the part of `model` that takes the text encoder's weights
+    """
     translated = {}
     for name, tensor in weights.items():
-        name = name.replace("crossattention.self0.", "crossattention.self.")
+        name = name.replace("text_encoder.", f"{text}.").replace("crossattention.self0.", "crossattention.self.")
         translated[name.replace("crossattention.output.dense0.", "crossattention.output.dense.")] = tensor.float()
     expected = model.state_dict()
     found = {name: tensor for name, tensor in translated.items() if name in expected and expected[name].shape == tensor.shape}
