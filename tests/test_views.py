@@ -10,7 +10,8 @@ from PIL import Image
 from models.tower import TowerRecord
 from options import load_any_config
 from tests.tiny_run import SENTENCES, TEMPERATURE, write_run
-from tools.views import VIEWS, View, open_view, spread
+from tools.view import View
+from tools.views import VIEWS, open_view, spread
 
 FIRST, LAST = {"retrieval_clip": ["[START]"]}, {"retrieval_clip": []}  # of a text's words
 READING = [task for task in VIEWS if task != "caption"]  # those that prune a text

@@ -10,7 +10,8 @@ from PIL import Image
 
 from tests.tiny_run import write_run
 from tools import visualize
-from tools.views import VIEWS, Sample
+from tools.view import Sample
+from tools.views import VIEWS
 from tools.visualize import draw, fade
 from utils import UserError
 

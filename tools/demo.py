@@ -32,7 +32,8 @@ from config import CONFIGS  # noqa: E402
 from engine.report import Picture, ReportedRun, table, text_table, write_report  # noqa: E402
 from engine.results import write_json  # noqa: E402
 from options import load_any_config  # noqa: E402
-from tools.views import View, open_view, spread  # noqa: E402
+from tools.view import View  # noqa: E402
+from tools.views import open_view, spread  # noqa: E402
 from tools.visualize import DPI, draw  # noqa: E402
 from utils import UserError, run_main  # noqa: E402
 

@@ -170,13 +170,16 @@ def retrieval_clip(config: Config, words: Path) -> Recipe:
     return Recipe(model, stages, RETRIEVAL_DATA)
 
 
+SINGLES = ["--size", "500", "--eval-size", "1000", "--val-size", "500"]
+
+
 def caption(config: Config, words: Path) -> Recipe:
     tokenizer = load_tokenizer(words)
     prompt = prompt_ids(tokenizer, config.prompt)
     model = caption_from_config(config, len(tokenizer), prompt, tokenizer.sep_token_id, tokenizer.pad_token_id)
     start_from_nlvr(model, read_checkpoint(PRETRAINED / "nlvr.safetensors")["model"], text="text_decoder.bert")
     stages = {"captions": lambda seed, log: train_captions(model, config, tokenizer, CAPTIONS, seed, log)}
-    return Recipe(model, stages, ["--tasks", "caption", "--size", "1000", "--eval-size", "4000"])
+    return Recipe(model, stages, ["--tasks", "caption", *SINGLES])
 
 
 def vqa(config: Config, words: Path) -> Recipe:
@@ -184,7 +187,7 @@ def vqa(config: Config, words: Path) -> Recipe:
     model = vqa_from_config(config, len(tokenizer), dec_token_id(tokenizer), tokenizer.sep_token_id, tokenizer.pad_token_id)
     start_from_nlvr(model, read_checkpoint(PRETRAINED / "nlvr.safetensors")["model"])
     stages = {"answers": lambda seed, log: train_answers(model, config, tokenizer, ANSWERS, seed, log)}
-    return Recipe(model, stages, ["--tasks", "vqa", "--size", "1000", "--eval-size", "4000"])
+    return Recipe(model, stages, ["--tasks", "vqa", *SINGLES])
 
 
 RECIPES = {"nlvr": nlvr, "retrieval": retrieval, "retrieval_clip": retrieval_clip, "caption": caption, "vqa": vqa}

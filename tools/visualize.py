@@ -19,7 +19,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from models.pretrained import read_checkpoint  # noqa: E402
 from options import load_any_config  # noqa: E402
-from tools.views import VIEWS, Sample, open_view, spread  # noqa: E402
+from tools.view import Sample  # noqa: E402
+from tools.views import VIEWS, open_view, spread  # noqa: E402
 from utils import UserError, run_main  # noqa: E402
 
 # Inches, points and shades of a drawing.
