@@ -56,7 +56,7 @@ READING = Plan(steps=6_000, batch=8, rate=3e-4)
 JOINT = Plan(steps=2_400, batch=8, rate=1.5e-4, warmup=100)
 SPARSE = Plan(steps=2_400, batch=8, rate=2e-4, warmup=100)
 BLIP_PAIRS = Plan(steps=2_500, batch=0, rate=3e-4)
-CAPTIONS = Plan(steps=2_800, batch=24, rate=4e-4)
+CAPTIONS = Plan(steps=1_000, batch=16, rate=5e-4, warmup=100)
 ANSWERS = Plan(steps=500, batch=16, rate=4e-4, warmup=50)
 CLIP_PAIRS = Plan(steps=4_000, batch=0, rate=5e-4)
 Stage = Callable[[int, Path], None]  # seed, log
