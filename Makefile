@@ -1,5 +1,5 @@
 # make setup: the .venv alone.   make demo [TASK=nlvr]: compress a small model, here.   make test: the style and the tests.
-# TASK: nlvr, retrieval or retrieval_clip.
+# TASK: nlvr, retrieval, retrieval_clip, caption or vqa.
 
 PYTHON := $(shell for p in python3.12 python3.11 python3.10 python3; do \
 	$$p -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] < (3, 13))' 2>/dev/null && echo $$p && break; done)

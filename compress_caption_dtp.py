@@ -13,10 +13,11 @@ import torch
 
 from config import CaptionConfig
 from data.captions import Split, build_loaders, coco_results
-from data.text import dec_token_id, load_tokenizer, prompt_ids
+from data.text import dec_token_id, load_tokenizer
 from engine.compress import run_experiment
 from engine.experiment import Evaluation, Experiment, mean_cost
 from engine.train import progress
+from engine.writing import Captioner
 from madtp.pruning import PruneSetting
 from metrics.caption import caption_scores
 from models.build import caption_from_config
@@ -33,15 +34,14 @@ def main() -> None:
     run = init_run(config.device, config.seed)
     tokenizer = load_tokenizer(config.tokenizer)
     loaders = build_loaders(config, run, tokenizer, config.prompt, dec_token_id(tokenizer))
-    prompt = prompt_ids(tokenizer, config.prompt)
+    write = Captioner(config, tokenizer)
     words = {"vocab_size": len(tokenizer), "end": tokenizer.sep_token_id, "padding": tokenizer.pad_token_id}
-    build = partial(caption_from_config, prompt=prompt, **words)
+    build = partial(caption_from_config, prompt=write.prompt, **words)
     model, checkpoint, teacher = start(config, run.device, build, load_caption_weights)
 
     align = not config.uncompressed
     packed = config.variant == "paper"  # the authors' masks do not follow their tokens: they need padding
     packed_training = packed and run.device.type == "cpu"  # there it was measured to be faster
-    writing = {"num_beams": config.num_beams, "max_length": config.max_length, "min_length": config.min_length}
 
     def losses(model: torch.nn.Module, batch: dict, setting: PruneSetting) -> dict[str, torch.Tensor]:
         inputs = batch["image"], batch["input_ids"], batch["attention_mask"]
@@ -54,15 +54,10 @@ def main() -> None:
         inputs = batch["image"], batch["input_ids"], batch["attention_mask"]
         return sum(model.costs(*inputs, setting=setting, packed=packed)[0].values())
 
-    def write(model: torch.nn.Module, images: torch.Tensor, setting: PruneSetting):
-        ids, record = model.generate(images, setting, packed, **writing)
-        return ids, record, model.generation_gflops(record, ids, config.num_beams, setting)
-
     def evaluate(model: torch.nn.Module, split: Split, setting: PruneSetting) -> Evaluation:
         rows = {}
         for batch in progress(split.images, "captions", run):
-            ids, record, costs = write(model, batch["image"].to(run.device, non_blocking=True), setting)
-            texts = tokenizer.batch_decode(ids[:, len(prompt) :], skip_special_tokens=True)
+            texts, record, costs = write(model, batch["image"].to(run.device, non_blocking=True), setting)
             for name, text, kept, cost in zip(batch["ids"], texts, record.leaving[-1].tolist(), costs.tolist(), strict=True):
                 rows[name] = {"prediction": text, "tokens_kept": kept, "gflops": cost}
         rows = gather_dicts(rows)

@@ -12,11 +12,12 @@ from functools import partial
 import torch
 
 from config import VqaConfig
-from data.text import load_tokenizer
-from data.vqa import build_loaders, encode_answers, read_answer_list
+from data.text import dec_token_id, load_tokenizer
+from data.vqa import build_loaders, encode_answers
 from engine.compress import run_experiment
 from engine.experiment import Evaluation, Experiment
 from engine.train import move, progress
+from engine.writing import Answerer
 from madtp.pruning import PruneSetting
 from metrics.vqa import accuracy
 from models.build import vqa_from_config
@@ -31,10 +32,8 @@ def main() -> None:
     run = init_run(config.device, config.seed)
     tokenizer = load_tokenizer(config.tokenizer)
     loaders = build_loaders(config, run, tokenizer)
-    candidates = read_answer_list(config)
-    choices = move(encode_answers(tokenizer, candidates), run.device)
-    special = encode_answers(tokenizer, [""])["input_ids"][0].tolist()  # [DEC] and [SEP]
-    words = dict(zip(("start", "end"), special, strict=True), padding=tokenizer.pad_token_id)
+    answer = Answerer(config, tokenizer, run.device)
+    words = {"start": dec_token_id(tokenizer), "end": tokenizer.sep_token_id, "padding": tokenizer.pad_token_id}
     build = partial(vqa_from_config, vocab_size=len(tokenizer), **words)
     model, checkpoint, teacher = start(config, run.device, build, load_vqa_weights)
 
@@ -56,17 +55,6 @@ def main() -> None:
 
     def gflops(model: torch.nn.Module, batch: dict, setting: PruneSetting) -> torch.Tensor:
         return sum(model.costs(*inputs(batch), setting=setting, packed=packed)[0].values())
-
-    def answer(model: torch.nn.Module, batch: dict, setting: PruneSetting):
-        """The answers, what the encoders read, and the GFLOPs of all that."""
-        question = model.read(batch["images"], batch["question_ids"], batch["question_mask"], setting, packed=packed)
-        if config.inference == "rank":
-            best, cost = model.rank(question, choices["input_ids"], choices["attention_mask"], config.k_test)
-            texts = [candidates[number] for number in best.tolist()]
-        else:
-            ids, cost = model.generate(question, config.num_beams)
-            texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
-        return texts, question, model.reading_gflops(question, setting) + cost
 
     def evaluate(model: torch.nn.Module, loader, setting: PruneSetting) -> Evaluation:
         rows, known = {}, {}

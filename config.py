@@ -31,6 +31,7 @@ class Config(Section):
     """The keys that all tasks share."""
 
     script: ClassVar[str] = ""
+    image_keys: ClassVar[tuple[str, ...]] = ("image_root",)  # of the folders with the pictures
 
     task: str = Field("", description="which of the scripts the file is for; tools that take any file need it")
 
@@ -43,6 +44,7 @@ class Config(Section):
     tokenizer: Path = Field(Path("pretrained/bert-base-uncased"), description="a vocab.txt, or a folder that holds one")
     image_size: int = Field(384, ge=1, description="pixels along one side; more costs GFLOPs by the square and helps details")
     augment: Augment = Field(Augment(), description="what training does to a picture")
+    text_only: bool = Field(False, description="an ablation that blanks all pictures")
     num_workers: int = Field(4, ge=0, description="processes that read pictures; results do not depend on it")
 
     # model
@@ -199,7 +201,6 @@ class NlvrConfig(Config):
         1, ge=1, description="training statements that share one encoding of their pictures; more is faster and less random"
     )
     images: Literal["both", "left"] = Field("both", description="left: an ablation that shows the left picture twice")
-    text_only: bool = Field(False, description="an ablation that blanks both pictures")
 
 
 RETRIEVAL_FILES = {"coco": "coco_karpathy", "flickr": "flickr30k"}
@@ -298,6 +299,8 @@ class CaptionConfig(Config):
     prompt: str = Field("a picture of ", description="what every caption begins with; it is no part of the loss or of the result")
     max_text_tokens: int = Field(40, ge=3, description="the longest training caption in tokens; longer ones are cut")
     num_beams: int = Field(3, ge=1, description="captions kept at a time while one is written; more is better and slower")
+    sample: bool = Field(False, description="draw the words by nucleus sampling under the run's seed; off: beam search")
+    top_p: float = Field(0.9, gt=0, le=1, description="sampling: draw from the likeliest words of this share; more varies more")
     max_length: int = Field(20, ge=2, description="the longest caption to write, in tokens with its prompt")
     min_length: int = Field(5, ge=1, description="the shortest")
 
@@ -308,11 +311,18 @@ class CaptionConfig(Config):
             return values
         return {"batch_size_train": values["batch_size"], "batch_size_test": values["batch_size"], **values}
 
+    @property
+    def writing(self) -> dict[str, Any]:
+        """How `BlipCaption.generate` is to write: its keyword arguments."""
+        how = {"num_beams": 1, "top_p": self.top_p} if self.sample else {"num_beams": self.num_beams, "top_p": None}
+        return {**how, "seed": self.seed, "max_length": self.max_length, "min_length": self.min_length}
+
 
 class VqaConfig(Config):
     """Visual question answering: what is the answer to the question about the picture?"""
 
     script: ClassVar[str] = "compress_vqa_dtp.py"
+    image_keys: ClassVar[tuple[str, ...]] = ("vqa_root", "vg_root")
 
     task: Literal["vqa"] = Field("vqa", description="which of the scripts the file is for; tools that take any file need it")
     vqa_root: Path = Field(Path("datasets/coco"), description="the folder that the image paths of VQAv2 start from")
@@ -328,6 +338,7 @@ class VqaConfig(Config):
     output_dir: Path = Field(Path("output/vqa"), description="the folder that the run writes to")
     image_size: int = Field(480, ge=1, description="pixels along one side; more costs GFLOPs by the square and helps details")
     label_smoothing: float = Field(0.1, ge=0, lt=1, description="share of the target spread over the wrong words")
+    decoder_layers: int | None = Field(None, ge=1, description="layers of the answer decoder; none: as many as `bert` has")
     inference: Literal["rank", "generate"] = Field("rank", description="rank: choose from answer_list; generate: write freely")
     k_test: int = Field(128, ge=1, description="candidates whose whole likelihood is computed; more is better and slower")
     num_beams: int = Field(3, ge=1, description="answers kept at a time while one is generated")

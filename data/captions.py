@@ -184,9 +184,10 @@ def build_datasets(config: Config, prompt: str = "") -> dict[str, Any]:
     An evaluation split is its CaptionImages and its CaptionTexts. `prompt` stands in front of the captions of pairs.
     """
     train_files = [config.annotation_file(name) for name in config.train_files]
-    untouched = {"image_root": config.image_root, "transform": eval_transform(config.image_size)}
+    untouched = {"image_root": config.image_root, "transform": eval_transform(config.image_size, config.text_only)}
+    augmented = train_transform(config.image_size, config.augment, config.text_only)
     datasets: dict[str, Any] = {
-        "train": CaptionPairs(train_files, config.image_root, train_transform(config.image_size, config.augment), prompt=prompt),
+        "train": CaptionPairs(train_files, config.image_root, augmented, prompt=prompt),
         "calibration": calibration_subset(CaptionPairs(train_files, **untouched, prompt=prompt), config.calibration_size),
     }
     for split, name in (("val", config.val_file), ("test", config.test_file)):

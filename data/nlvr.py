@@ -30,7 +30,7 @@ class NlvrDataset(Dataset):
     `swap` exchanges the two pictures half the time, and left and right in the sentences with them.
     `statements_per_pair` > 1 makes entries that share their pictures one item of that many statements, drawn anew each
     time; the image encoder then runs once for all of them. Pairs with fewer are left out. `images` "left" shows the left
-    picture twice, `text_only` none. `entries` are as read_statements gives them.
+    picture twice. `entries` are as read_statements gives them.
 
     Raises:
         UserError: when the pictures of the first entries are not there; an item raises one for a picture that is missing or
@@ -46,7 +46,6 @@ class NlvrDataset(Dataset):
         swap: bool = False,
         statements_per_pair: int = 1,
         images: Literal["both", "left"] = "both",
-        text_only: bool = False,
     ) -> None:
         self.entries = entries
         self.items = [[index] for index in range(len(self.entries))]
@@ -57,11 +56,9 @@ class NlvrDataset(Dataset):
         self.swap = swap
         self.statements_per_pair = statements_per_pair
         self.images = images
-        self.text_only = text_only
-        if not text_only:
-            for entry in self.entries[:CHECKED]:
-                for name in entry["images"]:
-                    find_image(self.image_root, name)
+        for entry in self.entries[:CHECKED]:
+            for name in entry["images"]:
+                find_image(self.image_root, name)
 
     def __len__(self) -> int:
         return len(self.items)
@@ -84,8 +81,6 @@ class NlvrDataset(Dataset):
         }
 
     def _picture(self, name: str, may_flip: bool) -> torch.Tensor:
-        if self.text_only:
-            return torch.zeros(3, self.transform.image_size, self.transform.image_size)
         return self.transform(load_image(find_image(self.image_root, name)), may_flip)
 
 
@@ -113,16 +108,19 @@ class NlvrCollate:
 def build_datasets(config: NlvrConfig) -> dict[str, Dataset]:
     """The datasets "train", "calibration" (a fixed part of the training entries, untouched), "val" and "test"."""
     train = read_statements(*map(config.annotation_file, config.train_files))
-    shown = {"images": config.images, "text_only": config.text_only}
-    untouched = {"image_root": config.image_root, "transform": eval_transform(config.image_size), **shown}
+    untouched = {
+        "image_root": config.image_root,
+        "transform": eval_transform(config.image_size, config.text_only),
+        "images": config.images,
+    }
     return {
         "train": NlvrDataset(
             train,
             config.image_root,
-            train_transform(config.image_size, config.augment),
+            train_transform(config.image_size, config.augment, config.text_only),
             swap=config.augment.swap,
             statements_per_pair=config.statements_per_pair,
-            **shown,
+            images=config.images,
         ),
         "calibration": calibration_subset(NlvrDataset(train, **untouched), config.calibration_size),
         "val": NlvrDataset(read_statements(config.annotation_file(config.val_file)), **untouched),

@@ -145,10 +145,11 @@ def build_datasets(config: VqaConfig) -> dict[str, Dataset]:
     else:
         val = _read(config.annotation_file(config.val_file))
     test = _read(config.annotation_file(config.test_file), answered=False)
-    roots, untouched = (config.vqa_root, config.vg_root), eval_transform(config.image_size)
+    roots, untouched = (config.vqa_root, config.vg_root), eval_transform(config.image_size, config.text_only)
+    augmented = train_transform(config.image_size, config.augment, config.text_only)
     calibration = VqaDataset(train, *roots, untouched, "likeliest")
     return {
-        "train": VqaDataset(train, *roots, train_transform(config.image_size, config.augment), "weighted"),
+        "train": VqaDataset(train, *roots, augmented, "weighted"),
         "calibration": calibration_subset(calibration, config.calibration_size),
         "val": VqaDataset(val, *roots, untouched, "given"),
         "test": VqaDataset(test, *roots, untouched, "given"),

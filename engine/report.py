@@ -20,7 +20,9 @@ RECALLS = {
     "image R@1 / 5 / 10": ("img_r1", "img_r5", "img_r10"),
 }
 # The columns of a task: words for result.json's names. The first holds what selects, and stands there for validation too.
-METRICS = {"nlvr": {"accuracy, %": ("acc",)}, "retrieval": RECALLS, "retrieval_clip": RECALLS}
+ACCURACY = {"accuracy, %": ("acc",)}
+CAPTION_SCORES = {"CIDEr": ("CIDEr",), "BLEU-4": ("Bleu_4",), "ROUGE-L": ("ROUGE_L",)}
+METRICS = {"nlvr": ACCURACY, "retrieval": RECALLS, "retrieval_clip": RECALLS, "caption": CAPTION_SCORES, "vqa": ACCURACY}
 DENSE, COLOURS = "#6b7280", ("#2563a8", "#c2570c", "#2f7d4f", "#8b4a9c")
 BAND = (10, 90)  # percentiles
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from madtp.alignment import Alignment, aligned_features, similarity_loss, token_attention
+from madtp.alignment import Alignment, Valid, aligned_features, similarity_loss, token_attention
 from madtp.flops import GIGA
 from madtp.pruning import OFF, Layout, PruneSetting
 from models.bert import BertSize
@@ -90,22 +90,27 @@ class BlipCaption(AlignedModel):
             align: whether to collect the alignment features; the decoder's are read from what enters its layers.
             packed: the image encoder without padding and attention maps; the same answer, sooner.
         """
-        tokens, valid, record = self.encode(images, setting, align, packed)
-        targets = input_ids.masked_fill(attention_mask == 0, IGNORED)
-        targets[:, : len(self.prompt)] = IGNORED
-        output = self.text_decoder(
-            input_ids,
-            attention_mask=attention_mask,
-            encoder_hidden_states=tokens,
-            encoder_attention_mask=None if valid is None else valid.long(),
-            labels=targets,
-            output_hidden_states=align,
-        )
+        *image, record = self.encode(images, setting, align, packed)
+        output = self.tell(*image, input_ids, attention_mask, align)
         losses = {"task": output.loss}
         if align:
             language = self._aligned(output.hidden_states[:-1], attention_mask)
             losses["similarity"] = similarity_loss(record.features, language)
         return CaptionOutput(losses, output.logits, record)
+
+    def tell(self, tokens: Tensor, valid: Valid, input_ids: Tensor, attention_mask: Tensor, hidden_states: bool = False):
+        """The decoder's output, its loss that of the next tokens, for captions of images encoded before: their tokens (B, M, C),
+        and the mask (B, M) or None."""
+        targets = input_ids.masked_fill(attention_mask == 0, IGNORED)
+        targets[:, : len(self.prompt)] = IGNORED
+        return self.text_decoder(
+            input_ids,
+            attention_mask=attention_mask,
+            encoder_hidden_states=tokens,
+            encoder_attention_mask=None if valid is None else valid.long(),
+            labels=targets,
+            output_hidden_states=hidden_states,
+        )
 
     def _aligned(self, entering: tuple[Tensor, ...], attention_mask: Tensor) -> Tensor:
         """E_l of the tokens that enter the decoder's layers (Eq. 3), [DEC] left out, summed over the layers. (B, K, D)"""
@@ -124,32 +129,40 @@ class BlipCaption(AlignedModel):
         num_beams: int = 3,
         max_length: int = 20,
         min_length: int = 5,
-        sample: bool = False,
-        top_p: float = 0.9,
+        top_p: float | None = None,
+        seed: int = 0,
     ) -> tuple[Tensor, TowerRecord]:
         """Captions as token ids (B, L), prompt included, and the record of the image encoder.
 
-        Beam search, or nucleus sampling. Lengths are in tokens and include the prompt.
+        Args:
+            num_beams: of beam search.
+            max_length, min_length: in tokens, the prompt included.
+            top_p: write by nucleus sampling instead, each word drawn from the likeliest that hold this share.
+            seed: of sampling; a batch's captions depend on it, and not on what was drawn before.
         """
         tokens, valid, record = self.encode(images, setting, False, packed)
         valid = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device) if valid is None else valid
         prompt = torch.tensor(self.prompt, device=tokens.device).expand(len(tokens), -1)
-        how = {"do_sample": True, "top_p": top_p} if sample else {"do_sample": False, "num_beams": num_beams}
-        ids = self.text_decoder.generate(
-            prompt,
-            attention_mask=torch.ones_like(prompt),
-            encoder_hidden_states=tokens,
-            encoder_attention_mask=valid.long(),
-            max_length=max_length,
-            min_length=min_length,
-            eos_token_id=self.end,
-            pad_token_id=self.padding,
-            **how,
-        )
+        how = {"do_sample": False, "num_beams": num_beams}
+        if top_p is not None:
+            how = {"do_sample": True, "top_p": top_p, "top_k": 0}  # else some versions of transformers draw from 50 words at most
+        with torch.random.fork_rng([tokens.device] if tokens.device.type == "cuda" else []):
+            torch.manual_seed(seed)
+            ids = self.text_decoder.generate(
+                prompt,
+                attention_mask=torch.ones_like(prompt),
+                encoder_hidden_states=tokens,
+                encoder_attention_mask=valid.long(),
+                max_length=max_length,
+                min_length=min_length,
+                eos_token_id=self.end,
+                pad_token_id=self.padding,
+                **how,
+            )
         return ids, record
 
     def generation_gflops(self, record: TowerRecord, ids: Tensor, num_beams: int, setting: PruneSetting = OFF) -> Tensor:
-        """GFLOPs of captions as `generate` wrote them with beams, the image encoder's included. (B,) float64"""
+        """GFLOPs of captions as `generate` wrote them with so many beams, the image encoder's included. (B,) float64"""
         lengths = written_lengths(ids, self.end)
         source = record.leaving[-1].to(ids.device)
         decoder = generation_flops(self.text_decoder, len(self.prompt), lengths, num_beams, source)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from madtp.alignment import similarity_loss
 from madtp.flops import GIGA
-from madtp.pruning import OFF, PruneSetting
+from madtp.pruning import OFF, Layout, PruneSetting
 from models.bert import BertSize, TextEncoder
 from models.decoder import IGNORED, decoder_flops, generation_flops, key_flops, text_decoder, written_lengths
 from models.tower import AlignedModel, TowerRecord, dense_record, padded
@@ -88,9 +88,22 @@ class BlipVqa(AlignedModel):
         packed: bool = False,
     ) -> Question:
         """images (B, 3, H, W); question_ids, question_mask (B, L), [ENC] first."""
-        tokens, layout, vision = self.visual_encoder(images, self.learnable_tokens, setting, align, packed)
+        seen = self.visual_encoder(images, self.learnable_tokens, setting, align, packed)
+        return self.read_beside(seen, question_ids, question_mask, setting, align, packed)
+
+    def read_beside(
+        self,
+        seen: tuple[Tensor, Layout, TowerRecord],
+        question_ids: Tensor,
+        question_mask: Tensor,
+        setting: PruneSetting = OFF,
+        align: bool = False,
+        packed: bool = False,
+    ) -> Question:
+        """As `read`, of images encoded before: their tokens, the layout and the record."""
+        *image, vision = seen
         text, layout, language = self.text_encoder(
-            question_ids, question_mask, [(tokens, layout)], self.learnable_tokens, setting, align, packed
+            question_ids, question_mask, [image], self.learnable_tokens, setting, align, packed
         )
         text, valid = padded(text, layout)
         if valid is None or self.reads_padding:
@@ -116,11 +129,15 @@ class BlipVqa(AlignedModel):
             answer_counts: (B,) answers of each question; they sum to A.
         """
         question = self.read(images, question_ids, question_mask, setting, align, packed)
-        output = self._decode(question, answer_ids, answer_mask, answer_counts)
-        targets = answer_ids.masked_fill(answer_mask == 0, IGNORED)[:, 1:]
-        losses = next_token_losses(output.logits, targets, self.text_decoder.label_smoothing)
+        losses, logits = self.answer(question, answer_ids, answer_mask, answer_counts)
         similarity = similarity_loss(question.vision.features, question.language.features) if align else None
-        return VqaOutput(losses, similarity, output.logits, question)
+        return VqaOutput(losses, similarity, logits, question)
+
+    def answer(self, question: Question, answer_ids: Tensor, answer_mask: Tensor, answer_counts: Tensor) -> tuple[Tensor, Tensor]:
+        """The losses (A,) and logits (A, M, words) of given answers; arguments as of `forward`."""
+        logits = self._decode(question, answer_ids, answer_mask, answer_counts).logits
+        targets = answer_ids.masked_fill(answer_mask == 0, IGNORED)[:, 1:]
+        return next_token_losses(logits, targets, self.text_decoder.label_smoothing), logits
 
     def _decode(self, question: Question, answer_ids: Tensor, answer_mask: Tensor, counts: Tensor | None = None):
         """The decoder's output; `counts` (B,) answers to each question, or (1,), all to the first; None: equally many. Those to a

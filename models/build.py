@@ -1,6 +1,7 @@
 """Models from a config: the sizes, the pruners and the learnable tokens that its keys ask for."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 from clip.model import ClipSize
 from config import CaptionConfig, ClipRetrievalConfig, Config, NlvrConfig, RetrievalConfig, VqaConfig
@@ -109,4 +110,5 @@ def vqa_from_config(config: VqaConfig, vocab_size: int, start: int, end: int, pa
     size = BertSize(vocab_size=vocab_size, **config.bert_sizes.model_dump())
     text = TextEncoder(size, lambda i: CrossAttention(size, vision.embed_dim), lambda dim: make_pruner(dim, mask_follows=True))
     learnable, released = learnable_tokens(config), config.variant == "released"
+    size = replace(size, num_hidden_layers=config.decoder_layers or size.num_hidden_layers)
     return BlipVqa(vision, text, size, start, end, padding, config.label_smoothing, learnable, reads_padding=released)

@@ -119,8 +119,14 @@ def test_a_config_becomes_its_datasets(world: Path) -> None:
     datasets = build_datasets(config)
     assert {name: len(datasets[name]) for name in ("train", "calibration")} == {"train": 5, "calibration": 3}
     assert [len(part) for part in datasets["val"] + datasets["test"]] == [2, 3, 2, 3]
-    assert datasets["train"][0]["image"].shape == (3, 16, 16)
+    assert datasets["train"][0]["image"].shape == (3, 16, 16) and datasets["train"][0]["image"].any()
     assert all(torch.equal(datasets["calibration"][0]["image"], datasets["calibration"][0]["image"]) for _ in range(5))
+
+
+def test_pictures_may_be_blanked(world: Path) -> None:
+    files = {"train_files": ["train"], "val_file": "val", "test_file": "test"}
+    datasets = build_datasets(Config(image_root=world, ann_root=world, image_size=16, text_only=True, **files))
+    assert not any(part[0]["image"].any() for part in (datasets["train"], datasets["calibration"], datasets["test"][0]))
 
 
 @pytest.mark.parametrize(

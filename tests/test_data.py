@@ -123,7 +123,7 @@ def test_statements_of_one_pair_share_its_pictures(world: Path) -> None:
 def test_the_ablations_hide_pictures(world: Path) -> None:
     left = dataset_of(world, images="left")[0]
     assert torch.equal(left["left"], left["right"])
-    blank = NlvrDataset(read_statements(world / "nlvr_train.json"), world / "nowhere", eval_transform(SIZE), text_only=True)[0]
+    blank = NlvrDataset(read_statements(world / "nlvr_train.json"), world, eval_transform(SIZE, blank=True))[0]
     assert not blank["left"].any() and not blank["right"].any()
 
 

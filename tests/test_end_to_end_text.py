@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from config import CONFIGS
 from data.shapes.write import make_shapes
 from tests import runs
 from tests.runs import FILES, ROOT, assert_same_run, read
@@ -17,7 +18,6 @@ SHARED = {
     "bert.hidden_size": 32, "bert.num_hidden_layers": 2, "bert.intermediate_size": 64,
 }  # fmt: skip
 P = 0.15
-ROOTS = {"caption": ("image_root",), "vqa": ("vqa_root", "vg_root")}
 SUBMISSION = {"caption": "caption_result.json", "vqa": "vqa_result.json"}
 TASKS = pytest.mark.parametrize("task", SUBMISSION)
 
@@ -31,7 +31,7 @@ def world(tmp_path_factory) -> Path:
 
 def flags(task: str, world: Path, out: Path, *more: str, **settings) -> list[str]:
     """The command line of a tiny run; keys in `settings` go before those of SHARED."""
-    files = {name: world / "images" for name in ROOTS[task]}
+    files = {name: world / "images" for name in CONFIGS[task].image_keys}
     files |= {"ann_root": world / "annotations", "tokenizer": world / "annotations" / "vocab.txt"}
     sets = [f"--set={key}={value}" for key, value in {**files, **SHARED, **settings}.items()]
     config = str(ROOT / f"configs/shapes/{task}.yaml")

@@ -70,6 +70,14 @@ def test_nlvr_has_models_that_see_less_and_more_data_than_the_demo(study) -> Non
     assert study_shapes.STUDY_SHAPES != SHAPES
 
 
+@pytest.mark.parametrize(("task", "roots"), [("caption", ["image_root"]), ("vqa", ["vqa_root", "vg_root"])])
+def test_a_model_trained_without_images_stands_beside_those_that_see(study, task: str, roots: list[str]) -> None:
+    commands, rows = study(task)
+    assert rows[-1].startswith("| trained without images | 81.25 |")
+    assert sum("--epoch 4 --set text_only=true" in command for command in commands) == 1
+    assert all(f"{root}={study_shapes.STUDY_SHAPES}/images" in command for command in commands for root in roots)
+
+
 def test_rows_that_have_not_run_are_left_out_and_what_failed_is_run_again(study, tmp_path: Path) -> None:
     def fails(command: str) -> int:
         return 3 if "at random" in command or "method=random" in command or "p0.5_43" in command else 0

@@ -166,6 +166,11 @@ def test_a_config_becomes_its_datasets(world: Path) -> None:
     assert all(torch.equal(datasets["calibration"][0]["image"], datasets["calibration"][0]["image"]) for _ in range(5))
 
 
+def test_pictures_may_be_blanked(world: Path) -> None:
+    assert build_datasets(config_of(world))["train"][0]["image"].any()
+    assert not any(dataset[0]["image"].any() for dataset in build_datasets(config_of(world, text_only=True)).values())
+
+
 def test_without_a_validation_file_some_images_are_never_trained_on(world: Path) -> None:
     datasets = build_datasets(config_of(world, val_file=""))
     kept, held = held_out(entries(200))

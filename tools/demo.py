@@ -32,7 +32,8 @@ from config import CONFIGS  # noqa: E402
 from engine.report import Picture, ReportedRun, table, text_table, write_report  # noqa: E402
 from engine.results import write_json  # noqa: E402
 from options import load_any_config  # noqa: E402
-from tools.views import View, open_view, spread  # noqa: E402
+from tools.view import View  # noqa: E402
+from tools.views import open_view, spread  # noqa: E402
 from tools.visualize import DPI, draw  # noqa: E402
 from utils import UserError, run_main  # noqa: E402
 
@@ -87,6 +88,7 @@ RETRIEVAL = Task(
     annotations=("flickr30k_train.json", "flickr30k_val.json", "flickr30k_test.json"),
     notes=(RECALL_NOTE, PAIR_NOTE.format(", three passes of the matching head's encoder", ", and that encoder once")),
 )
+SINGLES = "--eval-size 1000 --val-size 500"  # single pictures: of captions and of questions
 TASKS = {
     "nlvr": Task(
         title="NLVR2 on Shapes: does a sentence hold for two images?",
@@ -98,6 +100,34 @@ TASKS = {
         annotations=("nlvr_train.json", "nlvr_dev.json", "nlvr_test.json"),
     ),
     "retrieval": RETRIEVAL,
+    "caption": Task(
+        title="Captioning on Shapes: what is in the picture?",
+        reductions=(0.5,),
+        shapes="caption",
+        options=SINGLES,
+        demo_size=13_000,
+        study_size=26_000,
+        annotations=("coco_karpathy_train.json", "coco_karpathy_val.json", "coco_karpathy_test.json"),
+        notes=(
+            "CIDEr, BLEU-4 and ROUGE-L against the five captions of a picture, times 100.",
+            "A sample is a picture with a caption in a training step: the image encoder, and the decoder once over the caption. In"
+            " deployment the decoder writes one, word by word.",
+        ),
+    ),
+    "vqa": Task(
+        title="VQA on Shapes: what is the answer to a question about a picture?",
+        reductions=(0.5, 0.75),
+        shapes="vqa",
+        options=SINGLES,
+        demo_size=13_000,
+        study_size=26_000,
+        annotations=("vqa_train.json", "vg_qa.json", "vqa_val.json", "vqa_test.json"),
+        notes=(
+            "accuracy: of ten annotators' answers, up to two of them wrong; an answer that three of them gave is right.",
+            "A sample is a question with its picture and one answer in a training step: both encoders, and the decoder once. In"
+            " deployment the decoder ranks all answers.",
+        ),
+    ),
     "retrieval_clip": replace(RETRIEVAL, title=f"{RETRIEVAL.title} (CLIP)", notes=(RECALL_NOTE, PAIR_NOTE.format("", ""))),
 }
 

@@ -23,7 +23,8 @@ from madtp.flops import GIGA
 from madtp.pruning import OFF, PruneSetting
 from models.blip_vqa import Question
 from models.tower import Encoded, TowerRecord
-from tools.views import VIEWS, Sample
+from tools.view import Sample
+from tools.views import VIEWS
 from transform.images import eval_transform
 from utils import UserError
 
@@ -84,7 +85,7 @@ class Predictor:
         self.opened, self.images, self.texts = opened, images, texts
         self.config, self.model, self.setting = opened.config, opened.model, opened.setting
         self.packed = self.config.variant == "paper"
-        self.transform = eval_transform(self.config.image_size)
+        self.transform = eval_transform(self.config.image_size, self.config.text_only)
         if not self.fits():
             raise UserError(f"task {self.config.task!r} wants {self.wants}; got {len(images)} --image and {len(texts)} --text")
 
@@ -127,8 +128,7 @@ class NlvrPredictor(Predictor):
     def shown(self) -> dict:
         name = " and ".join(Path(path).name for path in self.images)
         entry = {"sentence": self.texts[0], "label": "True", "images": list(self.images), "id": name}
-        ablation = {"images": self.config.images, "text_only": self.config.text_only}
-        item = NlvrDataset([entry], HERE, self.transform, **ablation)[0]
+        item = NlvrDataset([entry], HERE, self.transform, images=self.config.images)[0]
         batch = NlvrCollate(self.opened.tokenizer, self.config.bert_sizes.max_position_embeddings)([item])
         del batch["targets"]  # whether the sentence is true is not known
         return self.on_device(batch)

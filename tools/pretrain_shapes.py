@@ -13,6 +13,9 @@ nlvr            vision   the image encoder names what each patch shows and where
 retrieval       pairs    from the encoders of the model for NLVR2: pictures and captions find each other among near-alike ones
 retrieval_clip  vision   as above
                 pairs    as above
+caption         captions from the encoders of the model for NLVR2, the decoder from that of texts: captions are written, little of
+                         the ground shown
+vqa             answers  from the encoders of the model for NLVR2: questions are answered, little of the ground shown
 
 A stage that has left its weights is not run again. The weights go to pretrained/shapes/TASK.safetensors in half precision, the
 logs beside them, with the metrics on fresh test data.
@@ -36,13 +39,15 @@ sys.path.insert(0, str(ROOT))
 from clip.tokenizer import load_clip_tokenizer  # noqa: E402
 from config import CONFIGS, Config  # noqa: E402
 from data.shapes.tasks import vocabulary  # noqa: E402
-from data.text import enc_token_id, load_tokenizer  # noqa: E402
-from models.build import clip_from_config, nlvr_from_config, retrieval_from_config  # noqa: E402
-from models.pretrained import QUEUES, read_checkpoint  # noqa: E402
+from data.text import dec_token_id, enc_token_id, load_tokenizer, prompt_ids  # noqa: E402
+from models.build import caption_from_config, clip_from_config, nlvr_from_config, retrieval_from_config, vqa_from_config  # noqa: E402
+from models.pretrained import read_checkpoint  # noqa: E402
 from options import load_config  # noqa: E402
-from tools.stages.common import Plan, train_vision, word_directions  # noqa: E402
+from tools.stages.caption import train_captions  # noqa: E402
+from tools.stages.common import Plan, start_from_nlvr, train_vision, word_directions  # noqa: E402
 from tools.stages.nlvr import train_joint, train_reading, train_sparse  # noqa: E402
-from tools.stages.retrieval import start_from_nlvr, train_pairs  # noqa: E402
+from tools.stages.retrieval import train_pairs  # noqa: E402
+from tools.stages.vqa import train_answers  # noqa: E402
 from utils import UserError, run_main, seed_everything  # noqa: E402
 
 PRETRAINED = ROOT / "pretrained/shapes"
@@ -51,6 +56,8 @@ READING = Plan(steps=6_000, batch=8, rate=3e-4)
 JOINT = Plan(steps=2_400, batch=8, rate=1.5e-4, warmup=100)
 SPARSE = Plan(steps=2_400, batch=8, rate=2e-4, warmup=100)
 BLIP_PAIRS = Plan(steps=2_500, batch=0, rate=3e-4)
+CAPTIONS = Plan(steps=1_000, batch=16, rate=5e-4, warmup=100)
+ANSWERS = Plan(steps=500, batch=16, rate=4e-4, warmup=50)
 CLIP_PAIRS = Plan(steps=4_000, batch=0, rate=5e-4)
 Stage = Callable[[int, Path], None]  # seed, log
 
@@ -98,10 +105,9 @@ def config_of(task: str) -> Path:
 
 
 def publish(model: nn.Module, out: Path) -> None:
-    """Half precision; momentum weights, which start as the others, and queues are left out."""
-    weights = {name: tensor for name, tensor in model.state_dict().items() if name not in QUEUES}
-    weights = {name: tensor for name, tensor in weights.items() if not name.split(".")[0].endswith("_m")}
-    save_file({name: tensor.half().contiguous() for name, tensor in weights.items()}, out)
+    """Half precision; momentum weights, which start as the others, and buffers such as queues are left out."""
+    weights = {name: weight for name, weight in model.named_parameters() if not name.split(".")[0].endswith("_m")}
+    save_file({name: weight.detach().half().contiguous() for name, weight in weights.items()}, out)
 
 
 def test(args: argparse.Namespace, recipe: Recipe, words: Path, work: Path) -> None:
@@ -110,7 +116,8 @@ def test(args: argparse.Namespace, recipe: Recipe, words: Path, work: Path) -> N
     run([sys.executable, "tools/make_shapes.py", "--out", str(data), "--seed", str(args.seed + 1), *recipe.data])
     script = CONFIGS[args.task].script
     command = [script, "--config", str(config_of(args.task)), "--p", "0", "--evaluate", "--output_dir", str(work / "test")]
-    for key, value in {"image_root": data / "images", "ann_root": data / "annotations", "tokenizer": words}.items():
+    folders = {**dict.fromkeys(CONFIGS[args.task].image_keys, data / "images"), "ann_root": data / "annotations"}
+    for key, value in {**folders, "tokenizer": words}.items():
         command += ["--set", f"{key}={value}"]
     run([sys.executable, *command])
 
@@ -163,7 +170,27 @@ def retrieval_clip(config: Config, words: Path) -> Recipe:
     return Recipe(model, stages, RETRIEVAL_DATA)
 
 
-RECIPES = {"nlvr": nlvr, "retrieval": retrieval, "retrieval_clip": retrieval_clip}
+SINGLES = ["--size", "500", "--eval-size", "1000", "--val-size", "500"]
+
+
+def caption(config: Config, words: Path) -> Recipe:
+    tokenizer = load_tokenizer(words)
+    prompt = prompt_ids(tokenizer, config.prompt)
+    model = caption_from_config(config, len(tokenizer), prompt, tokenizer.sep_token_id, tokenizer.pad_token_id)
+    start_from_nlvr(model, read_checkpoint(PRETRAINED / "nlvr.safetensors")["model"], text="text_decoder.bert")
+    stages = {"captions": lambda seed, log: train_captions(model, config, tokenizer, CAPTIONS, seed, log)}
+    return Recipe(model, stages, ["--tasks", "caption", *SINGLES])
+
+
+def vqa(config: Config, words: Path) -> Recipe:
+    tokenizer = load_tokenizer(words)
+    model = vqa_from_config(config, len(tokenizer), dec_token_id(tokenizer), tokenizer.sep_token_id, tokenizer.pad_token_id)
+    start_from_nlvr(model, read_checkpoint(PRETRAINED / "nlvr.safetensors")["model"])
+    stages = {"answers": lambda seed, log: train_answers(model, config, tokenizer, ANSWERS, seed, log)}
+    return Recipe(model, stages, ["--tasks", "vqa", *SINGLES])
+
+
+RECIPES = {"nlvr": nlvr, "retrieval": retrieval, "retrieval_clip": retrieval_clip, "caption": caption, "vqa": vqa}
 
 
 if __name__ == "__main__":

@@ -30,11 +30,14 @@ from utils import UserError, run_main  # noqa: E402
 OUTPUT, RESULTS = Path("output/study"), Path("results")
 STUDY_SHAPES = Path("datasets/shapes_study")  # of tasks that want more data than their demo
 SEEDS = (42, 43, 44)
-MORE_ROWS = {
+BLIND = "--set text_only=true"
+MORE_ROWS = {  # models that see less learn what there is in half of the epochs
     "nlvr": {
-        "trained on the text alone": ("--p 0 --epoch 3 --set text_only=true", False),
+        "trained on the text alone": (f"--p 0 --epoch 3 {BLIND}", False),
         "trained on the left image alone": ("--p 0 --epoch 3 --set images=left", False),
-    }
+    },
+    "caption": {"trained without images": (f"--p 0 --epoch 4 {BLIND}", False)},
+    "vqa": {"trained without images": (f"--p 0 --epoch 4 {BLIND}", False)},
 }
 
 
@@ -78,7 +81,9 @@ def jobs_of(name: str, data: Path) -> list[Job]:
     """All runs, a first one of each row before the second of any; `data` is the folder of the data set."""
     shared = [CONFIGS[name].script, "--config", str(config_of(name))]
     if data != SHAPES:  # where the config looks
-        shared += ["--set", f"image_root={data / 'images'}", "--set", f"ann_root={data / 'annotations'}"]
+        for key in CONFIGS[name].image_keys:
+            shared += ["--set", f"{key}={data / 'images'}"]
+        shared += ["--set", f"ann_root={data / 'annotations'}"]
     jobs = []
     for row, (arguments, each) in rows_of(name).items():
         for seed in SEEDS if each else SEEDS[:1]:

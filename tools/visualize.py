@@ -3,7 +3,7 @@
     python tools/visualize.py --config output/demo/nlvr_p0.5/config.yaml --checkpoint output/demo/nlvr_p0.5/checkpoint_best.pth
 
 A row per image, a column per block: pruned patches fade. Below, the text after each text layer: pruned words are grey and struck
-out. Each sample becomes <out>/<id>.png; an --out that ends in .png takes all samples on one sheet.
+out, and what the model says. Each sample becomes <out>/<id>.png; an --out that ends in .png takes all samples on one sheet.
 """
 
 import argparse
@@ -20,7 +20,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from engine.saved import saved_rule  # noqa: E402
 from models.pretrained import read_checkpoint  # noqa: E402
 from options import load_any_config  # noqa: E402
-from tools.views import VIEWS, Sample, open_view, spread  # noqa: E402
+from tools.view import Sample  # noqa: E402
+from tools.views import VIEWS, open_view, spread  # noqa: E402
 from utils import UserError, run_main  # noqa: E402
 
 # Inches, points and shades of a drawing.
@@ -45,7 +46,7 @@ def draw(samples: Sequence[Sample]) -> Figure:
 
 
 def _height(sample: Sample) -> float:
-    lines = sum(1.5 + len(alive) for _, alive in sample.texts)
+    lines = sum(1.5 + len(alive) for _, alive in sample.texts) + (0.5 + len(sample.said) if sample.said else 0)
     return HEAD + LINE + len(sample.pictures) * (CELL + COUNT) + lines * LINE + 2 * MARGIN
 
 
@@ -92,6 +93,11 @@ def _draw_sample(figure: Figure, sample: Sample, width: float, top: float) -> No
                     ends = ((x / page[0], (x + length) / page[0]), (y / page[1], y / page[1]))
                     figure.add_artist(Line2D(*ends, color=GREY, linewidth=0.8))
                 x += length + GLYPH * size / 72
+    y -= LINE / 2
+    for label, text in sample.said:
+        y -= LINE
+        write(MARGIN, y, label)
+        write(LABEL, y, text)
 
 
 def fade(picture: np.ndarray, alive: np.ndarray) -> np.ndarray:

@@ -39,14 +39,25 @@ def keeps_truth(sentence: str) -> bool:
     return _SIDE.search(sentence) is None
 
 
-def train_transform(image_size: int, augment: Any) -> ImageTransform:
-    """Random crop, flip and RandAugment, as `augment` (config.Augment: crop_scale, flip, randaugment) switches them on."""
+def train_transform(image_size: int, augment: Any, blank: bool = False) -> ImageTransform:
+    """Random crop, flip and RandAugment, as `augment` (config.Augment: crop_scale, flip, randaugment) switches them on; `blank`:
+    zeros, whatever the picture."""
+    if blank:
+        return _BlankTransform(image_size)
     return _TrainTransform(image_size, tuple(augment.crop_scale), augment.flip, augment.randaugment)
 
 
-def eval_transform(image_size: int) -> ImageTransform:
-    """The whole picture, resized."""
-    return _EvalTransform(image_size)
+def eval_transform(image_size: int, blank: bool = False) -> ImageTransform:
+    """The whole picture, resized; `blank`: zeros, whatever the picture."""
+    return _BlankTransform(image_size) if blank else _EvalTransform(image_size)
+
+
+class _BlankTransform:
+    def __init__(self, image_size: int) -> None:
+        self.image_size = image_size
+
+    def __call__(self, image: Image.Image, may_flip: bool = True) -> torch.Tensor:
+        return torch.zeros(3, self.image_size, self.image_size)
 
 
 class _EvalTransform:

@@ -131,3 +131,40 @@ def test_closed_form_equals_fvcore(setting):
     inputs = batch(SMALL, lengths=(9,))
     closed = {name: float(part) for name, part in model.costs(*inputs, setting=setting)[0].items()}
     assert closed == pytest.approx(fvcore_gflops(model, inputs, setting), rel=1e-9)
+
+
+@torch.no_grad()
+def always_says(shares: dict[int, float]) -> BlipCaption:
+    """A model whose next word is always drawn from the same distribution, id -> share."""
+    model = model_of(SMALL)
+    head = model.text_decoder.cls.predictions
+    for parameter in (head.transform.LayerNorm.weight, head.transform.LayerNorm.bias):
+        parameter.zero_()
+    head.bias.fill_(-50)
+    head.bias[list(shares)] = torch.tensor(list(shares.values())).log()
+    return model
+
+
+def sampled(model: BlipCaption, top_p: float, seed: int = 0) -> list[int]:
+    ids, _ = model.generate(batch(SMALL)[0], top_p=top_p, seed=seed, max_length=23, min_length=23)
+    return ids[:, len(PROMPT) :].flatten().tolist()
+
+
+def test_sampling_draws_from_the_nucleus_alone():
+    model = always_says({7: 0.15, 8: 0.5, 9: 0.3, 10: 0.05})
+    assert set(sampled(model, 0.7)) == {8, 9}
+    assert set(sampled(model, 1.0)) == {7, 8, 9, 10}
+
+
+def test_sampling_depends_on_its_seed_alone():
+    model = always_says({number: 0.1 for number in range(7, 17)})
+    first = sampled(model, 0.9, seed=3)
+    torch.rand(5)
+    before = torch.get_rng_state()
+    assert sampled(model, 0.9, seed=3) == first != sampled(model, 0.9, seed=4)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_the_smallest_nucleus_is_greedy():
+    model, images = model_of(SMALL), batch(SMALL)[0]
+    assert torch.equal(model.generate(images, top_p=1e-6)[0], model.generate(images, num_beams=1)[0])

@@ -15,14 +15,19 @@ from torch.utils.data import DataLoader, IterableDataset
 from tqdm import tqdm
 
 from data.shapes.world import COLOURS, LATTICE, SHAPES, SIZES, Scene, draw, random_scene
-from transform.images import eval_transform
+from madtp.packing import Packed, pack
+from madtp.pruning import OFF
+from models.tower import TowerRecord, class_tokens, run_blocks
+from models.vit import VisionTransformer
+from transform.images import ImageTransform, eval_transform
 
 PATCH = 8  # px, in 12 x 12 patches, two to a cell of the world's lattice
 SIDE = 2 * LATTICE
 ATTRIBUTES = (SIZES, COLOURS, SHAPES)  # in the order of a Kind; named one by one, as words will name them
 GROUND_WEIGHT = 0.1
 PLACE_WEIGHT = 0.3  # of things alone; places are easy, and would drown what the patches show
-LOG_EVERY = 250
+LOG_EVERY = 100
+THIN = 1.5  # the higher, the less ground is shown
 
 
 class Plan(NamedTuple):
@@ -133,3 +138,72 @@ def word_directions(embeddings: Tensor, ids_of: Callable[[list[str]], list[int]]
     Patches are to lie in the direction of the words that name them. So the encoders are aligned before they meet, as BLIP's are.
     """
     return [F.normalize(embeddings.detach()[ids_of(list(names))], dim=-1) for names in ATTRIBUTES]
+
+
+def shown_patches(rng: np.random.Generator, attributes: Tensor, thin: float = 1.0) -> Tensor:
+    """(B, 1 + N) bool: the class token, all things and a share of the ground, u ** `thin` of a random u in 0 ... 1.
+
+    attributes (B, N, 3): what the patches show
+    """
+    things = attributes[..., 0] > 0
+    ground = torch.from_numpy(rng.random(things.shape) < rng.random((len(things), 1)) ** thin)
+    return F.pad(things | ground, (1, 0), value=True)
+
+
+def draw_shown(rng: np.random.Generator, scenes: list[Scene], transform: ImageTransform) -> dict[str, Tensor]:
+    """images (B, 3, H, W), attributes (B, N, 3) and, with little of the ground, shown (B, 1 + N): see `shown_patches`."""
+    attributes = torch.stack([patch_attributes(scene) for scene in scenes])
+    images = torch.stack([transform(draw(rng, scene)) for scene in scenes])
+    return {"images": images, "attributes": attributes, "shown": shown_patches(rng, attributes, THIN)}
+
+
+def encode_shown(encoder: VisionTransformer, images: Tensor, shown: Tensor) -> tuple[Tensor, Packed, TowerRecord]:
+    """The image encoder's output, packed, when it sees the tokens `shown` (B, 1 + N) alone. images (B, 3, H, W)"""
+    x = encoder.patch_embed(images)
+    x = torch.cat([encoder.cls_token.expand(len(x), -1, -1).to(x.dtype), x], dim=1) + encoder.pos_embed
+    x, layout, record = run_blocks(encoder.blocks, *pack(x, shown), None, OFF, False, False)
+    return encoder.norm(x), layout, record
+
+
+class ClassContent(nn.Module):
+    """Reads from the class token after every block which share of the thing patches has which attribute."""
+
+    def __init__(self, encoder: VisionTransformer):
+        super().__init__()
+        width = encoder.embed_dim
+        self.heads = nn.ModuleList(nn.Linear(width, sum(map(len, ATTRIBUTES))) for _ in encoder.blocks)
+        self._told: list[Tensor] = []
+        self._hooks = [block.register_forward_hook(self._listen) for block in encoder.blocks]
+
+    def _listen(self, block: nn.Module, inputs: tuple, outputs: tuple) -> None:
+        self._told.append(class_tokens(outputs[0], outputs[1]))
+
+    def loss(self, attributes: Tensor) -> Tensor:
+        """Of the forward pass just done, Kullback-Leibler divergence, mean over the blocks. attributes (B, N, 3)"""
+        told, self._told = [F.layer_norm(token, token.shape[-1:]) for token in self._told], []
+        shares = [F.one_hot(attributes[..., i], 1 + len(names))[..., 1:].sum(dim=1).float() for i, names in enumerate(ATTRIBUTES)]
+        total = 0.0
+        for head, token in zip(self.heads, told, strict=True):
+            for logits, share in zip(head(token).float().split([part.shape[1] for part in shares], dim=-1), shares, strict=True):
+                target = share / share.sum(dim=1, keepdim=True)
+                total = total + F.kl_div(F.log_softmax(logits, dim=-1), target, reduction="batchmean")
+        return total / len(told)
+
+    def remove(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+
+
+def start_from_nlvr(model: nn.Module, weights: dict[str, Tensor], text: str = "text_encoder") -> None:
+    """Both encoders of a model of NLVR2 for `model`; of each layer's two cross-attentions the one to the left image.
+
+    text: the part of `model` that takes the text encoder's weights
+    """
+    translated = {}
+    for name, tensor in weights.items():
+        name = name.replace("text_encoder.", f"{text}.").replace("crossattention.self0.", "crossattention.self.")
+        translated[name.replace("crossattention.output.dense0.", "crossattention.output.dense.")] = tensor.float()
+    expected = model.state_dict()
+    found = {name: tensor for name, tensor in translated.items() if name in expected and expected[name].shape == tensor.shape}
+    logging.info("%d of %d weights come from the model for NLVR2", len(found), len(expected))
+    model.load_state_dict(found, strict=False)

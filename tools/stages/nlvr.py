@@ -17,17 +17,14 @@ from data.shapes.statements import evidence
 from data.shapes.world import Scene, draw
 from data.text import load_tokenizer
 from madtp.packing import pack
-from madtp.pruning import OFF
 from models.blip_nlvr import BlipNlvr
-from models.tower import class_tokens, halves, run_blocks
-from models.vit import VisionTransformer
-from tools.stages.common import ATTRIBUTES, Plan, fit, patch_attributes
+from models.tower import class_tokens, halves
+from tools.stages.common import THIN, ClassContent, Plan, encode_shown, fit, patch_attributes, shown_patches
 from transform.images import eval_transform
 
 LOOK = 2.0  # how sharply words look for their patches at first
 EVIDENCE = 32  # counts and rows are smaller
 EASIER_TOO = (Level(most=6), FULL)  # in turn: words are easier to tell apart where there is little to see
-THIN = 1.5  # the higher, the less ground is shown
 STATEMENTS = 12  # a pair; those that share one cost little more than a single one
 
 
@@ -36,7 +33,7 @@ class Pairs(IterableDataset):
 
     evidence (S, 2): of left and right
     attributes (2 B, N, 3): what the patches show, left pictures first
-    shown (2 B, 1 + N): the class token, all things and a share of the ground, u ** `thin` of a random u in 0 ... 1
+    shown (2 B, 1 + N): as of shown_patches
     """
 
     def __init__(self, seed: int, config: NlvrConfig, plan: Plan, levels: Sequence[Level], thin: float = 1.0):
@@ -61,9 +58,7 @@ class Pairs(IterableDataset):
             sentences, labels = [statement.text() for statement, _ in told], [int(label) for _, label in told]
             items.append({**images, "sentences": sentences, "labels": labels, "ids": labels})
         attributes = torch.stack([patch_attributes(pair[side]) for side in (0, 1) for pair in pairs])
-        things = attributes[..., 0] > 0
-        ground = torch.from_numpy(rng.random(things.shape) < rng.random((len(things), 1)) ** self.thin)
-        shown = F.pad(things | ground, (1, 0), value=True)
+        shown = shown_patches(rng, attributes, self.thin)
         return {**self.collate(items), "evidence": torch.tensor(found).long(), "attributes": attributes, "shown": shown}
 
 
@@ -113,15 +108,12 @@ def train_sparse(model: BlipNlvr, config: NlvrConfig, plan: Plan, seed: int, log
     """The same, of the ground a random and often small share shown to the image encoder, and the class token telling after every
     block what the things are: then answers do not hang on how much ground there is, and class attention finds the things."""
     model.train()
-    encoder = model.visual_encoder
-    content = ClassContent(encoder)
+    content = ClassContent(model.visual_encoder)
 
     def losses(batch: dict) -> tuple[Tensor, dict[str, float]]:
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            x = encoder.patch_embed(batch["images"].transpose(0, 1).flatten(0, 1))
-            x = torch.cat([encoder.cls_token.expand(len(x), -1, -1).to(x.dtype), x], dim=1) + encoder.pos_embed
-            x, layout, _ = run_blocks(encoder.blocks, *pack(x, batch["shown"]), None, OFF, False, False)
-            images = halves(encoder.norm(x), layout)
+            tokens, layout, _ = encode_shown(model.visual_encoder, batch["images"].transpose(0, 1).flatten(0, 1), batch["shown"])
+            images = halves(tokens, layout)
             text, layout, _ = model.text_encoder(batch["input_ids"], batch["attention_mask"], images, packed=True)
             logits = model.cls_head(class_tokens(text, layout)).float()
             told = content.loss(batch["attributes"])
@@ -132,35 +124,6 @@ def train_sparse(model: BlipNlvr, config: NlvrConfig, plan: Plan, seed: int, log
     stream = DataLoader(Pairs(seed, config, plan, (FULL,), thin=THIN), batch_size=None, num_workers=1)
     fit([*model.parameters(), *content.parameters()], plan, iter(stream), losses, log)
     content.remove()
-
-
-class ClassContent(nn.Module):
-    """Reads from the class token after every block which share of the thing patches has which attribute."""
-
-    def __init__(self, encoder: VisionTransformer):
-        super().__init__()
-        width = encoder.embed_dim
-        self.heads = nn.ModuleList(nn.Linear(width, sum(map(len, ATTRIBUTES))) for _ in encoder.blocks)
-        self._told: list[Tensor] = []
-        self._hooks = [block.register_forward_hook(self._listen) for block in encoder.blocks]
-
-    def _listen(self, block: nn.Module, inputs: tuple, outputs: tuple) -> None:
-        self._told.append(class_tokens(outputs[0], outputs[1]))
-
-    def loss(self, attributes: Tensor) -> Tensor:
-        """Of the forward pass just done, Kullback-Leibler divergence, mean over the blocks. attributes (B, N, 3)"""
-        told, self._told = [F.layer_norm(token, token.shape[-1:]) for token in self._told], []
-        shares = [F.one_hot(attributes[..., i], 1 + len(names))[..., 1:].sum(dim=1).float() for i, names in enumerate(ATTRIBUTES)]
-        total = 0.0
-        for head, token in zip(self.heads, told, strict=True):
-            for logits, share in zip(head(token).float().split([part.shape[1] for part in shares], dim=-1), shares, strict=True):
-                target = share / share.sum(dim=1, keepdim=True)
-                total = total + F.kl_div(F.log_softmax(logits, dim=-1), target, reduction="batchmean")
-        return total / len(told)
-
-    def remove(self) -> None:
-        for hook in self._hooks:
-            hook.remove()
 
 
 @torch.no_grad()

@@ -1,6 +1,5 @@
 """The stages of the uncompressed Shapes models for retrieval: BLIP's starts from the one for NLVR2, CLIP's from nothing."""
 
-import logging
 from collections.abc import Iterator
 from itertools import count
 from pathlib import Path
@@ -8,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
 from config import RetrievalConfig
@@ -76,15 +75,3 @@ def train_pairs(model: MomentumModel, config: RetrievalConfig, tokenizer: Tokeni
     stream = DataLoader(Families(seed, config, tokenizer), batch_size=None, num_workers=1)
     online = [parameter for parameter in model.parameters() if parameter.requires_grad]
     fit(online, plan, iter(stream), losses, log)
-
-
-def start_from_nlvr(model: nn.Module, weights: dict[str, Tensor]) -> None:
-    """Both encoders of a model of NLVR2 for `model`; of each layer's two cross-attentions the one to the left image."""
-    translated = {}
-    for name, tensor in weights.items():
-        name = name.replace("crossattention.self0.", "crossattention.self.")
-        translated[name.replace("crossattention.output.dense0.", "crossattention.output.dense.")] = tensor.float()
-    expected = model.state_dict()
-    found = {name: tensor for name, tensor in translated.items() if name in expected and expected[name].shape == tensor.shape}
-    logging.info("%d of %d weights come from the model for NLVR2", len(found), len(expected))
-    model.load_state_dict(found, strict=False)

@@ -1,0 +1,72 @@
+"""The stages of the Shapes models: what the image encoder is shown, and what a stage starts from and leaves."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from data.shapes.world import random_scene
+from data.text import load_tokenizer
+from models.pretrained import load_caption_weights, load_vqa_weights, read_checkpoint
+from options import load_any_config
+from tests.tiny_run import build
+from tools.pretrain_shapes import PRETRAINED, config_of, publish
+from tools.stages.caption import train_captions
+from tools.stages.common import Plan, draw_shown, encode_shown, patch_attributes, shown_patches, start_from_nlvr
+from tools.stages.vqa import train_answers
+from transform.images import eval_transform
+
+TRAIN = {"caption": train_captions, "vqa": train_answers}
+LOAD = {"caption": load_caption_weights, "vqa": load_vqa_weights}
+TASKS = pytest.mark.parametrize("task", TRAIN)
+
+
+def untrained(task: str) -> tuple[nn.Module, object]:
+    config = load_any_config(config_of(task), {"p": 0.0, "tokenizer": str(PRETRAINED / "vocab.txt")})
+    return build(config), config
+
+
+def test_things_are_always_shown_and_ground_now_and_then() -> None:
+    rng = np.random.default_rng(0)
+    attributes = torch.stack([patch_attributes(random_scene(rng)) for _ in range(20)])
+    shown = shown_patches(rng, attributes, thin=1.5)
+    things = attributes[..., 0] > 0
+    assert shown[:, 0].all() and shown[:, 1:][things].all()
+    shares = (shown[:, 1:] & ~things).sum(dim=1) / (~things).sum(dim=1)
+    assert shares.min() < 0.2 and shares.max() > 0.6
+
+
+def test_an_encoder_that_is_shown_everything_is_the_encoder_itself() -> None:
+    encoder, rng = untrained("caption")[0].visual_encoder, np.random.default_rng(1)
+    images = draw_shown(rng, [random_scene(rng) for _ in range(2)], eval_transform(96))["images"]
+    tokens, layout, _ = encode_shown(encoder, images, torch.ones(2, 145, dtype=torch.bool))
+    torch.testing.assert_close(layout.pad(tokens), encoder(images)[0], rtol=1e-4, atol=1e-5)
+
+
+@TASKS
+def test_the_encoders_come_from_the_model_for_nlvr2(task: str) -> None:
+    model, _ = untrained(task)
+    text = {"caption": "text_decoder.bert", "vqa": "text_encoder"}[task]
+    weights = read_checkpoint(PRETRAINED / "nlvr.safetensors")["model"]
+    start_from_nlvr(model, weights, text)
+    for mine, encoder in (("visual_encoder", "visual_encoder"), (text, "text_encoder")):
+        for name, parameter in model.get_submodule(mine).named_parameters():
+            theirs = f"{encoder}.{name}".replace("crossattention.self.", "crossattention.self0.")
+            theirs = theirs.replace("crossattention.output.dense.", "crossattention.output.dense0.")
+            assert torch.equal(parameter, weights[theirs].float())
+
+
+@TASKS
+def test_a_stage_trains_every_weight_and_what_is_published_loads(task: str, tmp_path: Path) -> None:
+    (model, config), (other, _) = untrained(task), untrained(task)
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    TRAIN[task](model, config, load_tokenizer(config.tokenizer), Plan(steps=2, batch=2, rate=1e-3, warmup=1), 0, tmp_path / "log")
+    still = [name for name, parameter in model.named_parameters() if torch.equal(parameter, before[name])]
+    assert all(name.endswith("key.bias") for name in still), still  # attention does not depend on it
+    publish(model, tmp_path / "model.safetensors")
+    assert (tmp_path / "model.safetensors").stat().st_size < 6 * 2**20
+    LOAD[task](other, read_checkpoint(tmp_path / "model.safetensors")["model"], "model")
+    for name, parameter in other.named_parameters():
+        torch.testing.assert_close(parameter, model.get_parameter(name), rtol=1e-3, atol=1e-4)

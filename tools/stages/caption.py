@@ -1,0 +1,64 @@
+"""The stage of the uncompressed Shapes model for captioning: from the encoders of the one for NLVR2."""
+
+from collections.abc import Iterator
+from itertools import count
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset
+from transformers import PreTrainedTokenizerBase
+
+from config import CaptionConfig
+from data.shapes.tasks import caption
+from data.shapes.world import random_scene
+from data.text import dec_token_id, encode
+from models.blip_caption import BlipCaption
+from models.tower import padded
+from tools.stages.common import ClassContent, Plan, draw_shown, encode_shown, fit
+from transform.images import eval_transform
+
+CAPTIONS = 2  # a picture: they differ in little
+
+
+class Captions(IterableDataset):
+    """Endless fresh pictures with CAPTIONS each, a batch an item: as of draw_shown, and input_ids, attention_mask (S, L), the
+    captions of the first picture first, each with the prompt in front.
+    """
+
+    def __init__(self, seed: int, config: CaptionConfig, tokenizer: PreTrainedTokenizerBase, plan: Plan):
+        self.seed, self.config, self.plan, self.tokenizer = seed, config, plan, tokenizer
+        self.transform = eval_transform(config.image_size)
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        for number in count():
+            rng = np.random.default_rng((self.seed, self.plan.steps, number))
+            scenes = [random_scene(rng) for _ in range(self.plan.batch)]
+            captions = [self.config.prompt + caption(rng, scene) for scene in scenes for _ in range(CAPTIONS)]
+            text = encode(self.tokenizer, captions, self.config.max_text_tokens, dec_token_id(self.tokenizer))
+            yield {**draw_shown(rng, scenes, self.transform), **text}
+
+
+def train_captions(
+    model: BlipCaption, config: CaptionConfig, tokenizer: PreTrainedTokenizerBase, plan: Plan, seed: int, log: Path
+) -> None:
+    """Captions are written, while the class token tells after every block what the things are."""
+    model.train()
+    content = ClassContent(model.visual_encoder)
+
+    def losses(batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, float]]:
+        ids, mask = batch["input_ids"], batch["attention_mask"]
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            tokens, layout, _ = encode_shown(model.visual_encoder, batch["images"], batch["shown"])
+            told = content.loss(batch["attributes"])
+            image = [part.repeat_interleave(CAPTIONS, dim=0) for part in (padded(tokens, layout)[0], layout.valid)]
+            output = model.tell(*image, ids, mask)
+        counted = mask[:, len(model.prompt) :].bool()
+        found = output.logits[:, len(model.prompt) - 1 : -1].argmax(dim=-1) == ids[:, len(model.prompt) :]
+        figures = {"loss": output.loss.item(), "next word right": found[counted].float().mean().item(), "content": told.item()}
+        return output.loss + told, figures
+
+    stream = DataLoader(Captions(seed, config, tokenizer, plan), batch_size=None, num_workers=1)
+    fit([*model.parameters(), *content.parameters()], plan, iter(stream), losses, log)
+    content.remove()

@@ -1,0 +1,68 @@
+"""The stages of the uncompressed Shapes model for VQA: from the encoders of the one for NLVR2."""
+
+from collections.abc import Iterator
+from itertools import count
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset
+from transformers import PreTrainedTokenizerBase
+
+from config import VqaConfig
+from data.shapes.tasks import ask
+from data.shapes.world import random_scene
+from data.text import enc_token_id, encode
+from data.vqa import MAX_TOKENS, encode_answers
+from models.blip_vqa import BlipVqa
+from tools.stages.common import ClassContent, Plan, draw_shown, encode_shown, fit
+from transform.images import eval_transform
+
+QUESTIONS = 12  # a picture
+
+
+class Questions(IterableDataset):
+    """Endless fresh pictures with QUESTIONS each, a batch an item: as of draw_shown, and question_ids, question_mask (S, L),
+    answer_ids, answer_mask (S, M), those about the first picture first.
+    """
+
+    def __init__(self, seed: int, config: VqaConfig, tokenizer: PreTrainedTokenizerBase, plan: Plan):
+        self.seed, self.plan, self.tokenizer = seed, plan, tokenizer
+        self.transform = eval_transform(config.image_size)
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        for number in count():
+            rng = np.random.default_rng((self.seed, self.plan.steps, number))
+            scenes = [random_scene(rng) for _ in range(self.plan.batch)]
+            _, questions, answers = zip(*(ask(rng, scene) for scene in scenes for _ in range(QUESTIONS)), strict=True)
+            asked = encode(self.tokenizer, list(questions), MAX_TOKENS, enc_token_id(self.tokenizer))
+            answered = encode_answers(self.tokenizer, list(answers))
+            yield {
+                **draw_shown(rng, scenes, self.transform),
+                "question_ids": asked["input_ids"],
+                "question_mask": asked["attention_mask"],
+                "answer_ids": answered["input_ids"],
+                "answer_mask": answered["attention_mask"],
+            }
+
+
+def train_answers(model: BlipVqa, config: VqaConfig, tokenizer: PreTrainedTokenizerBase, plan: Plan, seed: int, log: Path) -> None:
+    """Questions are answered, while the class token tells after every block what the things are."""
+    model.train()
+    content = ClassContent(model.visual_encoder)
+
+    def losses(batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, float]]:
+        answers, mask = batch["answer_ids"], batch["answer_mask"]
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            seen = encode_shown(model.visual_encoder, batch["images"], batch["shown"])
+            told = content.loss(batch["attributes"])
+            question = model.read_beside(seen, batch["question_ids"], batch["question_mask"], packed=True)
+            each, logits = model.answer(question, answers, mask, torch.ones_like(answers[:, 0]))
+        loss = each.mean()
+        right = (logits[:, 0].argmax(dim=-1) == answers[:, 1]).float().mean().item()
+        return loss + told, {"loss": loss.item(), "answered rightly": right, "content": told.item()}
+
+    stream = DataLoader(Questions(seed, config, tokenizer, plan), batch_size=None, num_workers=1)
+    fit([*model.parameters(), *content.parameters()], plan, iter(stream), losses, log)
+    content.remove()

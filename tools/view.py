@@ -1,0 +1,195 @@
+"""A task's model at one prune setting with its test samples, and which of their tokens it keeps: what pictures and reports show.
+
+Shapes: B samples, P pictures each, L blocks of a tower, N text tokens of the longest text. Class tokens are left out.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset, Subset
+
+from config import Config
+from data.loading import Loader, build_loader
+from data.text import Tokenizer
+from engine.train import Precision, move
+from madtp.pruning import OFF, PruneSetting
+from models.tower import TowerRecord
+from models.trace import surviving, tokens_by_block
+from transform.images import MEAN, STD
+from utils import Run, UserError
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What is drawn of one sample, whatever the task.
+
+    pictures: label, picture (H, W, 3) in 0 ... 1, patches alive after each block (blocks, rows, columns) bool
+    texts: words, words alive after each layer (layers, words) bool
+    said: label, text: what the model says, and what is true
+    """
+
+    id: str
+    heading: str
+    pictures: list[tuple[str, np.ndarray, np.ndarray]]
+    texts: list[tuple[list[str], np.ndarray]]
+    said: list[tuple[str, str]] = field(default_factory=list)
+
+
+class View:
+    """What the tasks share. A task's class says what its model is, what a forward pass is and how to head a sample.
+
+    labels: of a sample's pictures, in their order
+    image_key: where a batch has its pictures, (B, 3, H, W) or (B, P, 3, H, W)
+    text_keys: where it has its texts, token ids and attention mask (B, L)
+    timed: what `forward` computes, in words
+    """
+
+    labels: tuple[str, ...] = ("image",)
+    image_key = "image"
+    text_keys = ("input_ids", "attention_mask")
+    timed = ""
+
+    def __init__(
+        self,
+        config: Config,
+        run: Run,
+        setting: PruneSetting,
+        model: nn.Module,
+        tokenizer: Tokenizer,
+        dataset: Dataset,
+        ids: Sequence[str],
+        collate: Callable[[list], dict],
+    ):
+        """
+        Args:
+            dataset: the test samples, which are called `ids` and become batches by `collate`.
+        """
+        self.config, self.run, self.setting = config, run, setting
+        self.model = model.to(run.device).eval()
+        self.tokenizer, self.dataset, self.ids, self.collate = tokenizer, dataset, list(ids), collate
+        self.precision = Precision(run.device, config.amp)
+        self.packed = config.variant == "paper"
+
+    @classmethod
+    def over(cls, *args: Any) -> "View":
+        """Of a model that is open, over any samples: what `View` itself is made of."""
+        view = cls.__new__(cls)
+        View.__init__(view, *args)
+        return view
+
+    def compute(self, batch: dict) -> object:
+        """The forward pass over a batch that is on the device."""
+        raise NotImplementedError
+
+    def records(self, output: object) -> dict[str, TowerRecord]:
+        """Of "image", whose samples are all first pictures, then all second ones, and of "text" where texts are pruned."""
+        raise NotImplementedError
+
+    def headings(self, batch: dict, output: object) -> list[str]:
+        """What the model finds of each sample, in a few words."""
+        return ["" for _ in self.names(batch)]
+
+    def said(self, batch: dict, output: object) -> list[list[tuple[str, str]]]:
+        """Of each sample label and text: what the model says, and what is true."""
+        return [[] for _ in self.names(batch)]
+
+    def gflops(self, batch: dict, output: object) -> Tensor:
+        """What each sample costs in deployment, (B,)."""
+        return self.model.costs(*self.inputs(batch), setting=self.setting, packed=self.packed)[1]
+
+    def names(self, batch: dict) -> list[str]:
+        """The samples' ids."""
+        raise NotImplementedError
+
+    def words(self, ids: list[int]) -> list[str]:
+        """Of a text without padding: its tokens but for the class token, in the order of the text."""
+        return self.tokenizer.convert_ids_to_tokens(ids)[1:]
+
+    def inputs(self, batch: dict) -> tuple[Tensor, ...]:
+        return batch[self.image_key], *(batch[key] for key in self.text_keys)
+
+    def batches(self, ids: Sequence[str]) -> Loader:
+        """The samples with these ids, in batches of the evaluation's size."""
+        place = {sample: index for index, sample in enumerate(self.ids)}
+        unknown = [sample for sample in ids if sample not in place]
+        if unknown:
+            raise UserError(f"{unknown[0]}: no such test sample; the ids run from {self.ids[0]} to {self.ids[-1]}")
+        return build_loader(
+            Subset(self.dataset, [place[sample] for sample in ids]),
+            self.config.batch_size_test,
+            train=False,
+            run=Run(self.run.device),
+            num_workers=0,
+            seed=self.config.seed,
+            collate=self.collate,
+        )
+
+    @torch.no_grad()
+    def forward(self, batch: dict) -> object:
+        batch = move(batch, self.run.device)
+        with self.precision.autocast():
+            return self.compute(batch)
+
+    def tokens(self, output: object) -> dict[str, Tensor]:
+        """Tokens by block, one row a picture or a text, by the name of the tower."""
+        return {tower: tokens_by_block(record) for tower, record in self.records(output).items()}
+
+    def tokens_left(self, output: object) -> Tensor:
+        """Tokens of each sample after the last block of all towers, class and merged tokens included, (B,)."""
+        left = [record.leaving[-1] for record in self.records(output).values()]
+        samples = len(left[0]) // len(self.labels)
+        return sum(tower.unflatten(0, (-1, samples)).sum(dim=0) for tower in left)
+
+    @torch.no_grad()
+    def samples(self, batch: dict) -> list[Sample]:
+        """What is to be drawn of a batch. The GFLOPs in its headings are those of deployment."""
+        if self.config.variant == "released":
+            raise UserError("variant 'released' hands its tokens on out of order; tokens can be traced in variant 'paper' only")
+        names, batch = self.names(batch), move(batch, self.run.device)
+        with self.precision.autocast():
+            output = self.compute(batch)
+            headings, said, gflops = (part(batch, output) for part in (self.headings, self.said, self.gflops))
+        records = self.records(output)
+        patches = self._patches(records["image"])
+        texts = self._texts(batch, records["text"]) if "text" in records else [[] for _ in names]
+        images = batch[self.image_key]
+        images = images.reshape(len(names), len(self.labels), *images.shape[-3:])
+        strength = "uncompressed" if self.setting == OFF else f"p = {self.config.p:g} (T = {self.setting.temperature:.4g})"
+        costs = zip(self.tokens_left(output).tolist(), gflops.tolist(), strict=True)
+        return [
+            Sample(
+                name,
+                f"{name}, {strength}: {headings[i]}{'; ' if headings[i] else ''}{left} tokens left, {cost:.4g} GFLOPs",
+                [(label, displayable(images[i, place]), patches[place, i]) for place, label in enumerate(self.labels)],
+                texts[i],
+                said[i],
+            )
+            for i, (name, (left, cost)) in enumerate(zip(names, costs, strict=True))
+        ]
+
+    def _patches(self, record: TowerRecord) -> np.ndarray:
+        """The patches alive, (P, B, L, rows, columns) bool."""
+        pictures, side = len(record.leaving[-1]), self.config.image_size // self.config.patch_size
+        whole = torch.ones(pictures, side * side, dtype=torch.bool, device=self.run.device)
+        alive = surviving(record, whole).unflatten(-1, (side, side))
+        return alive.unflatten(0, (len(self.labels), -1)).cpu().numpy()
+
+    def _texts(self, batch: dict, record: TowerRecord) -> list[list[tuple[list[str], np.ndarray]]]:
+        """Of each sample its words, and which are alive (L, words) bool."""
+        all_ids, mask = batch[self.text_keys[0]], batch[self.text_keys[1]].bool()
+        alive = surviving(record, mask[:, 1:]).cpu().numpy()  # as many tokens are in memory behind the class token
+        texts = []
+        for ids, inside, layers in zip(all_ids, mask, alive, strict=True):
+            words = self.words(ids[inside].tolist())
+            texts.append([(words, layers[:, : len(words)])])
+        return texts
+
+
+def displayable(picture: Tensor) -> np.ndarray:
+    """A normalised picture (3, H, W) as the eye wants it: (H, W, 3) in 0 ... 1."""
+    mean, std = torch.tensor(MEAN).view(3, 1, 1), torch.tensor(STD).view(3, 1, 1)
+    return (picture.float().cpu() * std + mean).clamp(0, 1).permute(1, 2, 0).numpy()
