@@ -63,6 +63,25 @@ class Opened(NamedTuple):
     sparse: SparseWeights | None
 
 
+def build_model(config: Config) -> tuple[nn.Module, Tokenizer]:
+    """The model that a config describes, with random weights, and its tokenizer."""
+    tokenizer = (load_clip_tokenizer if config.task == "retrieval_clip" else load_tokenizer)(config.tokenizer)
+    return BUILD[config.task](config, tokenizer), tokenizer
+
+
+def restore(config: Config, saved: dict, source: str, setting: PruneSetting, device: str | None) -> tuple[Opened, list[str]]:
+    """The model of what was `saved` in the file `source`, and the names of its weights that were not."""
+    run = init_run(device, config.seed)
+    model, tokenizer = build_model(config)
+    missing = LOAD[config.task](model, saved["model"], source)
+    model = model.to(run.device).eval()
+    sparse = None
+    if config.pattern is not None and saved.get("masked"):
+        sparse = sparse_weights(model, config.pattern, config.sparse_layers)
+        mask_as_saved(sparse, saved)
+    return Opened(config, model, setting, tokenizer, run, sparse), missing
+
+
 def saved_rule(saved: dict) -> dict:
     """The keys of a config that a checkpoint carries: its temperature was made for them."""
     return {key: saved[key] for key in RULE if key in saved}
@@ -113,19 +132,11 @@ def open_checkpoint(
     setting = saved_setting(settings, saved)
     if setting is None:
         raise UserError(f"{path}: pruned weights without their temperature; give a run's checkpoint_best.pth")
-    run = init_run(device, settings.seed)
-    is_clip = settings.task == "retrieval_clip"
-    tokenizer = load_clip_tokenizer(settings.tokenizer) if is_clip else load_tokenizer(settings.tokenizer)
-    model = BUILD[settings.task](settings, tokenizer)
-    missing = [name for name in LOAD[settings.task](model, saved["model"], str(path)) if is_read(name)]
-    if missing:
-        raise UserError(f"{path}: lacks {missing[0]}, so its answers would be random; give a checkpoint of this task's runs")
-    model = model.to(run.device).eval()
-    sparse = None
-    if settings.pattern is not None and saved.get("masked"):
-        sparse = sparse_weights(model, settings.pattern, settings.sparse_layers)
-        mask_as_saved(sparse, saved)
-    return Opened(settings, model, setting, tokenizer, run, sparse)
+    opened, missing = restore(settings, saved, str(path), setting, device)
+    needed = [name for name in missing if is_read(name)]
+    if needed:
+        raise UserError(f"{path}: lacks {needed[0]}, so its answers would be random; give a checkpoint of this task's runs")
+    return opened
 
 
 def is_read(name: str) -> bool:

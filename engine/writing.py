@@ -3,6 +3,9 @@
 Shapes: B samples.
 """
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
@@ -24,10 +27,17 @@ class Captioner:
 
     def __call__(self, model: BlipCaption, images: Tensor, setting: PruneSetting) -> tuple[list[str], TowerRecord, Tensor]:
         """Captions of images (B, 3, H, W) without their prompt, the image encoder's record, and (B,) GFLOPs of all that."""
+        texts, record, cost = self.write(model, images, setting)
+        return texts, record, cost(record, setting)
+
+    def write(
+        self, model: BlipCaption, images: Tensor, setting: PruneSetting
+    ) -> tuple[list[str], TowerRecord, Callable[[TowerRecord, PruneSetting], Tensor]]:
+        """As a call; and what GFLOPs, (B,), the same captions cost with a record and a setting."""
         writing = self.config.writing
         ids, record = model.generate(images, setting, self.config.variant == "paper", **writing)
         texts = self.tokenizer.batch_decode(ids[:, len(self.prompt) :], skip_special_tokens=True)
-        return texts, record, model.generation_gflops(record, ids, writing["num_beams"], setting)
+        return texts, record, lambda record, setting: model.generation_gflops(record, ids, writing["num_beams"], setting)
 
 
 class Answerer:
@@ -44,12 +54,26 @@ class Answerer:
 
     def __call__(self, model: BlipVqa, batch: dict, setting: PruneSetting) -> tuple[list[str], Question, Tensor]:
         """The answers to a batch of `QuestionCollate`, what the encoders read, and (B,) GFLOPs of all that."""
+        question = self.read(model, batch, setting)
+        answers, cost = self.answer(model, question)
+        texts = [best["answer"] for best, *_ in answers]
+        return texts, question, model.reading_gflops(question, setting) + cost(question.valid.sum(dim=1))
+
+    def read(self, model: BlipVqa, batch: dict, setting: PruneSetting) -> Question:
         packed = self.config.variant == "paper"
-        question = model.read(batch["images"], batch["question_ids"], batch["question_mask"], setting, packed=packed)
-        if self.config.inference == "rank":
-            best, cost = model.rank(question, self.choices["input_ids"], self.choices["attention_mask"], self.config.k_test)
-            texts = [self.candidates[number] for number in best.tolist()]
-        else:
-            ids, cost = model.generate(question, self.config.num_beams)
+        return model.read(batch["images"], batch["question_ids"], batch["question_mask"], setting, packed=packed)
+
+    def answer(self, model: BlipVqa, question: Question, number: int = 1) -> tuple[list[list[dict]], Callable[[Tensor], Tensor]]:
+        """Of each question the `number` best answers as {"answer", "score", its likelihood}, one without a score where it writes
+        freely; and what GFLOPs, (B,), that costs questions of given lengths (B,)."""
+        if self.config.inference == "generate":
+            ids, _ = model.generate(question, self.config.num_beams)
             texts = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
-        return texts, question, model.reading_gflops(question, setting) + cost
+            return [[{"answer": text}] for text in texts], partial(model.writing_gflops, ids=ids, num_beams=self.config.num_beams)
+        ids, mask = self.choices["input_ids"], self.choices["attention_mask"]
+        likely, losses = model.rank(question, ids, mask, self.config.k_test)
+        answers = [
+            [{"answer": self.candidates[place], "score": score} for place, score in zip(places, scores, strict=True)]
+            for places, scores in zip(likely[:, :number].tolist(), (-losses[:, :number]).exp().tolist(), strict=True)
+        ]
+        return answers, partial(model.ranking_gflops, tokens=mask.sum(dim=1)[likely])

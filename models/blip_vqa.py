@@ -155,17 +155,9 @@ class BlipVqa(AlignedModel):
 
     @torch.no_grad()
     def rank(self, question: Question, answer_ids: Tensor, answer_mask: Tensor, number: int) -> tuple[Tensor, Tensor]:
-        """For each question the likeliest of the candidates: the `number` best by their first token, and of these the best as a
-        whole. answer_ids, answer_mask (W, M), [DEC] first, [SEP] last -> (B,) numbers of candidates, (B,) GFLOPs of ranking.
-        """
-        likely, losses = self.likeliest(question, answer_ids, answer_mask, number)
-        cost = self.ranking_gflops(question.valid.sum(dim=1), answer_mask.sum(dim=1)[likely])
-        return likely.gather(1, losses.argmin(dim=1, keepdim=True)).squeeze(1), cost
-
-    @torch.no_grad()
-    def likeliest(self, question: Question, answer_ids: Tensor, answer_mask: Tensor, number: int) -> tuple[Tensor, Tensor]:
-        """The `number` candidates (n, where there are fewer) that are best by their first token, and how unlikely each is as a
-        whole. answer_ids, answer_mask (W, M) -> (B, n) numbers of candidates, (B, n) negative logarithms of their likelihoods.
+        """For each question the `number` candidates (n, where there are fewer) that are best by their first token, ranked as a
+        whole. answer_ids, answer_mask (W, M), [DEC] first, [SEP] last -> (B, n) numbers of candidates, the likeliest first, and
+        (B, n) the negative logarithms of their likelihoods.
         """
         questions, number = len(question.tokens), min(number, len(answer_ids))
         start = torch.full((questions, 1), self.start, device=answer_ids.device)
@@ -176,7 +168,8 @@ class BlipVqa(AlignedModel):
         chosen_ids, chosen_mask = chosen_ids[:, :longest], chosen_mask[:, :longest]
         logits = self._decode(question, chosen_ids, chosen_mask).logits
         losses = next_token_losses(logits, chosen_ids.masked_fill(chosen_mask == 0, IGNORED)[:, 1:])
-        return likely, losses.unflatten(0, (questions, number))
+        losses, order = losses.unflatten(0, (questions, number)).sort(dim=1, stable=True)
+        return likely.gather(1, order), losses
 
     def ranking_gflops(self, source: Tensor, tokens: Tensor) -> Tensor:
         """GFLOPs of `rank` for questions of `source` (B,) tokens with n likely candidates of `tokens` (B, n). (B,) float64"""

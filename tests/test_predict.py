@@ -9,13 +9,11 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from clip.tokenizer import load_clip_tokenizer
 from config import CONFIGS
 from data.captions import build_loaders
 from data.shapes.write import make_shapes
-from data.text import load_tokenizer
 from engine.ranking import rank
-from engine.saved import BUILD, open_checkpoint
+from engine.saved import build_model, open_checkpoint
 from models.linears import sparse_weights
 from options import parse_command_line, save_config
 from tests import runs, tiny
@@ -58,16 +56,14 @@ def evaluated(world, tmp_path_factory):
 def random_run(task: str, world: Path, out: Path, **settings) -> list[str]:
     """The checkpoint and the config of random weights; and the command line that evaluates them."""
     out.mkdir()
-    roots = ("vqa_root", "vg_root") if task == "vqa" else ("image_root",)
-    files = {**dict.fromkeys(roots, world / "images"), "ann_root": world / "annotations"}
+    files = {**dict.fromkeys(CONFIGS[task].image_keys, world / "images"), "ann_root": world / "annotations"}
     files["tokenizer"] = world / "annotations" / "vocab.txt"
     sizes = {key: size for key, size in SIZES.items() if key.startswith("clip.") == (task == "retrieval_clip")}
     values = {**files, **SHARED, **sizes, **OWN.get(task, {}), **settings}
     argv = ["--config", str(ROOT / f"configs/shapes/{task}.yaml"), "--output_dir", str(out), "--device", "cpu", "--evaluate"]
     argv += ["--p", str(P), "--pretrained", str(out / "checkpoint_best.pth"), *(f"--set={k}={v}" for k, v in values.items())]
     config = parse_command_line("", CONFIGS[task], argv)
-    words = load_clip_tokenizer(config.tokenizer) if task == "retrieval_clip" else load_tokenizer(config.tokenizer)
-    model = tiny.with_lively_weights(BUILD[task](config, words))
+    model = tiny.with_lively_weights(build_model(config)[0])
     state = {"temperature": 3.0, "prune_from": 1, "batch_size": 3, **RULE}
     if config.pattern:
         sparse = sparse_weights(model, config.pattern, config.sparse_layers)
@@ -178,8 +174,8 @@ def test_scores_of_pairs_are_those_of_the_ranking(ask, evaluated, world, task) -
 
 
 def one_sample(task: str, world: Path) -> tuple[list[Path], list[str]]:
-    """Two pictures or one, and a text."""
-    return sorted((world / "images").rglob("*.jpg"))[: 1 + (task == "nlvr")], ["a red star"]
+    """Two pictures or one, and a text where the task wants one."""
+    return sorted((world / "images").rglob("*.jpg"))[: 1 + (task == "nlvr")], ["a red star"] * (task != "caption")
 
 
 @pytest.fixture
@@ -212,15 +208,37 @@ def test_pruned_weights_without_their_temperature_are_refused(ask_weights, capsy
     assert "pruned weights without their temperature" in runs.refusal(capsys, lambda: ask_weights("nlvr", "cls_head.0.bias"))
 
 
-@pytest.mark.parametrize("task", ["nlvr", *OWN])
-def test_what_survives_is_drawn(ask, world, tmp_path, task) -> None:
+@pytest.mark.parametrize("task", CONFIGS)
+def test_what_survives_is_drawn_beside_the_same_answer(ask, world, tmp_path, task) -> None:
+    sample, out = one_sample(task, world), tmp_path / "kept" / "out.png"
+    assert ask(task, *sample, "--explain", out) == ask(task, *sample)
+    assert Image.open(out).size[1] > 150
+
+
+@PAIRS
+def test_a_drawing_a_pair(ask, world, tmp_path, task) -> None:
     images = sorted((world / "images").rglob("*.jpg"))[:2]
-    once = ask(task, images, ["a red star"], "--explain", tmp_path / "kept" / "out.png")
-    height = Image.open(tmp_path / "kept" / "out.png").size[1]
-    assert once == ask(task, images, ["a red star"]) and height > 300
-    if task != "nlvr":  # a drawing a pair
-        ask(task, images[:1], ["a red star"], "--explain", tmp_path / "one.png")
-        assert Image.open(tmp_path / "one.png").size[1] * 2 == pytest.approx(height, abs=2)
+    for number in (1, 2):
+        ask(task, images[:number], ["a red star"], "--explain", tmp_path / f"{number}.png")
+    one, two = (Image.open(tmp_path / f"{number}.png").size[1] for number in (1, 2))
+    assert one * 2 == pytest.approx(two, abs=2)
+
+
+@pytest.mark.parametrize(
+    ("task", "label", "settings"),
+    [("caption", "written", {}), ("vqa", "answer", {}), ("vqa", "answer", {"inference": "generate"})],
+)
+def test_a_drawing_says_what_the_model_writes(ask, world, tmp_path, monkeypatch, task, label, settings) -> None:
+    drawn = []
+    monkeypatch.setattr(predict, "write_drawings", lambda samples, out: drawn.extend(samples))
+    images, texts = one_sample(task, world)
+    said = ask(task, images, texts, "--explain", tmp_path / "out.png", **settings)
+    (sample,) = drawn
+    assert sample.said == [(label, said["prediction"])] and sample.heading.startswith(f"{images[0].name}, p = {P} ")
+    assert sample.heading.endswith(f"{said['gflops']:.4g} GFLOPs")
+    ((_, _, patches),) = sample.pictures
+    assert patches.shape == (2, 12, 12) and patches[-1].sum() <= said["tokens"]["image"]["kept"][0] - 1
+    assert [words for words, _ in sample.texts] == [["a", "red", "star", "[SEP]"]] * (task == "vqa")
 
 
 def test_a_reader_gets_the_answer_first(evaluated, world, monkeypatch, capsys) -> None:

@@ -9,9 +9,9 @@ from torch import nn
 
 from data.shapes.world import random_scene
 from data.text import load_tokenizer
-from models.pretrained import load_caption_weights, load_vqa_weights, read_checkpoint
+from engine.saved import LOAD, build_model
+from models.pretrained import read_checkpoint
 from options import load_any_config
-from tests.tiny_run import build
 from tools.pretrain_shapes import PRETRAINED, config_of, publish
 from tools.stages.caption import train_captions
 from tools.stages.common import Plan, draw_shown, encode_shown, patch_attributes, shown_patches, start_from_nlvr
@@ -19,13 +19,12 @@ from tools.stages.vqa import train_answers
 from transform.images import eval_transform
 
 TRAIN = {"caption": train_captions, "vqa": train_answers}
-LOAD = {"caption": load_caption_weights, "vqa": load_vqa_weights}
 TASKS = pytest.mark.parametrize("task", TRAIN)
 
 
 def untrained(task: str) -> tuple[nn.Module, object]:
     config = load_any_config(config_of(task), {"p": 0.0, "tokenizer": str(PRETRAINED / "vocab.txt")})
-    return build(config), config
+    return build_model(config)[0], config
 
 
 def test_things_are_always_shown_and_ground_now_and_then() -> None:

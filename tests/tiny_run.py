@@ -5,13 +5,9 @@ from pathlib import Path
 
 import torch
 from PIL import Image
-from torch import nn
 
-from clip.tokenizer import load_clip_tokenizer
-from config import Config
-from data.text import dec_token_id, enc_token_id, load_tokenizer, prompt_ids
 from engine.report import METRICS
-from models.build import caption_from_config, clip_from_config, nlvr_from_config, retrieval_from_config, vqa_from_config
+from engine.saved import build_model
 from options import load_any_config
 from tests import tiny
 
@@ -51,7 +47,7 @@ def write_run(folder: Path, task: str, p: float = 0.4) -> Path:
         f"pretrained: {weights}\nevaluate: {not p}\np: {p}\nimage_size: 32\nkeep: instance\nsd_num: 5\nsd_dim: 24\n"
         f"batch_size_test: 3\ndevice: cpu\n{MODELS[task].replace('{folder}', str(folder))}"
     )
-    model = tiny.with_lively_weights(build(load_any_config(folder / "config.yaml")))
+    model = tiny.with_lively_weights(build_model(load_any_config(folder / "config.yaml"))[0])
     torch.save({"model": model.state_dict(), **setting, **rule}, weights)
     return folder
 
@@ -76,20 +72,6 @@ def result_of(task: str, p: float) -> dict:
 def log_of(result: dict, epochs: int) -> list[dict]:
     """log.txt of such a run."""
     return [{"epoch": epoch, "temperature": 6.0 + epoch, "gflops": result["gflops"]} for epoch in range(epochs)]
-
-
-def build(config: Config) -> nn.Module:
-    if config.task == "retrieval_clip":
-        return clip_from_config(config, len(load_clip_tokenizer(config.tokenizer)))
-    tokenizer = load_tokenizer(config.tokenizer)
-    start, end, padding = dec_token_id(tokenizer), tokenizer.sep_token_id, tokenizer.pad_token_id
-    if config.task == "retrieval":
-        return retrieval_from_config(config, len(tokenizer), enc_token_id(tokenizer))
-    if config.task == "caption":
-        return caption_from_config(config, len(tokenizer), prompt_ids(tokenizer, config.prompt), end, padding)
-    if config.task == "vqa":
-        return vqa_from_config(config, len(tokenizer), start, end, padding)
-    return nlvr_from_config(config, len(tokenizer))
 
 
 def write_data(folder: Path) -> None:

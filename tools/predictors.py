@@ -6,7 +6,6 @@ Shapes: I pictures, T texts. A single sample is a batch of one, so under `keep: 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -16,14 +15,14 @@ from torch.utils.data import Dataset
 
 from data.captions import CaptionImages, CaptionTexts, PairCollate, TextCollate, collate_images
 from data.nlvr import NlvrCollate, NlvrDataset
-from data.vqa import QuestionCollate, VqaDataset, encode_answers, read_answer_list
+from data.vqa import QuestionCollate, VqaDataset
 from engine.saved import Opened
 from engine.train import move
+from engine.writing import Answerer, Captioner
 from madtp.flops import GIGA
 from madtp.pruning import OFF, PruneSetting
-from models.blip_vqa import Question
 from models.tower import Encoded, TowerRecord
-from tools.view import Sample
+from tools.view import Sample, Samples
 from tools.views import VIEWS
 from transform.images import eval_transform
 from utils import UserError
@@ -97,8 +96,8 @@ class Predictor:
         raise NotImplementedError
 
     def shown(self) -> dict:
-        """What is drawn: a batch of the task's view."""
-        raise UserError(f"--explain: task {self.config.task!r} cannot be drawn yet; leave it out")
+        """What is drawn: a batch of the task's view, the answers not known."""
+        raise NotImplementedError
 
     def costs(self, cost: Callable[[T, PruneSetting], Tensor], pruned: T, whole: T) -> tuple[Tensor, Tensor]:
         """`cost` of what was computed, and of the same with nothing pruned and all weights."""
@@ -112,9 +111,8 @@ class Predictor:
 
     def samples(self, batch: dict, prediction: Prediction) -> list[Sample]:
         """The drawings of the batch that `shown` gave, the best first."""
-        config, model, setting, tokenizer, run, _ = self.opened
         names = [Path(path).name for path in self.images]
-        view = VIEWS[config.task].over(config, run, setting, model, tokenizer, (), names, None)
+        view = VIEWS[self.config.task](self.opened, Samples((), names, None))
         drawn = view.samples(batch)
         return [drawn[place] for place in prediction.order]
 
@@ -152,23 +150,14 @@ class CaptionPredictor(Predictor):
     def fits(self) -> bool:
         return len(self.images) == 1 and not self.texts
 
+    def shown(self) -> dict:
+        image = CaptionImages([{"image": self.images[0]}], HERE, self.transform)[0]["image"]
+        return self.on_device({"image": image[None], "image_ids": torch.tensor([0])})
+
     def predict(self) -> Prediction:
-        config, model = self.config, self.model
-        image = CaptionImages([{"image": self.images[0]}], HERE, self.transform)[0]
-        lengths = {"max_length": config.max_length, "min_length": config.min_length}
-        batch = self.on_device(collate_images([image]))
-        ids, record = model.generate(batch["image"], self.setting, self.packed, config.num_beams, **lengths)
-        (text,) = self.opened.tokenizer.batch_decode(ids[:, len(model.prompt) :], skip_special_tokens=True)
-
-        def cost(record: TowerRecord, setting: PruneSetting) -> Tensor:
-            return model.generation_gflops(record, ids, config.num_beams, setting)
-
-        return Prediction(
-            [text],
-            {"prediction": text},
-            *self.costs(cost, record, record.unpruned()),
-            {"image": record},
-        )
+        captioner = Captioner(self.config, self.opened.tokenizer)
+        (text,), record, cost = captioner.write(self.model, self.shown()["image"], self.setting)
+        return Prediction([text], {"prediction": text}, *self.costs(cost, record, record.unpruned()), {"image": record})
 
 
 class VqaPredictor(Predictor):
@@ -177,21 +166,19 @@ class VqaPredictor(Predictor):
     def fits(self) -> bool:
         return len(self.images) == len(self.texts) == 1
 
-    def predict(self) -> Prediction:
-        model, tokenizer = self.model, self.opened.tokenizer
-        entry = {"dataset": "vqa", "image": self.images[0], "question": self.texts[0], "question_id": "yours"}
+    def shown(self) -> dict:
+        name = Path(self.images[0]).name
+        entry = {"dataset": "vqa", "image": self.images[0], "question": self.texts[0], "question_id": name}
         item = VqaDataset([entry], HERE, HERE, self.transform, "given")[0]
-        batch = self.on_device(QuestionCollate(tokenizer)([item]))
-        inputs = batch["images"], batch["question_ids"], batch["question_mask"]
-        question = model.read(*inputs, self.setting, packed=self.packed)
+        return self.on_device(QuestionCollate(self.opened.tokenizer)([item]))
+
+    def predict(self) -> Prediction:
+        model, batch = self.model, self.shown()
+        answerer = Answerer(self.config, self.opened.tokenizer, self.opened.run.device)
+        question = answerer.read(model, batch, self.setting)
+        (answers,), cost = answerer.answer(model, question, SHOWN_ANSWERS)
         whole = replace(question, vision=question.vision.unpruned(), language=question.language.unpruned())
         lengths = question.valid.sum(dim=1), batch["question_mask"].sum(dim=1)  # of what the decoder reads: pruned, and whole
-        if self.config.inference == "rank":
-            answers, cost = self._rank(question)
-        else:
-            ids, _ = model.generate(question, self.config.num_beams)
-            cost = partial(model.writing_gflops, ids=ids, num_beams=self.config.num_beams)
-            answers = [{"answer": text} for text in tokenizer.batch_decode(ids, skip_special_tokens=True)]
         best, *others = (f"{row['answer']} (likelihood {row['score']:.4f})" if "score" in row else row["answer"] for row in answers)
         return Prediction(
             [best, *(f"  or {other}" for other in others)],
@@ -203,18 +190,6 @@ class VqaPredictor(Predictor):
             ),
             {"image": question.vision, "text": question.language},
         )
-
-    def _rank(self, question: Question) -> tuple[list[dict], Callable[[Tensor], Tensor]]:
-        """The best answers; and what ranking costs questions of given lengths."""
-        candidates = read_answer_list(self.config)
-        choices = self.on_device(encode_answers(self.opened.tokenizer, candidates))
-        likely, losses = self.model.likeliest(question, choices["input_ids"], choices["attention_mask"], self.config.k_test)
-        rows = [
-            {"answer": candidates[likely[0, place]], "score": float((-losses[0, place]).exp())}
-            for place in losses[0].argsort(stable=True)[:SHOWN_ANSWERS].tolist()
-        ]
-        tokens = choices["attention_mask"].sum(dim=1)[likely]
-        return rows, partial(self.model.ranking_gflops, tokens=tokens)
 
 
 class PairPredictor(Predictor):

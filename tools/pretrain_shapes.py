@@ -36,11 +36,9 @@ from torch import nn
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from clip.tokenizer import load_clip_tokenizer  # noqa: E402
 from config import CONFIGS, Config  # noqa: E402
 from data.shapes.tasks import vocabulary  # noqa: E402
-from data.text import dec_token_id, enc_token_id, load_tokenizer, prompt_ids  # noqa: E402
-from models.build import caption_from_config, clip_from_config, nlvr_from_config, retrieval_from_config, vqa_from_config  # noqa: E402
+from engine.saved import build_model  # noqa: E402
 from models.pretrained import read_checkpoint  # noqa: E402
 from options import load_config  # noqa: E402
 from tools.stages.caption import train_captions  # noqa: E402
@@ -84,7 +82,7 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[logging.StreamHandler(sys.stdout)])
     seed_everything(args.seed)
     config = load_config(CONFIGS[args.task], config_of(args.task), {"p": 0.0, "tokenizer": str(words)})
-    recipe = RECIPES[args.task](config, words)
+    recipe = RECIPES[args.task](config)
     for name, train in recipe.stages.items():
         weights = work / f"{name}.pth"
         if weights.exists():
@@ -128,9 +126,8 @@ def run(command: list[str]) -> None:
         raise UserError(f"{command[1]} failed; its message stands above; mend it and start again: finished stages are kept")
 
 
-def nlvr(config: Config, words: Path) -> Recipe:
-    tokenizer = load_tokenizer(words)
-    model = nlvr_from_config(config, len(tokenizer))
+def nlvr(config: Config) -> Recipe:
+    model, tokenizer = build_model(config)
     encoder, embeddings = model.visual_encoder, model.text_encoder.embeddings.word_embeddings.weight
 
     def vision(seed: int, log: Path) -> None:
@@ -149,17 +146,15 @@ def nlvr(config: Config, words: Path) -> Recipe:
 RETRIEVAL_DATA = ["--tasks", "retrieval", "--size", "1000", "--eval-size", "1000"]
 
 
-def retrieval(config: Config, words: Path) -> Recipe:
-    tokenizer = load_tokenizer(words)
-    model = retrieval_from_config(config, len(tokenizer), enc_token_id(tokenizer))
+def retrieval(config: Config) -> Recipe:
+    model, tokenizer = build_model(config)
     start_from_nlvr(model, read_checkpoint(PRETRAINED / "nlvr.safetensors")["model"])
     stages = {"pairs": lambda seed, log: train_pairs(model, config, tokenizer, BLIP_PAIRS, seed, log)}
     return Recipe(model, stages, RETRIEVAL_DATA)
 
 
-def retrieval_clip(config: Config, words: Path) -> Recipe:
-    tokenizer = load_clip_tokenizer(str(words))
-    model = clip_from_config(config, len(tokenizer))
+def retrieval_clip(config: Config) -> Recipe:
+    model, tokenizer = build_model(config)
 
     def vision(seed: int, log: Path) -> None:
         directions = word_directions(model.token_embedding.weight, lambda names: [tokenizer.words(name)[0] for name in names])
@@ -173,18 +168,15 @@ def retrieval_clip(config: Config, words: Path) -> Recipe:
 SINGLES = ["--size", "500", "--eval-size", "1000", "--val-size", "500"]
 
 
-def caption(config: Config, words: Path) -> Recipe:
-    tokenizer = load_tokenizer(words)
-    prompt = prompt_ids(tokenizer, config.prompt)
-    model = caption_from_config(config, len(tokenizer), prompt, tokenizer.sep_token_id, tokenizer.pad_token_id)
+def caption(config: Config) -> Recipe:
+    model, tokenizer = build_model(config)
     start_from_nlvr(model, read_checkpoint(PRETRAINED / "nlvr.safetensors")["model"], text="text_decoder.bert")
     stages = {"captions": lambda seed, log: train_captions(model, config, tokenizer, CAPTIONS, seed, log)}
     return Recipe(model, stages, ["--tasks", "caption", *SINGLES])
 
 
-def vqa(config: Config, words: Path) -> Recipe:
-    tokenizer = load_tokenizer(words)
-    model = vqa_from_config(config, len(tokenizer), dec_token_id(tokenizer), tokenizer.sep_token_id, tokenizer.pad_token_id)
+def vqa(config: Config) -> Recipe:
+    model, tokenizer = build_model(config)
     start_from_nlvr(model, read_checkpoint(PRETRAINED / "nlvr.safetensors")["model"])
     stages = {"answers": lambda seed, log: train_answers(model, config, tokenizer, ANSWERS, seed, log)}
     return Recipe(model, stages, ["--tasks", "vqa", *SINGLES])

@@ -146,8 +146,9 @@ class RankAnswers:
             return prepare
 
         together = ranking(lambda question: iter([question]))
-        ((_, cost),) = together(one)()
-        return [Method("one by one", 0.0, ranking(one_by_one), float(cost)), Method("batched", 0.0, together, float(cost))]
+        ((likely, _),) = together(one)()
+        cost = float(model.ranking_gflops(one[2].sum(dim=1), one[4].sum(dim=1)[likely]))
+        return [Method("one by one", 0.0, ranking(one_by_one), cost), Method("batched", 0.0, together, cost)]
 
 
 def one_by_one(question: Question) -> Iterator[Question]:

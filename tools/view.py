@@ -5,18 +5,19 @@ Shapes: B samples, P pictures each, L blocks of a tower, N text tokens of the lo
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import Dataset, Subset
 
 from config import Config
 from data.loading import Loader, build_loader
 from data.text import Tokenizer
+from engine.saved import Opened
 from engine.train import Precision, move
-from madtp.pruning import OFF, PruneSetting
+from madtp.pruning import OFF
 from models.tower import TowerRecord
 from models.trace import surviving, tokens_by_block
 from transform.images import MEAN, STD
@@ -39,6 +40,14 @@ class Sample:
     said: list[tuple[str, str]] = field(default_factory=list)
 
 
+class Samples(NamedTuple):
+    """Those of `dataset`, which are called `ids` and become batches by `collate`."""
+
+    dataset: Dataset
+    ids: list[str]
+    collate: Callable[[list], dict]
+
+
 class View:
     """What the tasks share. A task's class says what its model is, what a forward pass is and how to head a sample.
 
@@ -53,33 +62,15 @@ class View:
     text_keys = ("input_ids", "attention_mask")
     timed = ""
 
-    def __init__(
-        self,
-        config: Config,
-        run: Run,
-        setting: PruneSetting,
-        model: nn.Module,
-        tokenizer: Tokenizer,
-        dataset: Dataset,
-        ids: Sequence[str],
-        collate: Callable[[list], dict],
-    ):
-        """
-        Args:
-            dataset: the test samples, which are called `ids` and become batches by `collate`.
-        """
-        self.config, self.run, self.setting = config, run, setting
-        self.model = model.to(run.device).eval()
-        self.tokenizer, self.dataset, self.ids, self.collate = tokenizer, dataset, list(ids), collate
-        self.precision = Precision(run.device, config.amp)
-        self.packed = config.variant == "paper"
+    def __init__(self, opened: Opened, samples: Samples):
+        self.config, self.model, self.setting, self.tokenizer, self.run, _ = opened
+        self.dataset, self.ids, self.collate = samples
+        self.precision = Precision(self.run.device, self.config.amp)
+        self.packed = self.config.variant == "paper"
 
-    @classmethod
-    def over(cls, *args: Any) -> "View":
-        """Of a model that is open, over any samples: what `View` itself is made of."""
-        view = cls.__new__(cls)
-        View.__init__(view, *args)
-        return view
+    @staticmethod
+    def test_samples(config: Config, tokenizer: Tokenizer) -> Samples:
+        raise NotImplementedError
 
     def compute(self, batch: dict) -> object:
         """The forward pass over a batch that is on the device."""

@@ -4,35 +4,24 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from clip.tokenizer import load_clip_tokenizer
-from config import CaptionConfig, ClipRetrievalConfig, Config, NlvrConfig, RetrievalConfig, VqaConfig
+from config import CaptionConfig, Config, NlvrConfig, RetrievalConfig, VqaConfig
 from data.captions import CaptionImages, CaptionTexts, FirstPairs, PairCollate, read_captioned
 from data.nlvr import NlvrCollate
 from data.nlvr import build_datasets as judged_statements
-from data.text import Tokenizer, dec_token_id, enc_token_id, load_tokenizer
+from data.text import Tokenizer, dec_token_id
 from data.vqa import QuestionCollate
 from data.vqa import build_datasets as answered_questions
-from engine.saved import saved_setting
+from engine.saved import Opened, restore, saved_setting
 from engine.writing import Answerer, Captioner
-from madtp.pruning import PruneSetting
 from models.blip_nlvr import NlvrOutput
 from models.blip_vqa import Question
-from models.build import caption_from_config, clip_from_config, nlvr_from_config, retrieval_from_config, vqa_from_config
-from models.pretrained import (
-    StateDict,
-    load_caption_weights,
-    load_nlvr_weights,
-    load_retrieval_weights,
-    load_vqa_weights,
-    read_checkpoint,
-)
-from models.pretrained_clip import load_clip_weights
+from models.pretrained import read_checkpoint
 from models.tower import Encoded, TowerRecord
-from tools.view import View
+from tools.view import Samples, View
 from transform.images import eval_transform
-from utils import Run, UserError, init_run
+from utils import UserError
 
 
 class NlvrView(View):
@@ -42,15 +31,11 @@ class NlvrView(View):
     image_key = "images"
     timed = "the whole forward pass"
 
-    def __init__(self, config: NlvrConfig, run: Run, setting: PruneSetting, weights: StateDict, source: str):
-        """weights: of the model, read from the file `source`."""
-        tokenizer = load_tokenizer(config.tokenizer)
+    @staticmethod
+    def test_samples(config: NlvrConfig, tokenizer: Tokenizer) -> Samples:
         dataset = judged_statements(config)["test"]
-        ids = [entry["id"] for entry in dataset.entries]
         collate = NlvrCollate(tokenizer, config.bert_sizes.max_position_embeddings)
-        model = nlvr_from_config(config, len(tokenizer))
-        load_nlvr_weights(model, weights, source)
-        super().__init__(config, run, setting, model, tokenizer, dataset, ids, collate)
+        return Samples(dataset, [entry["id"] for entry in dataset.entries], collate)
 
     def compute(self, batch: dict) -> NlvrOutput:
         return self.model(*self.inputs(batch), self.setting, packed=self.packed)
@@ -72,22 +57,15 @@ class NlvrView(View):
 class PairView(View):
     """A picture and the first of its captions. A sample's id is its picture's path."""
 
-    def __init__(
-        self,
-        config: RetrievalConfig | CaptionConfig,
-        run: Run,
-        setting: PruneSetting,
-        model: nn.Module,
-        tokenizer: Tokenizer,
-        prompt: str = "",
-        first_token_id: int | None = None,
-    ):
+    @staticmethod
+    def test_samples(
+        config: RetrievalConfig | CaptionConfig, tokenizer: Tokenizer, prompt: str = "", first_token_id: int | None = None
+    ) -> Samples:
         """`prompt` and `first_token_id` as of data.captions.build_loaders."""
         entries = read_captioned(config.annotation_file(config.test_file))
         images = CaptionImages(entries, config.image_root, eval_transform(config.image_size, config.text_only))
         pairs = FirstPairs(images, CaptionTexts(entries), prompt)
-        collate = PairCollate(tokenizer, config.max_text_tokens, first_token_id)
-        super().__init__(config, run, setting, model, tokenizer, pairs, images.names, collate)
+        return Samples(pairs, images.names, PairCollate(tokenizer, config.max_text_tokens, first_token_id))
 
     def names(self, batch: dict) -> list[str]:
         return [self.ids[number] for number in batch["image_ids"].tolist()]
@@ -115,13 +93,6 @@ class TowersView(PairView):
 class RetrievalView(TowersView):
     timed = f"{TowersView.timed}, without the matching"
 
-    def __init__(self, config: RetrievalConfig, run: Run, setting: PruneSetting, weights: StateDict, source: str):
-        """weights: of the model, read from the file `source`."""
-        tokenizer = load_tokenizer(config.tokenizer)
-        model = retrieval_from_config(config, len(tokenizer), enc_token_id(tokenizer))
-        load_retrieval_weights(model, weights, source)
-        super().__init__(config, run, setting, model, tokenizer)
-
     def headings(self, batch: dict, output: tuple[Encoded, Encoded]) -> list[str]:
         _, *text = self.inputs(batch)
         logits, _ = self.model.match(*text, (output[0].tokens, output[0].layout), self.setting)
@@ -130,13 +101,6 @@ class RetrievalView(TowersView):
 
 
 class ClipView(TowersView):
-    def __init__(self, config: ClipRetrievalConfig, run: Run, setting: PruneSetting, weights: StateDict, source: str):
-        """weights: of the model, read from the file `source`."""
-        tokenizer = load_clip_tokenizer(config.tokenizer)
-        model = clip_from_config(config, len(tokenizer))
-        load_clip_weights(model, weights, source)
-        super().__init__(config, run, setting, model, tokenizer)
-
     def words(self, ids: list[int]) -> list[str]:
         """The class token is the end-of-text token: it comes first in memory, and the others follow in their order."""
         return self.tokenizer.convert_ids_to_tokens(ids)[:-1]
@@ -147,13 +111,13 @@ class CaptionView(PairView):
 
     timed = "captions written, of the config's way to write them"
 
-    def __init__(self, config: CaptionConfig, run: Run, setting: PruneSetting, weights: StateDict, source: str):
-        """weights: of the model, read from the file `source`."""
-        tokenizer = load_tokenizer(config.tokenizer)
-        self.write = Captioner(config, tokenizer)
-        model = caption_from_config(config, len(tokenizer), self.write.prompt, tokenizer.sep_token_id, tokenizer.pad_token_id)
-        load_caption_weights(model, weights, source)
-        super().__init__(config, run, setting, model, tokenizer, config.prompt, dec_token_id(tokenizer))
+    def __init__(self, opened: Opened, samples: Samples):
+        super().__init__(opened, samples)
+        self.write = Captioner(self.config, self.tokenizer)
+
+    @staticmethod
+    def test_samples(config: CaptionConfig, tokenizer: Tokenizer) -> Samples:
+        return PairView.test_samples(config, tokenizer, config.prompt, dec_token_id(tokenizer))
 
     def compute(self, batch: dict) -> tuple[list[str], TowerRecord, Tensor]:
         return self.write(self.model, batch["image"], self.setting)
@@ -162,8 +126,12 @@ class CaptionView(PairView):
         return {"image": output[1]}
 
     def said(self, batch: dict, output: tuple[list[str], TowerRecord, Tensor]) -> list[list[tuple[str, str]]]:
+        """The truth is the first caption, where there is one."""
+        written = [[("written", text)] for text in output[0]]
+        if "input_ids" not in batch:
+            return written
         truths = self.tokenizer.batch_decode(batch["input_ids"][:, len(self.write.prompt) :], skip_special_tokens=True)
-        return [[("written", text), ("truth", truth)] for text, truth in zip(output[0], truths, strict=True)]
+        return [[*said, ("truth", truth)] for said, truth in zip(written, truths, strict=True)]
 
     def gflops(self, batch: dict, output: tuple[list[str], TowerRecord, Tensor]) -> Tensor:
         return output[2]
@@ -176,15 +144,14 @@ class VqaView(View):
     text_keys = ("question_ids", "question_mask")
     timed = "questions answered, their pictures read anew for each"
 
-    def __init__(self, config: VqaConfig, run: Run, setting: PruneSetting, weights: StateDict, source: str):
-        """weights: of the model, read from the file `source`."""
-        tokenizer = load_tokenizer(config.tokenizer)
-        self.answer = Answerer(config, tokenizer, run.device)
-        model = vqa_from_config(config, len(tokenizer), dec_token_id(tokenizer), tokenizer.sep_token_id, tokenizer.pad_token_id)
-        load_vqa_weights(model, weights, source)
+    def __init__(self, opened: Opened, samples: Samples):
+        super().__init__(opened, samples)
+        self.answer = Answerer(self.config, self.tokenizer, self.run.device)
+
+    @staticmethod
+    def test_samples(config: VqaConfig, tokenizer: Tokenizer) -> Samples:
         dataset = answered_questions(config)["test"]
-        ids = [str(entry["question_id"]) for entry in dataset.entries]
-        super().__init__(config, run, setting, model, tokenizer, dataset, ids, QuestionCollate(tokenizer))
+        return Samples(dataset, [str(entry["question_id"]) for entry in dataset.entries], QuestionCollate(tokenizer))
 
     def compute(self, batch: dict) -> tuple[list[str], Question, Tensor]:
         return self.answer(self.model, batch, self.setting)
@@ -217,16 +184,15 @@ def open_view(config: Config, checkpoint: Path | str, device: str | None = None,
     """The view of a model at the temperature that its checkpoint was saved with, or at `temperature`.
 
     Raises:
-        UserError: when the model prunes and there is no temperature, or when its task has no view.
+        UserError: when the model prunes and there is no temperature.
     """
-    if config.task not in VIEWS:
-        raise UserError(f"runs of task {config.task!r} cannot be shown yet; those of {', '.join(VIEWS)} can")
-    run = init_run(device, config.seed)
     saved = read_checkpoint(checkpoint)
     setting = saved_setting(config, saved if temperature is None else {**saved, "temperature": temperature})
     if setting is None:
         raise UserError(f"{checkpoint}: holds no temperature; give one with --temperature, or a run's checkpoint")
-    return VIEWS[config.task](config, run, setting, saved["model"], str(checkpoint))
+    opened, _ = restore(config, saved, str(checkpoint), setting, device)
+    kind = VIEWS[config.task]
+    return kind(opened, kind.test_samples(config, opened.tokenizer))
 
 
 def spread(ids: Sequence[str], number: int) -> list[str]:

@@ -8,7 +8,7 @@ from transformers import BlipConfig, BlipForQuestionAnswering
 from engine.flop_table import fvcore_gflops
 from madtp.pruning import OFF, PruneSetting, PruningRule, TokenPruner
 from models.bert import BertSize, CrossAttention, TextEncoder
-from models.blip_vqa import BlipVqa
+from models.blip_vqa import BlipVqa, Question
 from models.vit import VisionTransformer
 from tests.models.test_blip_caption import NAMES, SMALL
 from tests.tiny import with_lively_weights
@@ -109,6 +109,12 @@ def test_dense_equals_transformers(size):
     assert written.tolist() == by_transformers.tolist()
 
 
+def ranked(model: BlipVqa, question: Question, ids: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Four candidates of each question, the likeliest first, and the GFLOPs of ranking them."""
+    best, _ = model.rank(question, ids, mask, number=4)
+    return best, model.ranking_gflops(question.valid.sum(dim=1), mask.sum(dim=1)[best])
+
+
 @pytest.mark.parametrize("setting", [OFF, PruneSetting(0.0)])
 @torch.no_grad()
 def test_a_question_is_answered_alone_as_among_longer_ones(setting):
@@ -118,7 +124,7 @@ def test_a_question_is_answered_alone_as_among_longer_ones(setting):
     counts = torch.tensor([1, 2, 1])
     together = model(*inputs, answered, answer_mask, counts, setting, packed=True)
     choices = answers([3, 4, 3, 5, 3, 4], seed=5)
-    best, costs = model.rank(together.question, *choices, number=4)
+    best, costs = ranked(model, together.question, *choices)
     written, _ = model.generate(together.question)
     first = 0
     for i, length in enumerate([9, 4, 6]):
@@ -127,8 +133,8 @@ def test_a_question_is_answered_alone_as_among_longer_ones(setting):
         images, ids, mask = (part[i : i + 1] for part in inputs)
         alone = model(images, ids[:, :length], mask[:, :length], answered[own], answer_mask[own], counts[i : i + 1], setting)
         torch.testing.assert_close(alone.answer_losses, together.answer_losses[own], atol=1e-4, rtol=1e-5)
-        chosen, cost = model.rank(alone.question, *choices, number=4)
-        assert int(chosen) == int(best[i]) and float(cost) == float(costs[i])
+        chosen, cost = ranked(model, alone.question, *choices)
+        assert chosen.tolist() == best[i : i + 1].tolist() and float(cost) == float(costs[i])
         by_itself = model.generate(alone.question)[0][0].tolist()
         assert written[i].tolist()[: len(by_itself)] == by_itself
 
@@ -138,7 +144,7 @@ def test_ranking_equals_a_plain_loop_over_the_likeliest_by_first_token():
     model = model_of(SMALL)
     question = model.read(*questions(SMALL, [6, 8]))
     ids, mask = answers([3, 4, 3, 5, 3, 4, 3, 3], seed=3)
-    best, _ = model.rank(question, ids, mask, number=5)
+    best, losses = model.rank(question, ids, mask, number=5)
     for i in range(2):
         tokens, valid = question.tokens[i : i + 1], question.valid[i : i + 1].long()
 
@@ -153,7 +159,8 @@ def test_ranking_equals_a_plain_loop_over_the_likeliest_by_first_token():
         for row in likeliest:
             scores, text = log_likelihood(row)
             whole[row] = sum(float(scores[place, text[place + 1]]) for place in range(len(text) - 1))
-        assert int(best[i]) == max(whole, key=whole.get)
+        assert best[i].tolist() == sorted(whole, key=lambda row: -whole[row])
+        assert (-losses[i]).tolist() == pytest.approx(sorted(whole.values(), reverse=True), abs=1e-4)
 
 
 @torch.no_grad()
