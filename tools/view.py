@@ -49,7 +49,7 @@ class Samples(NamedTuple):
 
 
 class View:
-    """What the tasks share. A task's class says what its model is, what a forward pass is and how to head a sample.
+    """What the tasks share. A task's class says what its test samples and a forward pass are and how to head a sample.
 
     labels: of a sample's pictures, in their order
     image_key: where a batch has its pictures, (B, 3, H, W) or (B, P, 3, H, W)
