@@ -97,7 +97,7 @@ def test_an_interrupted_study_leaves_what_it_knows(study, tmp_path: Path) -> Non
         if "p0.75_42" not in command:
             return 0
         for _ in range(100):  # until the program has written what ended before
-            if written.is_file() and "| 3 |" in written.read_text():
+            if written.is_file() and "| p = 0.5 |" in written.read_text():
                 break
             time.sleep(0.1)
         os.kill(os.getpid(), signal.SIGINT)
