@@ -1,5 +1,6 @@
 """The entry script from the command line to its files, on a tiny Shapes world: alone, twice, interrupted, in two processes."""
 
+import gc
 import json
 import os
 import pickle
@@ -99,6 +100,25 @@ def test_the_metrics_are_those_of_the_predictions(trained, world, split, file):
     assert result["metrics"][split]["acc"] == pytest.approx(100 * correct / EVAL_SIZE)
     assert result["gflops"][split] == pytest.approx(sum(row["gflops"] for row in rows) / EVAL_SIZE)
     assert len({row["tokens_kept"] for row in rows}) > 3  # each sample its own
+
+
+def test_evaluating_holds_one_batch_at_a_time_however_long_the_split(trained, world, tmp_path, monkeypatch):
+    """Bytes of all tensors that are alive when a batch is asked for."""
+    import compress_nlvr_dtp
+
+    alive = []
+
+    def watched(loader, *rest):
+        for batch in loader:
+            gc.collect()
+            tensors = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in gc.get_objects() if torch.is_tensor(t)}
+            alive.append(sum(tensors.values()))
+            yield batch
+
+    monkeypatch.setattr(compress_nlvr_dtp, "progress", watched)
+    run_here(flags(world, tmp_path, "--evaluate", "--pretrained", str(trained / "checkpoint_best.pth"), batch_size_test=3))
+    split = alive[: len(alive) // 2]  # of two splits; its last batch is smaller
+    assert len(split) > 8 and max(split[2:-1]) - min(split[2:-1]) < 0.01 * max(split)
 
 
 def test_the_same_seed_gives_the_same_run(trained, world, tmp_path):
