@@ -17,7 +17,7 @@ SHARED = {
     "num_workers": 0, "amp": "false", "max_epoch": 2, "ramp_epochs": 1, "epoch_steps": 1, "vit.depth": 2, "vit.embed_dim": 32,
     "bert.hidden_size": 32, "bert.num_hidden_layers": 2, "bert.intermediate_size": 64,
 }  # fmt: skip
-P = 0.075
+P = 0.15
 SUBMISSION = {"caption": "caption_result.json", "vqa": "vqa_result.json"}
 TASKS = pytest.mark.parametrize("task", SUBMISSION)
 
