@@ -91,7 +91,7 @@ def test_a_file_that_names_no_task_needs_one(world: Path, monkeypatch) -> None:
 
 def test_a_task_without_a_view_is_named(world: Path, monkeypatch) -> None:
     monkeypatch.delitem(VIEWS, "nlvr")
-    with pytest.raises(UserError, match="runs of task 'nlvr' cannot be shown yet; those of retrieval, retrieval_clip, caption, vqa can"):
+    with pytest.raises(UserError, match="task 'nlvr' cannot be shown yet; those of retrieval, retrieval_clip, caption, vqa can"):
         visualised(monkeypatch, arguments(world))
 
 
