@@ -40,7 +40,7 @@ from utils import UserError, run_main  # noqa: E402
 OUTPUT, SHAPES = Path("output/demo"), Path("datasets/shapes")
 SEED = 7  # of the data; another than pretraining's: its pictures have not been seen
 
-DEMO_EPOCHS = 4  # fewer than the config's: they have to fit the demo's minutes
+DEMO_EPOCHS = 3  # fewer than the config's: they have to fit the demo's minutes
 SHORT = ["--epoch", str(DEMO_EPOCHS), "--set", "ramp_epochs=1"]
 
 # What is measured for the report.
