@@ -165,9 +165,10 @@ def meet(
         UserError: naming the range of p, when the target is out of reach.
     """
     config = experiment.config
-    whole = experiment.measure(OFF)
-    if config.uncompressed or (experiment.sparse and whole <= target):
-        return OFF, whole
+    if config.uncompressed or experiment.sparse:
+        whole = experiment.measure(OFF)
+        if config.uncompressed or whole <= target:
+            return OFF, whole
     try:
         found = calibrate(
             experiment.measure,
@@ -181,7 +182,9 @@ def meet(
         if ramping:
             logger.info("%.4f GFLOPs wanted, %.4f is the nearest on the way", target, error.nearest.gflops)
             return error.nearest.setting, error.nearest.gflops
-        low, high = (max(0.0, 1 - gflops / whole) for gflops in (error.high, error.low))
+        with experiment.sparse.counted(()) if experiment.sparse else nullcontext():
+            dense = experiment.measure(OFF)  # p is of the uncompressed model, its weights dense too
+        low, high = (max(0.0, 1 - gflops / dense) for gflops in (error.high, error.low))
         raise UserError(
             f"p = {config.p:g} is out of reach: with these weights and settings pruning removes {low:.3f} to {high:.3f} of the"
             f" GFLOPs ({target:.4f} wanted, {error.low:.4f} to {error.high:.4f} possible); choose p in that range"

@@ -126,6 +126,13 @@ def test_what_weights_alone_cannot_reach_is_refused(world, dense, tmp_path, caps
     assert "the weights alone remove" in runs.refusal(capsys, lambda: run_here(arguments))
 
 
+def test_a_p_out_of_reach_names_the_range_beside_the_uncompressed_model(flags, tmp_path, capsys):
+    """Weights alone remove 0.28, so pruning tokens beside them starts above that."""
+    said = runs.refusal(capsys, lambda: run_here(flags(tmp_path, "--p", "0.97", ramp_epochs=1)))
+    low, high = (float(part) for part in said.split("pruning removes ")[1].split(" of the")[0].split(" to "))
+    assert 0.28 < low < high < 0.97
+
+
 def test_distilling_from_nothing_is_refused(world, tmp_path, capsys):
     said = runs.refusal(capsys, lambda: run_here(dense_flags(world, tmp_path, distill="true")))
     assert "set the key 'teacher' or 'pretrained'" in said
