@@ -14,11 +14,20 @@ from madtp.alignment import similarity_loss
 from madtp.flops import GIGA
 from madtp.pruning import OFF, Layout, PruneSetting
 from models.bert import BertSize, TextEncoder
-from models.decoder import IGNORED, decoder_flops, generation_flops, key_flops, text_decoder, written_lengths
+from models.decoder import (
+    IGNORED,
+    decoder_flops,
+    generation_flops,
+    key_flops,
+    log_likelihoods,
+    text_decoder,
+    written_lengths,
+)
 from models.tower import AlignedModel, TowerRecord, dense_record, padded
 from models.vit import VisionTransformer
 
 QUESTIONS, QUESTION_TOKENS, ANSWERS, ANSWER_TOKENS = 32, 14, 47, 5  # with which the paper counts 186.12 GFLOPs
+TOKENS_AT_A_TIME = 4096  # of candidates: each has a logit for every word
 
 
 @dataclass
@@ -140,8 +149,8 @@ class BlipVqa(AlignedModel):
         return next_token_losses(logits, targets, self.text_decoder.label_smoothing), logits
 
     def _decode(self, question: Question, answer_ids: Tensor, answer_mask: Tensor, counts: Tensor | None = None):
-        """The decoder's output; `counts` (B,) answers to each question, or (1,), all to the first; None: equally many. Those to a
-        single one and equally many share each question's keys and values."""
+        """The decoder's output; `counts` (B,) answers to each question, or (1,), all to the first, which then share its keys and
+        values; None: one each."""
         which = slice(None) if counts is None else slice(0, 1)
         if counts is not None and len(counts) > 1:
             which = torch.arange(len(counts), device=counts.device).repeat_interleave(counts, output_size=len(answer_ids))
@@ -159,24 +168,22 @@ class BlipVqa(AlignedModel):
         whole. answer_ids, answer_mask (W, M), [DEC] first, [SEP] last -> (B, n) numbers of candidates, the likeliest first, and
         (B, n) the negative logarithms of their likelihoods.
         """
-        questions, number = len(question.tokens), min(number, len(answer_ids))
-        start = torch.full((questions, 1), self.start, device=answer_ids.device)
+        start = answer_ids[:1, :1].expand(len(question.tokens), 1)
         first = self._decode(question, start, torch.ones_like(start)).logits[:, 0].float().softmax(dim=-1)
-        likely = first[:, answer_ids[:, 1]].topk(number, dim=1).indices  # (B, number)
-        chosen_ids, chosen_mask = answer_ids[likely.flatten()], answer_mask[likely.flatten()]
-        longest = int(chosen_mask.sum(dim=1).max())
-        chosen_ids, chosen_mask = chosen_ids[:, :longest], chosen_mask[:, :longest]
-        logits = self._decode(question, chosen_ids, chosen_mask).logits
-        losses = next_token_losses(logits, chosen_ids.masked_fill(chosen_mask == 0, IGNORED)[:, 1:])
-        losses, order = losses.unflatten(0, (questions, number)).sort(dim=1, stable=True)
+        # Stable, unlike `topk`: many candidates have their first token in common.
+        likely = first[:, answer_ids[:, 1]].argsort(dim=1, descending=True, stable=True)[:, :number]
+        lengths = answer_mask.sum(dim=1)
+        nodes = 1 + (lengths[likely] - 2).sum(dim=1).max()
+        at_a_time = max(1, TOKENS_AT_A_TIME // int(nodes))
+        parts = zip(likely.split(at_a_time), question.tokens.split(at_a_time), question.valid.split(at_a_time), strict=True)
+        losses = torch.cat([-log_likelihoods(self.text_decoder, answer_ids[part], lengths[part], *read) for part, *read in parts])
+        losses, order = losses.sort(dim=1, stable=True)
         return likely.gather(1, order), losses
 
     def ranking_gflops(self, source: Tensor, tokens: Tensor) -> Tensor:
         """GFLOPs of `rank` for questions of `source` (B,) tokens with n likely candidates of `tokens` (B, n). (B,) float64"""
-        scored = decoder_flops(self.text_decoder, tokens.flatten(), source.repeat_interleave(tokens.shape[1]))
         first = decoder_flops(self.text_decoder, torch.ones_like(source), source)
-        shared = (tokens.shape[1] - 1) * self._question_key_flops(source)
-        return (first + scored.unflatten(0, tokens.shape).sum(dim=1) - shared).double() / GIGA
+        return (first + decoder_flops(self.text_decoder, 1 + (tokens - 2).sum(dim=1), source)).double() / GIGA
 
     @torch.no_grad()
     def generate(self, question: Question, num_beams: int = 3, max_length: int = 10) -> tuple[Tensor, Tensor]:

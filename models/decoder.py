@@ -5,6 +5,8 @@ Shapes: S texts, L text tokens, M tokens of what a text is about (an image's, or
 
 from collections.abc import Iterable
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.nn import Linear, Module, Parameter
 from transformers import BlipTextConfig
@@ -54,6 +56,45 @@ def text_decoder(
         layer.crossattention.self = MaskedCrossAttention(config, True, layer_idx=index)
     decoder.post_init()
     return decoder
+
+
+def log_likelihoods(decoder: BlipTextLMHeadModel, ids: Tensor, lengths: Tensor, source: Tensor, valid: Tensor) -> Tensor:
+    """Of the K texts about each of B sources, all at a time. (B, K) float32
+
+    The texts of a source are one sequence: what they begin with stands there once and is seen by all, a text's other tokens see
+    only what stands before them in that text, and a last token, after which nothing is to be said, is left out.
+
+    Args:
+        ids: (B, K, L), the first token of all the same; what is beyond a text's end has no meaning.
+        lengths: (B, K) tokens of a text, at least 2.
+        source, valid: (B, M, C) and (B, M), False for padding.
+    """
+    places = torch.arange(ids.shape[2], device=ids.device).expand_as(ids)
+    inner = ((places > 0) & (places < lengths.unsqueeze(2) - 1)).flatten(1)
+    # Inner tokens to the front, in their order; as many as the source with the most has.
+    chosen = inner.byte().sort(dim=1, descending=True, stable=True).indices[:, : int(inner.sum(dim=1).max())]
+    text, place, used = chosen // ids.shape[2], chosen % ids.shape[2], inner.gather(1, chosen)
+    owner, position = F.pad(text, (1, 0), value=-1), F.pad(place, (1, 0))
+    same_text = (owner.unsqueeze(2) == owner.unsqueeze(1)) & (position.unsqueeze(2) >= position.unsqueeze(1))
+    visible = same_text & F.pad(used, (1, 0), value=True).unsqueeze(1)
+    visible[:, :, 0] = True
+    embedded = decoder.bert.embeddings(torch.cat([ids[:, 0, :1], ids.flatten(1).gather(1, chosen)], dim=1), position)
+    hidden = decoder.bert.encoder(
+        embedded,
+        attention_mask=_additive(visible.unsqueeze(1), embedded),
+        encoder_hidden_states=source,
+        encoder_attention_mask=_additive(valid[:, None, None], embedded),
+        use_cache=False,
+    ).last_hidden_state
+    logarithms = decoder.cls(hidden).float().log_softmax(dim=-1)
+    following = ids.roll(-1, dims=2).flatten(1).gather(1, chosen).unsqueeze(2)
+    inside = logarithms[:, 1:].gather(2, following).squeeze(2) * used
+    return logarithms[:, 0].gather(1, ids[:, :, 1]).scatter_add(1, text, inside)
+
+
+def _additive(visible: Tensor, like: Tensor) -> Tensor:
+    """0 where True, the least number where False."""
+    return torch.zeros_like(visible, dtype=like.dtype).masked_fill_(~visible, torch.finfo(like.dtype).min)
 
 
 def decoder_flops(decoder: BlipTextLMHeadModel, tokens: Tensor, source: Tensor) -> Tensor:

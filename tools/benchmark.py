@@ -29,7 +29,8 @@ that of the first method, dense, round by round.
 rerank and rank_answers score candidates with an uncompressed model; images and questions are encoded beforehand.
 rerank is BLIP's matching of images with --candidates texts each (pairs of an image and a text): separate repeats the image for each
 of its texts, which so have keys and values of their own; padded and shared compute them once an image, shared with packed texts, as
-evaluation does. rank_answers is VQA's choice among listed answers (questions): one by one, and batched, as evaluation does.
+evaluation does. rank_answers is VQA's choice among listed answers (questions): one by one, each question's candidates padded and
+with copies of the question; and batched, what candidates have in common computed once, as evaluation does.
 """
 
 import argparse

@@ -4,7 +4,7 @@ Images and questions are encoded beforehand. Weights and texts are random; the l
 A ranking's `methods` take inputs with one image or question, whose GFLOPs they give.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +17,8 @@ from engine.ranking import Ranking, rerank
 from madtp.flops import GIGA
 from madtp.pruning import OFF, Layout, PruneSetting
 from models.blip_retrieval import BlipRetrieval
-from models.blip_vqa import BlipVqa, Question
+from models.blip_vqa import BlipVqa, Question, next_token_losses
+from models.decoder import IGNORED, decoder_flops
 from models.tower import Encoded, TowerRecord, count_tokens, select
 from tools.flops import bert_vocabulary
 from tools.workloads import Forward, Inputs, Method
@@ -127,7 +128,9 @@ class RankAnswers:
         images = torch.randn(batch_size, 3, config.image_size, config.image_size)
         longest, words = config.bert_sizes.max_position_embeddings, bert_vocabulary(config)
         questions = QUESTION.draw(batch_size, min(LONGEST_QUESTION, longest), words)
-        return images, *questions, *ANSWER.draw(LISTED, min(LONGEST_ANSWER, longest), words)
+        answer_ids, answer_mask = ANSWER.draw(LISTED, min(LONGEST_ANSWER, longest), words)
+        answer_ids[:, 0] = answer_ids[0, 0]  # as [DEC], with which all begin
+        return images, *questions, answer_ids, answer_mask
 
     @staticmethod
     def note(inputs: Inputs) -> str:
@@ -135,26 +138,47 @@ class RankAnswers:
 
     @staticmethod
     def methods(config: VqaConfig, model: BlipVqa, one: Inputs) -> list[Method]:
-        """Each question by itself; all at a time, as evaluation runs."""
+        """Each question by itself, its candidates padded and each with a copy of it; all at a time, as evaluation runs."""
+        source, lengths = one[2].sum(dim=1), one[4].sum(dim=1)
 
-        def ranking(split: Callable[[Question], Iterator[Question]]) -> Callable[[Inputs], Forward]:
+        def ranking(rank: Callable[..., list]) -> Callable[[Inputs], Forward]:
             def prepare(inputs: Inputs) -> Forward:
                 *read, answer_ids, answer_mask = inputs
-                questions = list(split(model.read(*read, packed=True)))
-                return lambda: [model.rank(question, answer_ids, answer_mask, config.k_test) for question in questions]
+                question = model.read(*read, packed=True)
+                return lambda: rank(model, question, answer_ids, answer_mask, config.k_test)
 
             return prepare
 
-        together = ranking(lambda question: iter([question]))
-        ((likely, _),) = together(one)()
-        cost = float(model.ranking_gflops(one[2].sum(dim=1), one[4].sum(dim=1)[likely]))
-        return [Method("one by one", 0.0, ranking(one_by_one), cost), Method("batched", 0.0, together, cost)]
+        def together(model: BlipVqa, *inputs) -> list[tuple[Tensor, Tensor]]:
+            return [model.rank(*inputs)]
+
+        ((likely, _),) = ranking(together)(one)()
+        shared = float(model.ranking_gflops(source, lengths[likely]))
+        first, *whole = decoder_flops(model.text_decoder, torch.cat([source.new_ones(1), lengths[likely[0]]]), source)
+        plain = float(first + sum(whole)) / GIGA
+        return [Method("one by one", 0.0, ranking(one_by_one), plain), Method("batched", 0.0, ranking(together), shared)]
 
 
-def one_by_one(question: Question) -> Iterator[Question]:
-    for tokens, valid in zip(question.tokens.split(1), question.valid.split(1), strict=True):
-        length = int(valid.sum())
-        yield Question(tokens[:, :length], valid[:, :length], question.vision, question.language)
+def one_by_one(
+    model: BlipVqa, question: Question, answer_ids: Tensor, answer_mask: Tensor, number: int
+) -> list[tuple[Tensor, Tensor]]:
+    """`model.rank` of each question, in the plain way."""
+    found = []
+    for tokens, valid in zip(question.tokens, question.valid, strict=True):
+
+        def decode(ids: Tensor, mask: Tensor, source: Tensor = tokens[valid]) -> Tensor:
+            copies = source.expand(len(ids), -1, -1)
+            return model.text_decoder(ids, attention_mask=mask, encoder_hidden_states=copies, use_cache=False).logits
+
+        start = answer_ids[:1, :1]
+        first = decode(start, torch.ones_like(start))[0, 0].float().softmax(dim=0)
+        likely = first[answer_ids[:, 1]].argsort(descending=True, stable=True)[:number]
+        mask = answer_mask[likely]
+        longest = int(mask.sum(dim=1).max())
+        ids, mask = answer_ids[likely, :longest], mask[:, :longest]
+        losses, order = next_token_losses(decode(ids, mask), ids.masked_fill(mask == 0, IGNORED)[:, 1:]).sort(stable=True)
+        found.append((likely[order].unsqueeze(0), losses.unsqueeze(0)))
+    return found
 
 
 RANKINGS = {"rerank": Rerank, "rank_answers": RankAnswers}

@@ -139,11 +139,13 @@ def test_a_question_is_answered_alone_as_among_longer_ones(setting):
         assert written[i].tolist()[: len(by_itself)] == by_itself
 
 
+@pytest.mark.parametrize("at_a_time", [1, 4096])
 @torch.no_grad()
-def test_ranking_equals_a_plain_loop_over_the_likeliest_by_first_token():
+def test_ranking_equals_a_plain_loop_over_the_likeliest_by_first_token(at_a_time, monkeypatch):
+    monkeypatch.setattr("models.blip_vqa.TOKENS_AT_A_TIME", at_a_time)
     model = model_of(SMALL)
     question = model.read(*questions(SMALL, [6, 8]))
-    ids, mask = answers([3, 4, 3, 5, 3, 4, 3, 3], seed=3)
+    ids, mask = answers([3, 4, 2, 5, 3, 4, 3, 3], seed=3)
     best, losses = model.rank(question, ids, mask, number=5)
     for i in range(2):
         tokens, valid = question.tokens[i : i + 1], question.valid[i : i + 1].long()
@@ -171,6 +173,26 @@ def test_candidates_share_the_keys_of_their_question():
     key.register_forward_hook(lambda module, inputs, output: mapped.append(len(inputs[0])))
     model.rank(question, *answers([3, 4, 3, 5], seed=3), number=3)
     assert mapped == [2, 2]  # for the first token, and for whole answers
+
+
+class Ranker(torch.nn.Module):
+    """A model that ranks one set of candidates, as fvcore can trace it."""
+
+    def __init__(self, model: BlipVqa, question: Question, number: int):
+        super().__init__()
+        self.model, self.question, self.number = model, question, number
+
+    def traced(self, ids: torch.Tensor, mask: torch.Tensor, setting: PruneSetting) -> torch.Tensor:
+        return self.model.rank(self.question, ids, mask, self.number)[0]
+
+
+@torch.no_grad()
+def test_the_cost_of_ranking_equals_fvcore():
+    model = model_of(SMALL)
+    question = model.read(*questions(SMALL, [8]))
+    ids, mask = answers([3, 4, 2, 5, 3, 4], seed=3)
+    closed = float(model.ranking_gflops(question.valid.sum(dim=1), mask.sum(dim=1).unsqueeze(0)))
+    assert sum(fvcore_gflops(Ranker(model, question, len(ids)), (ids, mask)).values()) == pytest.approx(closed, rel=1e-9)
 
 
 @pytest.mark.parametrize("setting", [OFF, PruneSetting(0.0)])
