@@ -23,7 +23,7 @@ def study(tmp_path: Path, monkeypatch):
     monkeypatch.setattr(study_shapes, "RESULTS", tmp_path / "results")
     monkeypatch.setattr(study_shapes, "make_data", lambda *arguments: [])
 
-    def conduct(task: str, outcome=lambda command: 0) -> tuple[list[str], list[str]]:
+    def conduct(task: str, outcome=lambda command: 0, *more: str) -> tuple[list[str], list[str]]:
         commands = []
 
         def run(arguments, **options):
@@ -37,11 +37,11 @@ def study(tmp_path: Path, monkeypatch):
             return done
 
         monkeypatch.setattr(study_shapes.subprocess, "run", run)
-        monkeypatch.setattr("sys.argv", ["tools/study_shapes.py", "--task", task])
+        monkeypatch.setattr("sys.argv", ["tools/study_shapes.py", "--task", task, *more])
         try:
             study_shapes.main()
         finally:
-            text = (tmp_path / "results" / f"shapes_{task}.md").read_text()
+            text = (tmp_path / "results" / f"shapes_{task}{'_arms' if more else ''}.md").read_text()
             rows = [line for line in text.splitlines() if line.startswith("| ")][1:]
         return commands, rows
 
@@ -76,6 +76,19 @@ def test_a_model_trained_without_images_stands_beside_those_that_see(study, task
     assert rows[-1].startswith("| trained without images | 81.25 |")
     assert sum("--epoch 4 --set text_only=true" in command for command in commands) == 1
     assert all(f"{root}={study_shapes.STUDY_SHAPES}/images" in command for command in commands for root in roots)
+
+
+def test_the_arms_of_weights_and_distillation_take_the_runs_that_are_there(study) -> None:
+    study("nlvr")
+    commands, rows = study("nlvr", lambda command: 0, "--arms")
+    assert [row.split(" | ")[0] for row in rows] == [
+        "| uncompressed",
+        "| p = 0.8",
+        "| p = 0.8, distilled",
+        "| p = 0.8, 2:4",
+        "| p = 0.8, 2:4, distilled",
+    ]
+    assert len(commands) == 3 * 3 and sum("sparsity_type=2:4" in each and "distill=true" in each for each in commands) == 3
 
 
 def test_rows_that_have_not_run_are_left_out_and_what_failed_is_run_again(study, tmp_path: Path) -> None:

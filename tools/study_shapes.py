@@ -1,9 +1,10 @@
 """What the Shapes results rest on: several seeds, pruning at random, pruning without fine-tuning, models that see less.
 
     python tools/study_shapes.py --task nlvr --jobs 2
+    python tools/study_shapes.py --task nlvr --jobs 2 --arms      # tokens beside 2:4 weights, distillation, and both
 
 Makes the data, runs the task's script once a row and seed (a run that has ended is not run again), and after each run writes what
-there is to results/shapes_TASK.md and, the results themselves, to results/shapes_TASK.json.
+there is to results/shapes_TASK.md and, the results themselves, to results/shapes_TASK.json; of the arms to shapes_TASK_arms.*.
 """
 
 import argparse
@@ -39,6 +40,12 @@ MORE_ROWS = {  # models that see less learn what there is in half of the epochs
     "caption": {"trained without images": (f"--p 0 --epoch 4 {BLIND}", False)},
     "vqa": {"trained without images": (f"--p 0 --epoch 4 {BLIND}", False)},
 }
+ARMS_P = 0.8
+ARMS = {
+    ", distilled": "--set distill=true",
+    ", 2:4": "--set sparsity_type=2:4",
+    ", 2:4, distilled": "--set sparsity_type=2:4 --set distill=true",
+}
 
 
 @dataclass(frozen=True)
@@ -58,18 +65,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--task", default="nlvr", choices=TASKS)
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, which share the processor's cores")
+    parser.add_argument("--arms", action="store_true", help=f"instead: what weights and distillation add at p = {ARMS_P:g}")
     args = parser.parse_args()
     os.chdir(ROOT)
     task = TASKS[args.task]
     data = SHAPES if task.study_size == task.demo_size else STUDY_SHAPES
     make_data(task, data, task.study_size)
-    jobs = jobs_of(args.task, data)
+    jobs = jobs_of(args.task, data, arms_of() if args.arms else rows_of(args.task))
+    name = f"shapes_{args.task}" + ("_arms" if args.arms else "")
     problems, text = [], ""
     with ThreadPoolExecutor(args.jobs) as pool:
         try:
             for ended in as_completed([pool.submit(run, job, args.jobs) for job in jobs]):
                 problems += [ended.exception()] if ended.exception() else []  # the other runs go on
-                text = write_results(args.task, jobs)
+                text = write_results(args.task, jobs, name)
         finally:
             pool.shutdown(cancel_futures=True)
     print(text)
@@ -77,17 +86,17 @@ def main() -> None:
         raise problems[0]
 
 
-def jobs_of(name: str, data: Path) -> list[Job]:
-    """All runs, a first one of each row before the second of any; `data` is the folder of the data set."""
+def jobs_of(name: str, data: Path, rows: Mapping[str, tuple[str, bool]]) -> list[Job]:
+    """All runs, a first one of each row before the second of any; `data` is the folder of the data set, rows as of `rows_of`."""
     shared = [CONFIGS[name].script, "--config", str(config_of(name))]
     if data != SHAPES:  # where the config looks
         for key in CONFIGS[name].image_keys:
             shared += ["--set", f"{key}={data / 'images'}"]
         shared += ["--set", f"ann_root={data / 'annotations'}"]
     jobs = []
-    for row, (arguments, each) in rows_of(name).items():
+    for row, (arguments, each) in rows.items():
         for seed in SEEDS if each else SEEDS[:1]:
-            folder = OUTPUT / f"{name}_{row.replace(' = ', '').replace(', ', '_').replace(' ', '_')}_{seed}"
+            folder = OUTPUT / f"{name}_{row.replace(' = ', '').replace(', ', '_').replace(' ', '_').replace(':', '-')}_{seed}"
             jobs.append(Job(row, folder, [*shared, "--seed", str(seed), "--output_dir", str(folder), *arguments.split()]))
     return sorted(jobs, key=lambda job: not job.folder.name.endswith(f"_{SEEDS[0]}"))
 
@@ -100,6 +109,13 @@ def rows_of(name: str) -> dict[str, tuple[str, bool]]:
     rows[f"p = {reductions[-1]:g}, at random"] = (f"--p {reductions[-1]:g} --set method=random", True)
     rows |= {f"p = {p:g}, not fine-tuned": (f"--p {p:g} --evaluate", True) for p in reductions}
     return rows | MORE_ROWS.get(name, {})
+
+
+def arms_of() -> dict[str, tuple[str, bool]]:
+    """The same of MADTP++: all arms cost the same, however much of it tokens or weights save."""
+    tokens = f"p = {ARMS_P:g}"
+    arms = {tokens + name: (f"--p {ARMS_P:g} {arguments}".strip(), True) for name, arguments in {"": "", **ARMS}.items()}
+    return {"uncompressed": ("--p 0 --evaluate", False), **arms}
 
 
 def run(job: Job, at_a_time: int) -> None:
@@ -115,16 +131,16 @@ def run(job: Job, at_a_time: int) -> None:
         raise UserError(f"{job.folder.name}: ended with exit code {code}; see {job.folder}.txt")
 
 
-def write_results(name: str, jobs: Sequence[Job]) -> str:
-    """The results of the runs that have ended; returns the table."""
+def write_results(task: str, jobs: Sequence[Job], name: str) -> str:
+    """The results of the runs that have ended, to files of this name; returns the table."""
     results: dict[str, list[dict]] = {}
     for job in jobs:
         if job.result.is_file():
             results.setdefault(job.row, []).append(json.loads(job.result.read_text()))
     RESULTS.mkdir(exist_ok=True)
-    write_json(results, RESULTS / f"shapes_{name}.json")
-    text = f"Made by `python {shlex.join(sys.argv)}`.\n\n{table(name, results)}\n"
-    (RESULTS / f"shapes_{name}.md").write_text(text, encoding="utf-8")
+    write_json(results, RESULTS / f"{name}.json")
+    text = f"Made by `python {shlex.join(sys.argv)}`.\n\n{table(task, results)}\n"
+    (RESULTS / f"{name}.md").write_text(text, encoding="utf-8")
     return text
 
 
