@@ -125,10 +125,26 @@ class VisionTower(nn.Module):
 
     def forward(self, images: Tensor, learnable_tokens: Tensor | None, setting: PruneSetting, align: bool, packed: bool) -> Encoded:
         """images (B, 3, H, W). The feature is the projected class token, not normalised."""
+        x, layout = self.embed(images), None
+        if packed:
+            x, layout = pack(x, layout)
+        return self.read(x, layout, learnable_tokens, setting, align)
+
+    def embed(self, images: Tensor) -> Tensor:
+        """images (B, 3, H, W) -> what the blocks are given, the class token first, (B, N, C)."""
         patches = self.conv1(images).flatten(2).transpose(1, 2)
         x = torch.cat([self.class_embedding.to(patches.dtype).expand(len(images), 1, -1), patches], dim=1)
-        x = self.ln_pre(x + self.positional_embedding.to(x.dtype))
-        x, layout = pack(x, None) if packed else (x, None)
+        return self.ln_pre(x + self.positional_embedding.to(x.dtype))
+
+    def read(
+        self,
+        x: Tensor,
+        layout: Layout,
+        learnable_tokens: Tensor | None = None,
+        setting: PruneSetting = OFF,
+        align: bool = False,
+    ) -> Encoded:
+        """What `embed` gave, or some of it, through the blocks."""
         x, layout, record = run_blocks(
             self.transformer.resblocks, x, layout, learnable_tokens, setting, align, scored_again(x, layout)
         )

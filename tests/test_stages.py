@@ -7,24 +7,31 @@ import pytest
 import torch
 from torch import nn
 
+from config import Config
 from data.shapes.world import random_scene
-from data.text import load_tokenizer
+from data.text import Tokenizer
 from engine.saved import LOAD, build_model
 from models.pretrained import read_checkpoint
 from options import load_any_config
 from tools.pretrain_shapes import PRETRAINED, config_of, publish
 from tools.stages.caption import train_captions
 from tools.stages.common import Plan, draw_shown, encode_shown, patch_attributes, shown_patches, start_from_nlvr
+from tools.stages.retrieval import encode_shown_images, train_pairs
 from tools.stages.vqa import train_answers
 from transform.images import eval_transform
 
-TRAIN = {"caption": train_captions, "vqa": train_answers}
-TASKS = pytest.mark.parametrize("task", TRAIN)
+TRAIN = {"caption": train_captions, "vqa": train_answers, "retrieval": train_pairs, "retrieval_clip": train_pairs}
 
 
-def untrained(task: str) -> tuple[nn.Module, object]:
+def untrained(task: str) -> tuple[nn.Module, Config, Tokenizer]:
     config = load_any_config(config_of(task), {"p": 0.0, "tokenizer": str(PRETRAINED / "vocab.txt")})
-    return build_model(config)[0], config
+    model, tokenizer = build_model(config)
+    return model, config, tokenizer
+
+
+def online(model: nn.Module) -> dict[str, nn.Parameter]:
+    """All but the momentum encoders' weights."""
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
 def test_things_are_always_shown_and_ground_now_and_then() -> None:
@@ -44,10 +51,21 @@ def test_an_encoder_that_is_shown_everything_is_the_encoder_itself() -> None:
     torch.testing.assert_close(layout.pad(tokens), encoder(images)[0], rtol=1e-4, atol=1e-5)
 
 
-@TASKS
-def test_the_encoders_come_from_the_model_for_nlvr2(task: str) -> None:
-    model, _ = untrained(task)
-    text = {"caption": "text_decoder.bert", "vqa": "text_encoder"}[task]
+@pytest.mark.parametrize("task", ["retrieval", "retrieval_clip"])
+def test_pictures_of_which_everything_is_shown_have_their_own_features(task: str) -> None:
+    (model, *_), rng = untrained(task), np.random.default_rng(1)
+    batch = draw_shown(rng, [random_scene(rng) for _ in range(2)], eval_transform(96))
+    batch["shown"] = torch.ones_like(batch["shown"])
+    shown, whole = encode_shown_images(model, batch), model.encode_image(batch["images"])
+    torch.testing.assert_close(shown.feature, whole.feature, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(shown.layout.pad(shown.tokens), whole.tokens, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("task", "text"), [("caption", "text_decoder.bert"), ("vqa", "text_encoder"), ("retrieval", "text_encoder")]
+)
+def test_the_encoders_come_from_the_model_for_nlvr2(task: str, text: str) -> None:
+    model, *_ = untrained(task)
     weights = read_checkpoint(PRETRAINED / "nlvr.safetensors")["model"]
     start_from_nlvr(model, weights, text)
     for mine, encoder in (("visual_encoder", "visual_encoder"), (text, "text_encoder")):
@@ -57,15 +75,15 @@ def test_the_encoders_come_from_the_model_for_nlvr2(task: str) -> None:
             assert torch.equal(parameter, weights[theirs].float())
 
 
-@TASKS
+@pytest.mark.parametrize("task", TRAIN)
 def test_a_stage_trains_every_weight_and_what_is_published_loads(task: str, tmp_path: Path) -> None:
-    (model, config), (other, _) = untrained(task), untrained(task)
-    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
-    TRAIN[task](model, config, load_tokenizer(config.tokenizer), Plan(steps=2, batch=2, rate=1e-3, warmup=1), 0, tmp_path / "log")
-    still = [name for name, parameter in model.named_parameters() if torch.equal(parameter, before[name])]
+    (model, config, tokenizer), (other, *_) = untrained(task), untrained(task)
+    before = {name: parameter.clone() for name, parameter in online(model).items()}
+    TRAIN[task](model, config, tokenizer, Plan(steps=2, batch=2, rate=1e-3, warmup=1), 0, tmp_path / "log")
+    still = [name for name, parameter in online(model).items() if torch.equal(parameter, before[name])]
     assert all(name.endswith("key.bias") for name in still), still  # attention does not depend on it
     publish(model, tmp_path / "model.safetensors")
     assert (tmp_path / "model.safetensors").stat().st_size < 6 * 2**20
     LOAD[task](other, read_checkpoint(tmp_path / "model.safetensors")["model"], "model")
-    for name, parameter in other.named_parameters():
+    for name, parameter in online(other).items():
         torch.testing.assert_close(parameter, model.get_parameter(name), rtol=1e-3, atol=1e-4)

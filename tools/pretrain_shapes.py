@@ -10,7 +10,8 @@ nlvr            vision   the image encoder names what each patch shows and where
                 joint    both encoders together, on what is true alone, as they will be compressed
                 sparse   the same with little ground shown to the image encoder too, while the class token tells after every
                          block what the things are
-retrieval       pairs    from the encoders of the model for NLVR2: pictures and captions find each other among near-alike ones
+retrieval       pairs    from the encoders of the model for NLVR2: pictures and captions find each other among near-alike ones, little
+                         of the ground shown, while the class token tells after every block what the things are
 retrieval_clip  vision   as above
                 pairs    as above
 caption         captions from the encoders of the model for NLVR2, the decoder from that of texts: captions are written, little of
@@ -53,10 +54,10 @@ VISION = Plan(steps=600, batch=32, rate=1e-3, warmup=100)
 READING = Plan(steps=6_000, batch=8, rate=3e-4)
 JOINT = Plan(steps=2_400, batch=8, rate=1.5e-4, warmup=100)
 SPARSE = Plan(steps=2_400, batch=8, rate=2e-4, warmup=100)
-BLIP_PAIRS = Plan(steps=2_500, batch=0, rate=3e-4)
+BLIP_PAIRS = Plan(steps=1_500, batch=0, rate=3e-4)
 CAPTIONS = Plan(steps=1_000, batch=16, rate=5e-4, warmup=100)
 ANSWERS = Plan(steps=500, batch=16, rate=4e-4, warmup=50)
-CLIP_PAIRS = Plan(steps=4_000, batch=0, rate=5e-4)
+CLIP_PAIRS = Plan(steps=3_000, batch=0, rate=5e-4)
 Stage = Callable[[int, Path], None]  # seed, log
 
 

@@ -45,7 +45,7 @@ def train_captions(
 ) -> None:
     """Captions are written, while the class token tells after every block what the things are."""
     model.train()
-    content = ClassContent(model.visual_encoder)
+    content = ClassContent(model.visual_encoder.blocks, model.visual_encoder.embed_dim)
 
     def losses(batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, float]]:
         ids, mask = batch["input_ids"], batch["attention_mask"]

@@ -168,12 +168,11 @@ def encode_shown(encoder: VisionTransformer, images: Tensor, shown: Tensor) -> t
 class ClassContent(nn.Module):
     """Reads from the class token after every block which share of the thing patches has which attribute."""
 
-    def __init__(self, encoder: VisionTransformer):
+    def __init__(self, blocks: nn.ModuleList, width: int):
         super().__init__()
-        width = encoder.embed_dim
-        self.heads = nn.ModuleList(nn.Linear(width, sum(map(len, ATTRIBUTES))) for _ in encoder.blocks)
+        self.heads = nn.ModuleList(nn.Linear(width, sum(map(len, ATTRIBUTES))) for _ in blocks)
         self._told: list[Tensor] = []
-        self._hooks = [block.register_forward_hook(self._listen) for block in encoder.blocks]
+        self._hooks = [block.register_forward_hook(self._listen) for block in blocks]
 
     def _listen(self, block: nn.Module, inputs: tuple, outputs: tuple) -> None:
         self._told.append(class_tokens(outputs[0], outputs[1]))

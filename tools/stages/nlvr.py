@@ -108,7 +108,7 @@ def train_sparse(model: BlipNlvr, config: NlvrConfig, plan: Plan, seed: int, log
     """The same, of the ground a random and often small share shown to the image encoder, and the class token telling after every
     block what the things are: then answers do not hang on how much ground there is, and class attention finds the things."""
     model.train()
-    content = ClassContent(model.visual_encoder)
+    content = ClassContent(model.visual_encoder.blocks, model.visual_encoder.embed_dim)
 
     def losses(batch: dict) -> tuple[Tensor, dict[str, float]]:
         with torch.autocast("cpu", dtype=torch.bfloat16):

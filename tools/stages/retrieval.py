@@ -1,7 +1,8 @@
 """The stages of the uncompressed Shapes models for retrieval: BLIP's starts from the one for NLVR2, CLIP's from nothing."""
 
 from collections.abc import Iterator
-from itertools import count
+from dataclasses import replace
+from itertools import chain, count
 from pathlib import Path
 
 import numpy as np
@@ -13,18 +14,19 @@ from torch.utils.data import DataLoader, IterableDataset
 from config import RetrievalConfig
 from data.captions import PairCollate
 from data.shapes.families import distinctive_caption, draw_family
-from data.shapes.world import draw
 from data.text import Tokenizer
+from madtp.packing import pack
+from models.clip_retrieval import ClipRetrieval
 from models.momentum import MomentumModel, hard_negatives
-from models.tower import select
-from tools.stages.common import Plan, fit
+from models.tower import Encoded, class_tokens, select
+from tools.stages.common import ClassContent, Plan, draw_shown, encode_shown, fit
 from transform.images import eval_transform
 
 FAMILIES = 8  # a batch: siblings are the negatives that teach most
 
 
 class Families(IterableDataset):
-    """Endless fresh families with a caption a picture, a batch an item: as of PairCollate."""
+    """Endless fresh families with a caption a picture, a batch an item: as of PairCollate, and of draw_shown."""
 
     def __init__(self, seed: int, config: RetrievalConfig, tokenizer: Tokenizer):
         self.seed, self.transform = seed, eval_transform(config.image_size)
@@ -33,29 +35,37 @@ class Families(IterableDataset):
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         for number in count():
             rng = np.random.default_rng((self.seed, number))
-            items = []
-            for _ in range(FAMILIES):
-                family = draw_family(rng)
-                for scene in family:
-                    caption = distinctive_caption(rng, scene, [sibling for sibling in family if sibling is not scene])
-                    image = self.transform(draw(rng, scene))
-                    items.append({"image": image, "caption": caption, "image_id": len(items)})
-            yield self.collate(items)
+            families = [draw_family(rng) for _ in range(FAMILIES)]
+            captions = [
+                distinctive_caption(rng, scene, [sibling for sibling in family if sibling is not scene])
+                for family in families
+                for scene in family
+            ]
+            shown = draw_shown(rng, list(chain.from_iterable(families)), self.transform)
+            items = [
+                {"image": image, "caption": caption, "image_id": place}
+                for place, (image, caption) in enumerate(zip(shown["images"], captions, strict=True))
+            ]
+            yield {**shown, **self.collate(items)}
 
 
 def train_pairs(model: MomentumModel, config: RetrievalConfig, tokenizer: Tokenizer, plan: Plan, seed: int, log: Path) -> None:
-    """Images and texts of a batch find each other, by their features and, where the model has it, by the matching head.
+    """Images and texts of a batch find each other, by their features and, where the model has it, by the matching head, while the
+    image's class token tells after every block what the things are.
 
     Without momentum encoders and queues: batches are fresh, and siblings are harder than what a queue holds.
     """
     model.train()
     matching = hasattr(model, "match")
+    width = model.visual.conv1.out_channels if isinstance(model, ClipRetrieval) else model.visual_encoder.embed_dim
+    content = ClassContent(model.branches["vision"], width)
 
     def losses(batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, float]]:
         model.limit_temperature()
         text, own = (batch["input_ids"], batch["attention_mask"]), batch["image_ids"]
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            image, words = model.encode_image(batch["image"], packed=True), model.encode_text(*text, packed=True)
+            image, words = encode_shown_images(model, batch), model.encode_text(*text, packed=True)
+            told = content.loss(batch["attributes"])
         similarities = image.feature @ words.feature.t() / model.temperature
         loss = (F.cross_entropy(similarities, own) + F.cross_entropy(similarities.t(), own)) / 2
         figures = {"contrastive": loss.item(), "first": (similarities.argmax(dim=1) == own).float().mean().item()}
@@ -70,8 +80,20 @@ def train_pairs(model: MomentumModel, config: RetrievalConfig, tokenizer: Tokeni
             match = F.cross_entropy(logits.float(), targets)
             loss = loss + match
             figures |= {"matching": match.item(), "matched rightly": (logits.argmax(dim=1) == targets).float().mean().item()}
-        return loss, figures
+        return loss + told, {**figures, "content": told.item()}
 
     stream = DataLoader(Families(seed, config, tokenizer), batch_size=None, num_workers=1)
     online = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    fit(online, plan, iter(stream), losses, log)
+    fit([*online, *content.parameters()], plan, iter(stream), losses, log)
+    content.remove()
+
+
+def encode_shown_images(model: MomentumModel, batch: dict[str, Tensor]) -> Encoded:
+    """What `encode_image` gives when the image encoder sees the tokens that are shown alone."""
+    images, shown = batch["images"], batch["shown"]
+    if isinstance(model, ClipRetrieval):
+        encoded = model.visual.read(*pack(model.visual.embed(images), shown))
+        return replace(encoded, feature=F.normalize(encoded.feature.float(), dim=-1))
+    tokens, layout, record = encode_shown(model.visual_encoder, images, shown)
+    feature = model.vision_proj(class_tokens(tokens, layout))
+    return Encoded(tokens, layout, F.normalize(feature.float(), dim=-1), record)

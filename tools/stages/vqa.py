@@ -50,7 +50,7 @@ class Questions(IterableDataset):
 def train_answers(model: BlipVqa, config: VqaConfig, tokenizer: PreTrainedTokenizerBase, plan: Plan, seed: int, log: Path) -> None:
     """Questions are answered, while the class token tells after every block what the things are."""
     model.train()
-    content = ClassContent(model.visual_encoder)
+    content = ClassContent(model.visual_encoder.blocks, model.visual_encoder.embed_dim)
 
     def losses(batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, float]]:
         answers, mask = batch["answer_ids"], batch["answer_mask"]
