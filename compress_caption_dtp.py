@@ -21,10 +21,11 @@ from engine.writing import Captioner
 from madtp.pruning import PruneSetting
 from metrics.caption import caption_scores
 from models.build import caption_from_config
+from models.decoder import predicting
 from models.pretrained import load_caption_weights
 from models.start import start
 from options import parse_command_line
-from utils import gather_dicts, init_run, logger, run_main
+from utils import gather_dicts, init_run, logger, on_main, run_main
 
 SELECTS = "CIDEr"
 
@@ -47,7 +48,8 @@ def main() -> None:
         inputs = batch["image"], batch["input_ids"], batch["attention_mask"]
         named = model(*inputs, setting, align, packed_training).losses
         if teacher is not None:
-            named |= teacher.losses(lambda teacher: teacher(*inputs, packed=packed), batch["attention_mask"].bool())
+            said = predicting(batch["attention_mask"], given=len(write.prompt))
+            named |= teacher.losses(lambda teacher: teacher(*inputs, packed=packed), said)
         return named
 
     def gflops(model: torch.nn.Module, batch: dict, setting: PruneSetting) -> torch.Tensor:
@@ -62,11 +64,12 @@ def main() -> None:
                 rows[name] = {"prediction": text, "tokens_kept": kept, "gflops": cost}
         rows = gather_dicts(rows)
         captions = {name: rows[name]["prediction"] for name in split.names}
-        found = caption_scores(captions, split.references, slow=split is loaders["test"])
+        cost = mean_cost(model, split.pairs, gflops, setting, run)
+        found = on_main(lambda: caption_scores(captions, split.references, slow=split is loaders["test"]), run)
         for name, reason in found.not_computed.items():
             logger.info("%s is not computed: %s", name, reason)
-        cost = mean_cost(model, split.pairs, gflops, setting, run)
-        return Evaluation(found.scores, cost, rows, {"caption_result.json": coco_results(captions)})
+        scoring = {"tokenizer": found.tokenizer, "not_computed": found.not_computed}
+        return Evaluation(found.scores, cost, rows, {"caption_result.json": coco_results(captions)}, scoring)
 
     run_experiment(
         Experiment(

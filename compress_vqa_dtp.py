@@ -21,6 +21,7 @@ from engine.writing import Answerer
 from madtp.pruning import PruneSetting
 from metrics.vqa import accuracy
 from models.build import vqa_from_config
+from models.decoder import predicting
 from models.pretrained import load_vqa_weights
 from models.start import start
 from options import parse_command_line
@@ -50,7 +51,7 @@ def main() -> None:
         task = (batch["answer_weights"] * output.answer_losses).sum() / len(batch["images"])
         named = {"task": task, **({"similarity": output.similarity} if align else {})}
         if teacher is not None:
-            named |= teacher.losses(lambda teacher: teacher(*inputs(batch), packed=packed), batch["answer_mask"].bool())
+            named |= teacher.losses(lambda teacher: teacher(*inputs(batch), packed=packed), predicting(batch["answer_mask"]))
         return named
 
     def gflops(model: torch.nn.Module, batch: dict, setting: PruneSetting) -> torch.Tensor:
@@ -59,12 +60,16 @@ def main() -> None:
     def evaluate(model: torch.nn.Module, loader, setting: PruneSetting) -> Evaluation:
         rows, known = {}, {}
         for batch in progress(loader, "answers", run):
-            texts, question, _ = answer(model, move(batch, run.device), setting)
+            batch = move(batch, run.device)
+            question = answer.read(model, batch, setting)
+            best = [answers[0] for answers in answer.answer(model, question)[0]]
+            texts = [found["answer"] for found in best]
             tokens = encode_answers(tokenizer, texts)["attention_mask"].sum(dim=1).to(run.device)
             costs = sum(model.gflops_by_module(question, tokens, torch.ones_like(tokens), setting).values()).tolist()
             kept = (question.vision.leaving[-1] + question.language.leaving[-1]).tolist()
-            for sample, text, left, cost, given in zip(batch["ids"], texts, kept, costs, batch["answers"], strict=True):
-                rows[sample] = {"prediction": text, "tokens_kept": left, "gflops": cost}
+            for sample, found, left, cost, given in zip(batch["ids"], best, kept, costs, batch["answers"], strict=True):
+                score = {name: value for name, value in found.items() if name == "score"}
+                rows[sample] = {"prediction": found["answer"], **score, "tokens_kept": left, "gflops": cost}
                 if given is not None:
                     known[sample] = given
         rows, known = gather_dicts(rows), gather_dicts(known)

@@ -291,7 +291,7 @@ class CaptionConfig(Config):
     val_file: str = Field("coco_karpathy_val", description="annotation file that selects the checkpoint")
     test_file: str = Field("coco_karpathy_test", description="annotation file that is evaluated once, at the end")
     coco_gt_root: Path | None = Field(
-        None, description="published files carry it; the references are read from the annotation files"
+        None, description="the folder of COCO's ground truth, FILE_gt.json; none: the annotation files' own captions"
     )
     output_dir: Path = Field(Path("output/caption"), description="the folder that the run writes to")
     batch_size: int | None = Field(None, ge=1, description="sets batch_size_train and batch_size_test, as published files do")
@@ -310,6 +310,20 @@ class CaptionConfig(Config):
         if not isinstance(values, dict) or values.get("batch_size") is None:
             return values
         return {"batch_size_train": values["batch_size"], "batch_size_test": values["batch_size"], **values}
+
+    @field_validator("prompt")
+    @classmethod
+    def _ends_before_the_next_word(cls, prompt: str) -> str:
+        return f"{prompt.strip()} " if prompt.strip() else ""
+
+    @model_validator(mode="after")
+    def _texts_fit_the_decoder(self) -> "CaptionConfig":
+        longest, least = self.bert_sizes.max_position_embeddings, 2 + len(self.prompt.split())
+        for key in ("max_text_tokens", "max_length"):
+            fits = least < getattr(self, key) <= longest
+            words = f"{key} must be more than {least}, for the prompt, and at most bert.max_position_embeddings, {longest}"
+            require(self, fits, words)
+        return self
 
     @property
     def writing(self) -> dict[str, Any]:

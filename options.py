@@ -71,7 +71,7 @@ def parse_command_line(description: str, cls: type[ConfigT], argv: list[str] | N
     parser.add_argument("--amp", help="mixed precision", **switch)
     parser.add_argument("--resume", nargs="?", const="last", metavar="FILE", help="go on from this checkpoint, or the last one")
     parser.add_argument("--enable-sparse-api", action="store_true", help="sparse weights; tokens too with --token_reduce")
-    parser.add_argument("--weight-sparse-pattern", default="m4n2_1d", metavar="PATTERN", help="of the sparse weights")
+    parser.add_argument("--weight-sparse-pattern", metavar="PATTERN", help="of the sparse weights; m4n2_1d is 2:4, the default")
     parser.add_argument("--token_reduce", action="store_true", help="with --enable-sparse-api: prune tokens too")
     parser.add_argument("--set", dest="settings", action="append", default=[], metavar="KEY=VALUE", help="any key of the YAML")
     arguments = vars(parser.parse_args(argv))
@@ -79,7 +79,9 @@ def parse_command_line(description: str, cls: type[ConfigT], argv: list[str] | N
     overrides = dict(_parse_setting(setting) for setting in settings)
     sparse, pattern, tokens = (arguments.pop(key) for key in ("enable_sparse_api", "weight_sparse_pattern", "token_reduce"))
     if sparse:
-        overrides = {"sparsity_type": pattern, **({} if tokens else {"method": "none"}), **overrides}
+        overrides = {**({} if tokens else {"method": "none"}), **overrides}
+        if pattern or not _read_yaml(Path(path)).get("sparsity_type"):
+            overrides.setdefault("sparsity_type", pattern or "2:4")
     overrides.update({key: value for key, value in arguments.items() if value is not None})
     return load_config(cls, path, overrides)
 

@@ -6,11 +6,16 @@ import random
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import timedelta
+from typing import TypeVar
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+
+T = TypeVar("T")
+PATIENCE = timedelta(hours=2)  # of processes with the main one, which may have captions to score
 
 logger = logging.getLogger("madtp")
 
@@ -46,7 +51,7 @@ def init_run(device: str | None = None, seed: int = 42) -> Run:
         torch.cuda.set_device(local_rank)
         device_type = f"cuda:{local_rank}"
     if "RANK" in os.environ and not dist.is_initialized():
-        dist.init_process_group("nccl" if device_type.startswith("cuda") else "gloo")
+        dist.init_process_group("nccl" if device_type.startswith("cuda") else "gloo", timeout=PATIENCE)
     seed_everything(seed)  # the same weights on every rank; training gives each rank random numbers of its own
     logging.basicConfig(level=logging.INFO if rank == 0 else logging.WARNING, format="%(message)s", stream=sys.stdout)
     return Run(torch.device(device_type), rank, world_size)
@@ -72,6 +77,14 @@ def gather_objects(value: object) -> list:
     gathered: list = [None] * dist.get_world_size()
     dist.all_gather_object(gathered, value)
     return gathered
+
+
+def on_main(compute: Callable[[], T], run: Run) -> T:
+    """What `compute` gives on the main process, on every process."""
+    found = [compute() if run.is_main else None]
+    if dist.is_initialized():
+        dist.broadcast_object_list(found, device=run.device)
+    return found[0]
 
 
 def gather_dicts(entries: dict) -> dict:

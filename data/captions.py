@@ -9,10 +9,19 @@ import torch
 from torch.utils.data import Dataset
 
 from config import CaptionConfig, Config, RetrievalConfig
-from data.loading import CHECKED, Loader, build_loader, calibration_subset, check_images, load_image, read_entries
+from data.loading import (
+    CHECKED,
+    Loader,
+    build_loader,
+    calibration_subset,
+    check_images,
+    load_image,
+    read_entries,
+    read_json,
+)
 from data.text import Tokenizer, clean_sentence, encode
 from transform.images import ImageTransform, eval_transform, keeps_truth, train_transform
-from utils import Run
+from utils import Run, UserError
 
 # B items, L tokens of the longest caption
 
@@ -127,8 +136,10 @@ class FirstPairs(Dataset):
 class Split(NamedTuple):
     """What is ranked: loaders of this process's share of pictures and captions, and of some pairs, for counting GFLOPs.
 
-    image_of_text: of each caption of the split, the number of its picture; captions: as the file has them; names: the pictures'
-    paths
+    image_of_text: of each caption of the split, the number of its picture
+    captions: as the file has them
+    names: the pictures' paths
+    truth: the captions to compare with, of each picture by its path, where these are not the split's own
     """
 
     images: Loader
@@ -137,10 +148,13 @@ class Split(NamedTuple):
     image_of_text: list[int]
     captions: list[str]
     names: list[str]
+    truth: dict[str, list[str]] = {}
 
     @property
     def references(self) -> dict[str, list[str]]:
-        """The captions of each picture, by its path."""
+        """The captions to compare with, of each picture by its path."""
+        if self.truth:
+            return self.truth
         found: dict[str, list[str]] = {name: [] for name in self.names}
         for image, caption in zip(self.image_of_text, self.captions, strict=True):
             found[self.names[image]].append(caption)
@@ -228,15 +242,47 @@ def build_loaders(
             texts.image_of_text,
             texts.captions,
             images.names,
+            _truth(config, split, images.names),
         )
     return loaders
 
 
 def coco_results(captions: Mapping[str, str]) -> list[dict[str, Any]]:
-    """A caption per picture's path in COCO's results format: an image's id is the number at the end of its file's name."""
-    numbers = {name: re.search(r"(\d+)$", PurePosixPath(name).stem) for name in captions}
-    ids = {name: int(number[1]) if number else name for name, number in numbers.items()}
-    return [{"image_id": ids[name], "caption": caption} for name, caption in captions.items()]
+    """A caption per picture's path in COCO's results format."""
+    return [{"image_id": _coco_id(name), "caption": caption} for name, caption in captions.items()]
+
+
+def _coco_id(name: str) -> int | str:
+    """An image's id is the number at the end of its file's name."""
+    number = re.search(r"(\d+)$", PurePosixPath(name).stem)
+    return int(number[1]) if number else name
+
+
+def read_coco_truth(file: Path, names: Sequence[str]) -> dict[str, list[str]]:
+    """The captions of COCO's ground truth, {"annotations": [{"image_id", "caption"}, ...]}, of each picture by its path.
+
+    Raises:
+        UserError: for a file of another form, or one without a caption of some picture.
+    """
+    content = read_json(file)
+    annotations = content.get("annotations") if isinstance(content, dict) else None
+    if not isinstance(annotations, list):
+        raise UserError(f"{file}: has no list 'annotations', as COCO's ground truth has; set coco_gt_root, or leave it out")
+    by_id: dict[int | str, list[str]] = {}
+    for number, entry in enumerate(annotations):
+        if not isinstance(entry, dict) or not isinstance(entry.get("caption"), str) or "image_id" not in entry:
+            raise UserError(f"{file}: annotation {number} has no 'image_id' or no 'caption' that is text")
+        by_id.setdefault(entry["image_id"], []).append(entry["caption"])
+    if missing := [name for name in names if _coco_id(name) not in by_id]:
+        raise UserError(f"{file}: has no caption of {missing[0]}, nor of {len(missing) - 1} others; is it of another split?")
+    return {name: by_id[_coco_id(name)] for name in names}
+
+
+def _truth(config: RetrievalConfig | CaptionConfig, split: str, names: Sequence[str]) -> dict[str, list[str]]:
+    if not isinstance(config, CaptionConfig) or config.coco_gt_root is None:
+        return {}
+    name = config.val_file if split == "val" else config.test_file
+    return read_coco_truth(config.coco_gt_root / f"{name}_gt.json", names)
 
 
 def _stack(items: list[dict[str, Any]]) -> torch.Tensor:

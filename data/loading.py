@@ -137,7 +137,7 @@ def build_loader(
         sampler=_Order(len(dataset), train, run, seed, epoch_steps and epoch_steps * batch_size),
         drop_last=train,
         num_workers=workers,
-        persistent_workers=workers > 0,
+        persistent_workers=train and workers > 0,  # others would keep their memory for the rest of the run
         pin_memory=run.device.type == "cuda",
         collate_fn=partial(_collate_or_error, collate),
         generator=torch.Generator().manual_seed(seed),  # else each epoch draws from the model's random numbers

@@ -77,6 +77,11 @@ def enc_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
     return tokenizer.convert_tokens_to_ids(ENC)
 
 
+def as_texts(tokenizer: PreTrainedTokenizerBase, ids: torch.Tensor) -> list[str]:
+    """What token ids (B, L) say, as one writes: don't, not don ' t."""
+    return tokenizer.batch_decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=True)
+
+
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
     """The ids that a caption to write begins with: [DEC] and the words of `prompt`."""
     return [dec_token_id(tokenizer), *tokenizer(prompt, add_special_tokens=False)["input_ids"]]

@@ -144,6 +144,8 @@ def build_datasets(config: VqaConfig) -> dict[str, Dataset]:
         raise UserError(f"val_file: {config.val_file} is among the train_files; leave it empty, and some images are held out")
     else:
         val = _read(config.annotation_file(config.val_file))
+    if not config.evaluate and config.test_file in config.train_files:
+        raise UserError(f"test_file: {config.test_file} is among the train_files; what is trained on tests nothing")
     test = _read(config.annotation_file(config.test_file), answered=False)
     roots, untouched = (config.vqa_root, config.vg_root), eval_transform(config.image_size, config.text_only)
     augmented = train_transform(config.image_size, config.augment, config.text_only)
@@ -158,7 +160,8 @@ def build_datasets(config: VqaConfig) -> dict[str, Dataset]:
 
 def build_loaders(config: VqaConfig, run: Run, tokenizer: PreTrainedTokenizerBase) -> dict[str, Loader]:
     """The loaders "train" (not for an evaluation) and "calibration" of answered questions, "val" and "test" of questions."""
-    answered, asked = AnsweredCollate(tokenizer), QuestionCollate(tokenizer)
+    longest = min(MAX_TOKENS, config.bert_sizes.max_position_embeddings)
+    answered, asked = AnsweredCollate(tokenizer, longest), QuestionCollate(tokenizer, longest)
     shared = {"run": run, "num_workers": config.num_workers, "seed": config.seed}
     loaders = {}
     for split, dataset in build_datasets(config).items():

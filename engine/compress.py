@@ -215,7 +215,7 @@ def _rule(config: Config) -> dict:
 
 def _run_state(experiment: Experiment, setting: PruneSetting, epoch: int, best_score: float) -> dict:
     """What is saved beside the weights."""
-    masked = sorted(experiment.sparse.masks) if experiment.sparse else []
+    masked = sorted(experiment.sparse.masks) if experiment.sparse else None
     return {**asdict(setting), "epoch": epoch, "best_score": best_score, "masked": masked, **_rule(experiment.config)}
 
 
@@ -273,4 +273,5 @@ def _result(
         },
         "params": {**count_parameters(experiment.model), "sparse_nonzero": nonzero, "sparse_total": masked},
         "metrics": {"val": val.metrics, "test": test.metrics},
+        **({"scoring": test.scoring} if test.scoring else {}),
     }  # fmt: skip

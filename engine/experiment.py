@@ -22,12 +22,14 @@ class Evaluation:
     """metrics in percent; gflops per sample; predictions: {sample id: {"prediction", "score", "tokens_kept", "gflops"}}.
 
     submission: the predictions of the test split in a format that others read, by the name of its file
+    scoring: how the metrics were made, where there is more than one way
     """
 
     metrics: dict[str, float]
     gflops: float
     predictions: dict[str, dict]
     submission: dict[str, object] = field(default_factory=dict)
+    scoring: dict[str, object] = field(default_factory=dict)
 
 
 @dataclass

@@ -11,6 +11,7 @@ adaptive       p rises in equal steps; each is taken by tokens or by a group of 
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from itertools import count
 
 from config import Config
 from madtp.pruning import OFF, PruneSetting
@@ -41,7 +42,14 @@ class WeightPlan:
             self._check()
 
     def _check(self) -> None:
-        alone, p = self.removed_by_weights, self.config.p
+        alone, p, epochs = self.removed_by_weights, self.config.p, self.config.max_epoch
+        settled = self._start + (self.ramp if self.config.mask_schedule == "refresh" else 0)
+        needed = max(1 + settled, next(epoch for epoch in count(1) if self.removal(epoch - 1) >= p))
+        if needed > epochs:
+            raise UserError(
+                f"order: {self.config.order}, mask_schedule: {self.config.mask_schedule}: with ramp_epochs: {self.ramp} all is in"
+                f" place in epoch {needed}, and max_epoch is {epochs}; raise max_epoch or lower ramp_epochs"
+            )
         if alone >= p:
             logger.info("the weights alone remove %.3f of the GFLOPs, p = %g: token pruning is off", alone, p)
         elif self.config.method == "none":
@@ -58,7 +66,8 @@ class WeightPlan:
         if self.sparse is None or self.config.order in ("tokens_first", "adaptive"):
             return p * min(1.0, (epoch + 1) / self.ramp)
         late = self.ramp if self.config.order == "weights_first" else 0
-        return alone + (p - alone) * max(0.0, min(1.0, (epoch - late + 1) / self.ramp))
+        share = max(0.0, (epoch - late + 1) / self.ramp)
+        return p if share >= 1 else alone + (p - alone) * share  # p itself, not what rounding makes of it
 
     def enter(self, epoch: int) -> None:
         """Mask what this epoch has masked, but for `adaptive`, which `choose` does."""
@@ -99,9 +108,10 @@ class WeightPlan:
                 self.sparse.select(weights)
                 options[name] = measure(setting), score(setting), setting
                 self.sparse.restore(weights)
-            fewer, cost = meet(target)
-            if cost < now:
-                options["tokens"] = cost, score(fewer), fewer
+            if self.removed_by_weights < self.config.p:
+                fewer, cost = meet(target)
+                if cost < now:
+                    options["tokens"] = cost, score(fewer), fewer
             if not options:
                 break
             chosen = min(options, key=lambda name: (best - options[name][1]) / (now - options[name][0]))

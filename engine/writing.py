@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from config import CaptionConfig, VqaConfig
-from data.text import prompt_ids
+from data.text import as_texts, prompt_ids
 from data.vqa import encode_answers, read_answer_list
 from engine.train import move
 from madtp.pruning import PruneSetting
@@ -36,7 +36,7 @@ class Captioner:
         """As a call; and what GFLOPs, (B,), the same captions cost with a record and a setting."""
         writing = self.config.writing
         ids, record = model.generate(images, setting, self.config.variant == "paper", **writing)
-        texts = self.tokenizer.batch_decode(ids[:, len(self.prompt) :], skip_special_tokens=True)
+        texts = as_texts(self.tokenizer, ids[:, len(self.prompt) :])
         return texts, record, lambda record, setting: model.generation_gflops(record, ids, writing["num_beams"], setting)
 
 
@@ -49,8 +49,10 @@ class Answerer:
 
     def __init__(self, config: VqaConfig, tokenizer: PreTrainedTokenizerBase, device: torch.device) -> None:
         self.config, self.tokenizer = config, tokenizer
-        self.candidates = read_answer_list(config)
-        self.choices = move(encode_answers(tokenizer, self.candidates), device)
+        self.candidates, self.choices = [], {}
+        if config.inference == "rank":
+            self.candidates = read_answer_list(config)
+            self.choices = move(encode_answers(tokenizer, self.candidates), device)
 
     def __call__(self, model: BlipVqa, batch: dict, setting: PruneSetting) -> tuple[list[str], Question, Tensor]:
         """The answers to a batch of `QuestionCollate`, what the encoders read, and (B,) GFLOPs of all that."""
@@ -68,12 +70,12 @@ class Answerer:
         freely; and what GFLOPs, (B,), that costs questions of given lengths (B,)."""
         if self.config.inference == "generate":
             ids, _ = model.generate(question, self.config.num_beams)
-            texts = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
+            texts = as_texts(self.tokenizer, ids)
             return [[{"answer": text}] for text in texts], partial(model.writing_gflops, ids=ids, num_beams=self.config.num_beams)
         ids, mask = self.choices["input_ids"], self.choices["attention_mask"]
-        likely, losses = model.rank(question, ids, mask, self.config.k_test)
+        likely, _, likelihoods = model.rank(question, ids, mask, self.config.k_test)
         answers = [
             [{"answer": self.candidates[place], "score": score} for place, score in zip(places, scores, strict=True)]
-            for places, scores in zip(likely[:, :number].tolist(), (-losses[:, :number]).exp().tolist(), strict=True)
+            for places, scores in zip(likely[:, :number].tolist(), likelihoods[:, :number].exp().tolist(), strict=True)
         ]
         return answers, partial(model.ranking_gflops, tokens=mask.sum(dim=1)[likely])

@@ -54,10 +54,23 @@ def milliseconds(call: Callable[[], object]) -> float:
     return start.elapsed_time(end) / REPEATS
 
 
+def to_sparse(weight: Tensor) -> Tensor:
+    """A 2:4 weight in the kernels' form."""
+    return by_rows(to_sparse_semi_structured(weight))
+
+
+def by_rows(weight: Tensor) -> Tensor:
+    """Has its products handed over by rows, as dense ones are: of cuSPARSELt, older versions of PyTorch transpose them otherwise,
+    and forget this whenever the tensor is wrapped."""
+    if hasattr(weight, "fuse_transpose_cusparselt"):
+        weight.fuse_transpose_cusparselt = True
+    return weight
+
+
 class Stopwatch:
     """How long products take, dense and sparse. Each is measured once; what sparse kernels refuse or get wrong takes for ever."""
 
-    def __init__(self, device: torch.device, clock: Clock = milliseconds, convert: Convert = to_sparse_semi_structured):
+    def __init__(self, device: torch.device, clock: Clock = milliseconds, convert: Convert = to_sparse):
         self.device, self.clock, self.convert = device, clock, convert
         self.measured: dict[Product, Milliseconds] = {}
 
@@ -127,14 +140,12 @@ def faster_sparse(products: Mapping[str, Counter[Product]], stopwatch: Callable[
 
 
 @contextmanager
-def on_sparse_kernels(
-    model: nn.Module, dtypes: Mapping[str, torch.dtype], convert: Convert = to_sparse_semi_structured
-) -> Iterator[None]:
+def on_sparse_kernels(model: nn.Module, dtypes: Mapping[str, torch.dtype], convert: Convert = to_sparse) -> Iterator[None]:
     """Inside, the parameters of these names are sparse tensors of these types, for inference alone."""
     weights = {name: model.get_parameter(name) for name in dtypes}
     try:
         for name, dtype in dtypes.items():
-            stand_in = nn.Parameter(convert(weights[name].detach().to(dtype)), requires_grad=False)
+            stand_in = by_rows(nn.Parameter(convert(weights[name].detach().to(dtype)), requires_grad=False))
             stand_in.stands_for = weights[name]
             _put(model, name, stand_in)
         yield

@@ -82,20 +82,19 @@ class SparseWeights:
         self.weights = {name: weight for name, weight in weights.items() if name not in self.left_dense}
         self.masks: dict[str, Tensor] = {}
         self._followers = {name: [weight] for name, weight in (followers or {}).items()}
-        self._dropped: dict[str, Tensor] = {}  # masked weights as they last were, until the masks are fixed
+        self._dropped: dict[str, list[Tensor]] = {}  # masked weights and followers as they last were, until the masks are fixed
         for name, weight in self.weights.items():
             if weight.requires_grad:
-                weight.register_hook(lambda gradient, name=name: gradient * self.masks[name] if name in self.masks else gradient)
+                weight.register_hook(lambda gradient, name=name: self._masked(name, gradient))
 
     @torch.no_grad()
     def select(self, names: Iterable[str]) -> None:
         """Masks for these weights, by what they are; what an earlier mask dropped counts with what it was then."""
         for name in names:
-            weight = self.weights[name]
             if name in self._dropped:
-                weight.copy_(torch.where(self.masks[name], weight, self._dropped[name]))
-            self.masks[name] = magnitude_mask(weight, self.pattern)
-            self._dropped[name] = weight.masked_fill(self.masks[name], 0.0)
+                self._put_back(name)
+            self.masks[name] = magnitude_mask(self.weights[name], self.pattern)
+            self._dropped[name] = [weight.masked_fill(self.masks[name], 0.0) for weight in self._all(name)]
         self._mark(self.masks)
         self.apply()
 
@@ -107,7 +106,8 @@ class SparseWeights:
     def restore(self, names: Iterable[str]) -> None:
         """Take these masks off again; what they dropped is back."""
         for name in names:
-            self.weights[name].copy_(torch.where(self.masks.pop(name), self.weights[name], self._dropped.pop(name)))
+            self._put_back(name)
+            del self.masks[name], self._dropped[name]
         self._mark(self.masks)
 
     @torch.no_grad()
@@ -137,14 +137,23 @@ class SparseWeights:
         weights = [self.weights[name] for name in self.masks]
         return sum(int(weight.count_nonzero()) for weight in weights), sum(weight.numel() for weight in weights)
 
-    def state_dict(self) -> dict[str, dict[str, Tensor]]:
+    def state_dict(self) -> dict[str, dict]:
         return {"masks": self.masks, "dropped": self._dropped}
 
-    def load_state_dict(self, state: Mapping[str, Mapping[str, Tensor]]) -> None:
+    def load_state_dict(self, state: Mapping[str, Mapping]) -> None:
         self.masks = {name: mask.to(self.weights[name].device) for name, mask in state["masks"].items()}
-        self._dropped = {name: values.to(self.weights[name].device) for name, values in state["dropped"].items()}
+        self._dropped = {name: [values.to(self.weights[name].device) for values in each] for name, each in state["dropped"].items()}
         self._mark(self.masks)
         self.apply()
+
+    def _put_back(self, name: str) -> None:
+        """What the mask dropped, where it dropped it."""
+        for weight, dropped in zip(self._all(name), self._dropped[name], strict=True):
+            weight.copy_(torch.where(self.masks[name], weight, dropped))
+
+    def _masked(self, name: str, gradient: Tensor) -> Tensor:
+        """A masked weight gets none, not even one that has overflowed."""
+        return gradient.masked_fill(~self.masks[name], 0.0) if name in self.masks else gradient
 
     def _all(self, name: str) -> list[nn.Parameter]:
         return [self.weights[name], *self._followers.get(name, [])]

@@ -78,7 +78,8 @@ class BlipRetrieval(MomentumModel):
         """(B, B) from the class tokens (B, C) that the encoders' blocks end with."""
         image = F.normalize(self.vision_proj(self.visual_encoder.norm(vision)).float(), dim=-1)
         text = F.normalize(self.text_proj(language).float(), dim=-1)
-        return image @ text.t() / self.temperature
+        with torch.autocast(vision.device.type, enabled=False):  # a low temperature makes much of little rounding
+            return image @ text.t() / self.temperature
 
     @property
     def depth(self) -> int:

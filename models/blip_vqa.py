@@ -163,10 +163,16 @@ class BlipVqa(AlignedModel):
         )
 
     @torch.no_grad()
-    def rank(self, question: Question, answer_ids: Tensor, answer_mask: Tensor, number: int) -> tuple[Tensor, Tensor]:
-        """For each question the `number` candidates (n, where there are fewer) that are best by their first token, ranked as a
-        whole. answer_ids, answer_mask (W, M), [DEC] first, [SEP] last -> (B, n) numbers of candidates, the likeliest first, and
-        (B, n) the negative logarithms of their likelihoods.
+    def rank(self, question: Question, answer_ids: Tensor, answer_mask: Tensor, number: int) -> tuple[Tensor, Tensor, Tensor]:
+        """For each question the `number` candidates (n, where there are fewer) that are best by their first token, ranked.
+
+        The loss that the decoder is trained with ranks them, as in BLIP: label smoothing makes every further token a little dearer.
+
+        Args:
+            answer_ids, answer_mask: (W, M), [DEC] first, [SEP] last.
+
+        Returns:
+            (B, n) numbers of candidates, the best first, their losses and the logarithms of their likelihoods.
         """
         start = answer_ids[:1, :1].expand(len(question.tokens), 1)
         first = self._decode(question, start, torch.ones_like(start)).logits[:, 0].float().softmax(dim=-1)
@@ -176,9 +182,11 @@ class BlipVqa(AlignedModel):
         nodes = 1 + (lengths[likely] - 2).sum(dim=1).max()
         at_a_time = max(1, TOKENS_AT_A_TIME // int(nodes))
         parts = zip(likely.split(at_a_time), question.tokens.split(at_a_time), question.valid.split(at_a_time), strict=True)
-        losses = torch.cat([-log_likelihoods(self.text_decoder, answer_ids[part], lengths[part], *read) for part, *read in parts])
-        losses, order = losses.sort(dim=1, stable=True)
-        return likely.gather(1, order), losses
+        scores = [log_likelihoods(self.text_decoder, answer_ids[part], lengths[part], *read) for part, *read in parts]
+        likelihoods, means = (torch.cat(each) for each in zip(*scores, strict=True))
+        smoothing = self.text_decoder.label_smoothing
+        losses, order = ((smoothing - 1) * likelihoods - smoothing * means).sort(dim=1, stable=True)
+        return likely.gather(1, order), losses, likelihoods.gather(1, order)
 
     def ranking_gflops(self, source: Tensor, tokens: Tensor) -> Tensor:
         """GFLOPs of `rank` for questions of `source` (B,) tokens with n likely candidates of `tokens` (B, n). (B,) float64"""

@@ -35,7 +35,8 @@ class ClipRetrieval(Clip, MomentumModel):
         """(B, B) from the class tokens (B, C) that the towers' blocks end with."""
         image = F.normalize((self.visual.ln_post(vision) @ self.visual.proj).float(), dim=-1)
         text = F.normalize((self.ln_final(language) @ self.text_projection).float(), dim=-1)
-        return image @ text.t() / self.temperature
+        with torch.autocast(vision.device.type, enabled=False):  # a low temperature makes much of little rounding
+            return image @ text.t() / self.temperature
 
     @property
     def temperature(self) -> Tensor:

@@ -58,8 +58,18 @@ def text_decoder(
     return decoder
 
 
-def log_likelihoods(decoder: BlipTextLMHeadModel, ids: Tensor, lengths: Tensor, source: Tensor, valid: Tensor) -> Tensor:
-    """Of the K texts about each of B sources, all at a time. (B, K) float32
+def predicting(mask: Tensor, given: int = 1) -> Tensor:
+    """Whose logits say what comes next, (S, L) bool, of texts with `mask` (S, L) whose first `given` tokens need not be said."""
+    says = F.pad(mask[:, 1:].bool(), (0, 1))
+    says[:, : given - 1] = False
+    return says
+
+
+def log_likelihoods(
+    decoder: BlipTextLMHeadModel, ids: Tensor, lengths: Tensor, source: Tensor, valid: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Of the K texts about each of B sources, all at a time; and, for label smoothing, the mean over all words in place of the one
+    that follows, summed over each text alike. (B, K) float32 each
 
     The texts of a source are one sequence: what they begin with stands there once and is seen by all, a text's other tokens see
     only what stands before them in that text, and a last token, after which nothing is to be said, is left out.
@@ -89,7 +99,9 @@ def log_likelihoods(decoder: BlipTextLMHeadModel, ids: Tensor, lengths: Tensor, 
     logarithms = decoder.cls(hidden).float().log_softmax(dim=-1)
     following = ids.roll(-1, dims=2).flatten(1).gather(1, chosen).unsqueeze(2)
     inside = logarithms[:, 1:].gather(2, following).squeeze(2) * used
-    return logarithms[:, 0].gather(1, ids[:, :, 1]).scatter_add(1, text, inside)
+    likelihoods = logarithms[:, 0].gather(1, ids[:, :, 1]).scatter_add(1, text, inside)
+    means = logarithms.mean(dim=2)
+    return likelihoods, means[:, :1].expand_as(likelihoods).scatter_add(1, text, means[:, 1:] * used)
 
 
 def _additive(visible: Tensor, like: Tensor) -> Tensor:

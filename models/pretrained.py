@@ -123,19 +123,20 @@ def load_caption_weights(model: nn.Module, weights: StateDict, source: str) -> l
     Raises:
         UserError: naming weights that do not fit, are missing, or are not known.
     """
-    return _load_decoder_model(model, weights, source, BLIP_MAY_IGNORE)
+    return _load_decoder_model(model, weights, source)
 
 
 def load_vqa_weights(model: nn.Module, weights: StateDict, source: str) -> list[str]:
     """Load BLIP weights into a `BlipVqa`; position embeddings are interpolated. Raises as `load_caption_weights`."""
-    return _load_decoder_model(model, weights, source, tuple(name for name in BLIP_MAY_IGNORE if name != "text_decoder."))
+    return _load_decoder_model(model, weights, source)
 
 
-def _load_decoder_model(model: nn.Module, weights: StateDict, source: str, may_ignore: Iterable[str]) -> list[str]:
+def _load_decoder_model(model: nn.Module, weights: StateDict, source: str) -> list[str]:
     weights = {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in weights.items()}
     position = "visual_encoder.pos_embed"
     if position in weights:
         weights[position] = interpolate_position_embedding(weights[position], model.state_dict()[position].shape[1])
+    may_ignore = tuple(name for name in BLIP_MAY_IGNORE if name != "text_decoder.")  # a deeper decoder must not lose layers
     return load_weights(model, weights, source, DECODER_MAY_MISS, may_ignore)
 
 

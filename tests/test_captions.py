@@ -18,6 +18,7 @@ from data.captions import (
     build_datasets,
     collate_images,
     read_captioned,
+    read_coco_truth,
 )
 from data.text import load_tokenizer
 from transform.images import eval_transform, train_transform
@@ -171,3 +172,22 @@ def test_missing_and_broken_pictures_are_named(world: Path) -> None:
         CaptionPairs([world / "train.json"], world / "nowhere", eval_transform(SIZE))
     with pytest.raises(UserError, match="none.json: No such file"):
         read_captioned(world / "none.json")
+
+
+def test_cocos_ground_truth_takes_the_place_of_the_captions(world: Path) -> None:
+    names = ["val2014/COCO_val2014_000000000042.jpg", "val2014/COCO_val2014_000000000007.jpg"]
+    annotations = [{"image_id": 7, "caption": "a"}, {"image_id": 42, "caption": "b"}, {"image_id": 7, "caption": "c"}]
+    (world / "x_gt.json").write_text(json.dumps({"images": [], "annotations": annotations}))
+    assert read_coco_truth(world / "x_gt.json", names) == {names[0]: ["b"], names[1]: ["a", "c"]}
+    with pytest.raises(UserError, match="has no caption of 3.jpg, nor of 0 others; is it of another split"):
+        read_coco_truth(world / "x_gt.json", [*names, "3.jpg"])
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [([], "has no list 'annotations'"), ({"annotations": [{"image_id": 1}]}, "annotation 0 has no 'image_id' or no 'caption'")],
+)
+def test_foreign_ground_truth_is_named(world: Path, content: object, message: str) -> None:
+    (world / "x_gt.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match=message):
+        read_coco_truth(world / "x_gt.json", [])

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from config import CONFIGS, ClipRetrievalConfig, NlvrConfig, RetrievalConfig
+from config import CONFIGS, CaptionConfig, ClipRetrievalConfig, NlvrConfig, RetrievalConfig
 from options import load_any_config, load_config, parse_command_line, save_config
 from utils import UserError
 
@@ -161,6 +161,13 @@ def test_the_published_flags_for_sparse_weights_are_keys(flags, sparse, method, 
     assert (config.pattern, config.method) == (sparse, method)
 
 
+@pytest.mark.parametrize(("flags", "sparse"), [([], (1, 4)), (["--weight-sparse-pattern", "m4n2_1d"], (2, 4))])
+def test_the_pattern_of_the_file_holds_unless_the_command_line_has_one(flags, sparse, tmp_path: Path) -> None:
+    (tmp_path / "x.yaml").write_text('sparsity_type: "1:4"\n')
+    arguments = ["--config", str(tmp_path / "x.yaml"), "--enable-sparse-api", "--token_reduce", *flags]
+    assert parse_command_line("test", NlvrConfig, arguments).pattern == sparse
+
+
 @pytest.mark.parametrize("pattern", ["4:2", "0:4", "2", "m4n2"])
 def test_what_is_no_pattern_is_refused(pattern, tmp_path: Path) -> None:
     (tmp_path / "x.yaml").write_text(f"sparsity_type: '{pattern}'\n")
@@ -206,3 +213,14 @@ def test_a_mistake_on_the_command_line_is_named_as_such(tmp_path: Path) -> None:
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="none.yaml: No such file"):
         load_config(NlvrConfig, tmp_path / "none.yaml")
+
+
+@pytest.mark.parametrize(("prompt", "joined"), [("a picture of", "a picture of "), (" so ", "so "), ("", "")])
+def test_a_prompt_ends_before_the_next_word(prompt, joined) -> None:
+    assert CaptionConfig(prompt=prompt).prompt == joined
+
+
+@pytest.mark.parametrize(("key", "value"), [("max_length", 5), ("max_length", 513), ("max_text_tokens", 4)])
+def test_a_caption_has_room_behind_its_prompt_and_fits_the_decoder(key, value) -> None:
+    with pytest.raises(ValueError, match=f"{key} must be more than 5, for the prompt, and at most"):
+        CaptionConfig(**{key: value})

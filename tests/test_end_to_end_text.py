@@ -63,6 +63,20 @@ def test_a_run_leaves_its_files_and_keeps_its_contract(task, trained):
     rows = read(folder, "predictions_test.json")
     assert len(rows) == PICTURES
     assert all(isinstance(row["prediction"], str) and row["tokens_kept"] > 0 and row["gflops"] > 0 for row in rows.values())
+    assert all(("score" in row) == (task == "vqa") for row in rows.values())
+
+
+def test_a_result_says_how_captions_were_scored(trained):
+    scoring = read(trained / "caption", "result.json")["scoring"]
+    assert scoring["tokenizer"] in ("PTB", "words") and "SPICE" in scoring["not_computed"]
+
+
+def test_captions_may_be_scored_against_cocos_files(trained, world, tmp_path):
+    """The world writes the same captions there."""
+    best = trained / "caption" / "checkpoint_best.pth"
+    truth = world / "annotations/coco_gt"
+    run("caption", world, tmp_path, "--evaluate", "--pretrained", str(best), coco_gt_root=truth)
+    assert read(tmp_path, "result.json")["metrics"] == read(trained / "caption", "result.json")["metrics"]
 
 
 def test_captions_are_handed_in_as_coco_wants_them(trained, world):

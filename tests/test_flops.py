@@ -17,6 +17,8 @@ REFERENCE = {
     "retrieval_flickr": 153.2425,
     "retrieval_coco_clip": 395.7007,
     "retrieval_flickr_clip": 395.7007,
+    "caption_coco": 65.7196,
+    "vqa": 186.1213,
 }
 
 
@@ -25,7 +27,10 @@ def test_the_papers_models_cost_what_the_paper_says(name):
     config = load_any_config(f"configs/{name}.yaml", {"p": 0})
     with torch.device("meta"):  # counting needs no weights
         model, _, _ = flops.BUILD[config.task](config)
-    gflops = reference_gflops(model) if config.task == "nlvr" else model.reference_gflops(config.max_text_tokens)
+    if config.task == "nlvr":
+        gflops = reference_gflops(model)
+    else:
+        gflops = model.reference_gflops(*([config.max_text_tokens] if config.task.startswith("retrieval") else []))
     assert round(gflops, 4) == REFERENCE[name]
 
 
@@ -50,6 +55,8 @@ TINY = {
     "nlvr": f"task: nlvr{BLIP}{PRUNED}",
     "retrieval": f"task: retrieval{BLIP}{PRUNED}{QUEUE}embed_dim: 8\n",
     "retrieval_clip": f"task: retrieval_clip{CLIP}{PRUNED}{QUEUE}",
+    "caption": f"task: caption{BLIP}{PRUNED}",
+    "vqa": f"task: vqa{BLIP}{PRUNED}",
 }
 TASKS = pytest.mark.parametrize("task", TINY)
 
@@ -74,7 +81,7 @@ def test_the_tool_reports_both_counts(report, task, temperature):
     gflops = found["gflops"]
     assert gflops["fvcore"] == pytest.approx(gflops["closed_form"], rel=1e-9)
     assert sum(found["by_module"].values()) == pytest.approx(gflops["closed_form"])
-    assert 0 < gflops["deployment"] < gflops["closed_form"] or task == "nlvr"
+    assert 0 < gflops["deployment"] < gflops["closed_form"] or not task.startswith("retrieval")
     assert found["temperature"] == (temperature and float(temperature))
 
 
@@ -85,7 +92,7 @@ def test_the_tool_counts_the_parameters_of_the_model(report, task, tmp_path):
     assert found["params"] == sum(p.numel() for p in flops.BUILD[task](config)[0].parameters() if p.requires_grad)
 
 
-@TASKS
+@pytest.mark.parametrize("task", ["nlvr", "retrieval", "retrieval_clip"])  # those without a head that dwarfs so small encoders
 def test_the_tool_finds_the_temperature_for_a_share(report, task):
     dense, pruned = report(TINY[task]), report(TINY[task], "--p", "0.35")
     assert pruned["gflops"]["closed_form"] == pytest.approx(0.65 * dense["gflops"]["closed_form"], rel=0.05)

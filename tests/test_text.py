@@ -3,8 +3,9 @@
 from pathlib import Path
 
 import pytest
+import torch
 
-from data.text import clean_sentence, dec_token_id, enc_token_id, load_tokenizer
+from data.text import as_texts, clean_sentence, dec_token_id, enc_token_id, load_tokenizer
 from utils import UserError
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "dog", "##s"]
@@ -49,3 +50,10 @@ def test_a_missing_or_foreign_vocabulary_is_the_users_to_mend(tmp_path: Path) ->
     (tmp_path / "vocab.txt").write_text("a\nb\n")
     with pytest.raises(UserError, match=r"has no \[PAD\]"):
         load_tokenizer(tmp_path)
+
+
+def test_what_is_written_has_its_apostrophes_where_they_belong(tmp_path: Path) -> None:
+    (tmp_path / "vocab.txt").write_text("\n".join([*WORDS, "'", "don", "t", "s", ","]))
+    tokenizer = load_tokenizer(tmp_path / "vocab.txt")
+    for text in ("don't", "a dog's a", "a, dogs"):
+        assert as_texts(tokenizer, torch.tensor([tokenizer(text).input_ids])) == [text]

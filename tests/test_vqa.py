@@ -190,6 +190,12 @@ def test_nothing_to_select_by_is_the_users_to_mend(world: Path) -> None:
         build_datasets(config_of(world, val_file="train.json"))
 
 
+def test_what_is_trained_on_is_no_test(world: Path) -> None:
+    with pytest.raises(UserError, match="test_file: train is among the train_files"):
+        build_datasets(config_of(world, train_files=["train"], test_file="train"))
+    build_datasets(config_of(world, train_files=["train"], test_file="train", evaluate=True))
+
+
 @pytest.mark.parametrize(
     ("file", "change", "message"),
     [

@@ -10,8 +10,8 @@ nlvr            vision   the image encoder names what each patch shows and where
                 joint    both encoders together, on what is true alone, as they will be compressed
                 sparse   the same with little ground shown to the image encoder too, while the class token tells after every
                          block what the things are
-retrieval       pairs    from the encoders of the model for NLVR2: pictures and captions find each other among near-alike ones, little
-                         of the ground shown, while the class token tells after every block what the things are
+retrieval       pairs    from the encoders of the model for NLVR2: pictures and captions find each other among near-alike ones,
+                         little of the ground shown, while the class token tells after every block what the things are
 retrieval_clip  vision   as above
                 pairs    as above
 caption         captions from the encoders of the model for NLVR2, the decoder from that of texts: captions are written, little of

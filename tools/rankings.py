@@ -150,7 +150,7 @@ class RankAnswers:
             return prepare
 
         def together(model: BlipVqa, *inputs) -> list[tuple[Tensor, Tensor]]:
-            return [model.rank(*inputs)]
+            return [model.rank(*inputs)[:2]]
 
         ((likely, _),) = ranking(together)(one)()
         shared = float(model.ranking_gflops(source, lengths[likely]))
@@ -176,7 +176,8 @@ def one_by_one(
         mask = answer_mask[likely]
         longest = int(mask.sum(dim=1).max())
         ids, mask = answer_ids[likely, :longest], mask[:, :longest]
-        losses, order = next_token_losses(decode(ids, mask), ids.masked_fill(mask == 0, IGNORED)[:, 1:]).sort(stable=True)
+        targets = ids.masked_fill(mask == 0, IGNORED)[:, 1:]
+        losses, order = next_token_losses(decode(ids, mask), targets, model.text_decoder.label_smoothing).sort(stable=True)
         found.append((likely[order].unsqueeze(0), losses.unsqueeze(0)))
     return found
 

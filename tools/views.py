@@ -10,7 +10,7 @@ from config import CaptionConfig, Config, NlvrConfig, RetrievalConfig, VqaConfig
 from data.captions import CaptionImages, CaptionTexts, FirstPairs, PairCollate, read_captioned
 from data.nlvr import NlvrCollate
 from data.nlvr import build_datasets as judged_statements
-from data.text import Tokenizer, dec_token_id
+from data.text import Tokenizer, as_texts, dec_token_id
 from data.vqa import QuestionCollate
 from data.vqa import build_datasets as answered_questions
 from engine.saved import Opened, restore, saved_setting
@@ -130,7 +130,7 @@ class CaptionView(PairView):
         written = [[("written", text)] for text in output[0]]
         if "input_ids" not in batch:
             return written
-        truths = self.tokenizer.batch_decode(batch["input_ids"][:, len(self.write.prompt) :], skip_special_tokens=True)
+        truths = as_texts(self.tokenizer, batch["input_ids"][:, len(self.write.prompt) :])
         return [[*said, ("truth", truth)] for said, truth in zip(written, truths, strict=True)]
 
     def gflops(self, batch: dict, output: tuple[list[str], TowerRecord, Tensor]) -> Tensor:

@@ -110,3 +110,41 @@ def test_adaptive_takes_each_step_by_what_loses_least_per_gflop():
     setting = planned.choose(5.0, OFF, lambda setting: cost(sparse, setting), meet, score)
     assert set(sparse.masks) == {MLP} and cost(sparse, setting) == pytest.approx(5.0)
     assert torch.equal(sparse.weights[ATTENTION], before)  # tried, and taken back
+
+
+def test_adaptive_leaves_the_tokens_alone_where_weights_meet_p():
+    sparse = sparse_model()
+    planned = plan(p=0.25, sparse=sparse, order="adaptive")  # weights alone: 0.3
+
+    def never(target: float) -> tuple[PruneSetting, float]:
+        raise AssertionError("tokens were pruned")
+
+    def score(setting: PruneSetting) -> float:
+        return 90.0 - 50 * len(sparse.masks)
+
+    assert planned.choose(7.5, OFF, lambda setting: cost(sparse, setting), never, score) is OFF
+    assert set(sparse.masks) == {ATTENTION, MLP}
+
+
+@pytest.mark.parametrize(
+    ("keys", "epoch"),
+    [
+        ({"order": "tokens_first", "max_epoch": 2}, 3),
+        ({"order": "adaptive", "max_epoch": 2}, 3),
+        ({"order": "weights_first", "max_epoch": 3}, 4),
+        ({"mask_schedule": "refresh", "max_epoch": 2}, 3),
+        ({"order": "together", "max_epoch": 1}, 2),
+    ],
+)
+def test_too_few_epochs_are_refused_before_any_is_trained(keys, epoch):
+    with pytest.raises(UserError, match=f"all is in place in epoch {epoch}, and max_epoch is {keys['max_epoch']}"):
+        plan(sparse=sparse_model(), ramp_epochs=2, **keys)
+    plan(sparse=sparse_model(), ramp_epochs=2, **{**keys, "max_epoch": epoch})
+
+
+@pytest.mark.parametrize("p", [0.45, 0.6, 0.85, 0.9])
+def test_what_is_removed_in_the_end_is_p_to_the_bit(p):
+    for saved in torch.rand(50).tolist():
+        planned = plan(p=p, ramp_epochs=1)
+        planned.sparse, planned.removed_by_weights = sparse_model(), saved * p
+        assert planned.removal(0) == p

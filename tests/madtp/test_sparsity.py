@@ -86,6 +86,14 @@ def test_gradients_of_masked_weights_reach_nothing_not_even_the_limit_of_the_gra
     torch.testing.assert_close(layer.weight.grad, full * sparse.masks["w"])
 
 
+def test_a_masked_weight_gets_no_gradient_that_has_overflowed():
+    weight = nn.Parameter(torch.randn(3, 8))
+    sparse = SparseWeights({"w": weight}, Pattern(2, 4))
+    sparse.select(["w"])
+    (weight * torch.where(sparse.masks["w"], 1.0, torch.inf)).sum().backward()
+    assert weight.grad.isfinite().all()
+
+
 def test_what_was_dropped_competes_with_what_it_last_was_until_the_masks_are_fixed():
     weight = nn.Parameter(torch.tensor([[4.0, 3.0, 2.0, 1.0]]))
     sparse = SparseWeights({"w": weight}, Pattern(2, 4))
@@ -101,12 +109,12 @@ def test_what_was_dropped_competes_with_what_it_last_was_until_the_masks_are_fix
 
 
 def test_a_mask_can_be_taken_off_again():
-    weight = nn.Parameter(torch.randn(3, 8))
-    before = weight.detach().clone()
-    sparse = SparseWeights({"w": weight}, Pattern(2, 4))
+    weights = [nn.Parameter(torch.randn(3, 8)) for _ in range(2)]
+    before = [weight.detach().clone() for weight in weights]
+    sparse = SparseWeights({"w": weights[0]}, Pattern(2, 4), {"w": weights[1]})
     sparse.select(["w"])
     sparse.restore(["w"])
-    assert torch.equal(weight, before) and not sparse.masks and multiplied(weight) == weight.numel()
+    assert all(map(torch.equal, weights, before)) and not sparse.masks and multiplied(weights[0]) == weights[0].numel()
 
 
 def test_followers_share_the_masks():

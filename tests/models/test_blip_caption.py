@@ -100,23 +100,28 @@ def test_beams_equal_those_of_transformers(size):
     written, _ = model.generate(images, num_beams=3, max_length=14, min_length=6)
     prompt = torch.tensor(PROMPT).expand(len(images), -1)
     states = other.vision_model(pixel_values=images).last_hidden_state
-    expected = other.text_decoder.generate(
-        prompt, attention_mask=torch.ones_like(prompt), encoder_hidden_states=states, num_beams=3, do_sample=False,
-        max_length=14, min_length=6, eos_token_id=END, pad_token_id=PAD,
+    ours, theirs = (
+        decoder.generate(
+            prompt, attention_mask=torch.ones_like(prompt), encoder_hidden_states=states, num_beams=3, do_sample=False,
+            max_length=14, min_length=6, eos_token_id=END, pad_token_id=PAD, output_scores=True, return_dict_in_generate=True,
+        )
+        for decoder in (model.text_decoder, other.text_decoder)
     )  # fmt: skip
-    assert written.tolist() == expected.tolist()
+    assert written.tolist() == theirs.sequences.tolist() and len(ours.scores) == len(theirs.scores) > 3
+    for mine, expected in zip(ours.scores, theirs.scores, strict=True):
+        torch.testing.assert_close(mine, expected, atol=1e-5, rtol=1e-5)
     assert len(set(written.flatten().tolist()) - {*PROMPT, END, PAD}) >= 5
 
 
 @torch.no_grad()
 def test_a_caption_is_the_same_alone_and_among_others():
     model = model_of(SMALL, PruningRule(keep="instance"))
-    strength = torch.tensor([0.2, 1, 3])[:, None, None, None]
-    images, ids, mask = batch(SMALL)
+    strength = torch.linspace(0.2, 3, 32)[:, None, None, None]
+    images, ids, mask = batch(SMALL, lengths=[5 + i % 8 for i in range(32)])
     images, setting = images * strength, PruneSetting(0.0)
     together, (written, record) = model(images, ids, mask, setting, packed=True), model.generate(images, setting, packed=True)
     assert len(set(record.leaving[-1].tolist())) > 1  # the decoder has padding to read
-    for i in range(3):
+    for i in (0, 1, 13, 26, 31):
         length = int(mask[i].sum())
         alone = model(images[i : i + 1], ids[i : i + 1, :length], mask[i : i + 1, :length], setting)
         torch.testing.assert_close(alone.logits[0], together.logits[i, :length], atol=5e-5, rtol=1e-5)

@@ -83,7 +83,7 @@ def transformers_twin(model: BlipVqa, size: dict) -> BlipForQuestionAnswering:
 def test_dense_equals_transformers(size):
     model = model_of(size).double()
     other = transformers_twin(model, size).double()
-    images, ids, mask = questions(size, [7, 7, 7])
+    images, ids, mask = questions(size, [7] * 8)
     images = images.double()
     states = other.vision_model(pixel_values=images).last_hidden_state
     expected = other.text_encoder(
@@ -92,26 +92,33 @@ def test_dense_equals_transformers(size):
     question = model.read(images, ids, mask)
     torch.testing.assert_close(question.tokens, expected, atol=1e-8, rtol=0)
     assert not torch.allclose(model.read(images.flip(0), ids, mask).tokens, question.tokens, atol=1e-2)  # the image matters
-    answered, answer_mask = answers([4, 4, 4])
+    answered, answer_mask = answers([4] * 8)
     logits = other.text_decoder(
         answered, attention_mask=answer_mask, encoder_hidden_states=expected, encoder_attention_mask=mask
     ).logits
-    output = model(images, ids, mask, answered, answer_mask, torch.ones(3, dtype=torch.long))
+    output = model(images, ids, mask, answered, answer_mask, torch.ones(8, dtype=torch.long))
     torch.testing.assert_close(output.logits, logits, atol=1e-8, rtol=0)
     losses = F.cross_entropy(logits[:, :-1].transpose(1, 2), answered[:, 1:], reduction="none").sum(dim=1)
     torch.testing.assert_close(output.answer_losses.double(), losses, atol=1e-5, rtol=0)  # which are float32 in any case
     written, _ = model.generate(question, num_beams=3, max_length=10)
-    start = torch.full((3, 1), START)
-    by_transformers = other.text_decoder.generate(
-        start, attention_mask=torch.ones_like(start), encoder_hidden_states=expected, encoder_attention_mask=mask, num_beams=3,
-        do_sample=False, max_length=10, min_length=1, eos_token_id=END, pad_token_id=PAD,
+    start = torch.full((8, 1), START)
+    ours, theirs = (
+        decoder.generate(
+            start, attention_mask=torch.ones_like(start), encoder_hidden_states=expected, encoder_attention_mask=mask, num_beams=3,
+            do_sample=False, max_length=10, min_length=1, eos_token_id=END, pad_token_id=PAD, output_scores=True,
+            return_dict_in_generate=True,
+        )
+        for decoder in (model.text_decoder, other.text_decoder)
     )  # fmt: skip
-    assert written.tolist() == by_transformers.tolist()
+    assert written.tolist() == theirs.sequences.tolist() and len(ours.scores) == len(theirs.scores)
+    for mine, scores in zip(ours.scores, theirs.scores, strict=True):
+        torch.testing.assert_close(mine, scores, atol=1e-8, rtol=1e-6)
+    assert len(set(written.flatten().tolist()) - {START, END, PAD}) >= 5
 
 
 def ranked(model: BlipVqa, question: Question, ids: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Four candidates of each question, the likeliest first, and the GFLOPs of ranking them."""
-    best, _ = model.rank(question, ids, mask, number=4)
+    best, *_ = model.rank(question, ids, mask, number=4)
     return best, model.ranking_gflops(question.valid.sum(dim=1), mask.sum(dim=1)[best])
 
 
@@ -139,14 +146,30 @@ def test_a_question_is_answered_alone_as_among_longer_ones(setting):
         assert written[i].tolist()[: len(by_itself)] == by_itself
 
 
+@torch.no_grad()
+def test_an_answer_is_the_same_alone_and_among_32():
+    model, lengths, setting = model_of(SMALL, PruningRule(keep="instance")), [4 + i % 6 for i in range(32)], PruneSetting(0.0)
+    images, ids, mask = questions(SMALL, lengths)
+    choices = answers([3, 4, 3, 5, 3, 4], seed=5)
+    question = model.read(images, ids, mask, setting, packed=True)
+    assert len(set(question.vision.leaving[-1].tolist())) > 1
+    best, losses, _ = model.rank(question, *choices, number=4)
+    for i in (0, 1, 13, 26, 31):
+        alone = model.read(images[i : i + 1], ids[i : i + 1, : lengths[i]], mask[i : i + 1, : lengths[i]], setting)
+        by_itself, its_losses, _ = model.rank(alone, *choices, number=4)
+        assert by_itself.tolist() == best[i : i + 1].tolist()
+        torch.testing.assert_close(its_losses, losses[i : i + 1], atol=1e-4, rtol=1e-5)
+
+
 @pytest.mark.parametrize("at_a_time", [1, 4096])
 @torch.no_grad()
 def test_ranking_equals_a_plain_loop_over_the_likeliest_by_first_token(at_a_time, monkeypatch):
     monkeypatch.setattr("models.blip_vqa.TOKENS_AT_A_TIME", at_a_time)
     model = model_of(SMALL)
+    model.text_decoder.label_smoothing = 0.1
     question = model.read(*questions(SMALL, [6, 8]))
     ids, mask = answers([3, 4, 2, 5, 3, 4, 3, 3], seed=3)
-    best, losses = model.rank(question, ids, mask, number=5)
+    best, losses, likelihoods = model.rank(question, ids, mask, number=5)
     for i in range(2):
         tokens, valid = question.tokens[i : i + 1], question.valid[i : i + 1].long()
 
@@ -157,12 +180,14 @@ def test_ranking_equals_a_plain_loop_over_the_likeliest_by_first_token(at_a_time
 
         first = [float(log_likelihood(row)[0][0, ids[row, 1]]) for row in range(len(ids))]
         likeliest = sorted(range(len(ids)), key=lambda row: -first[row])[:5]
-        whole = {}
+        whole, smoothed = {}, {}
         for row in likeliest:
             scores, text = log_likelihood(row)
             whole[row] = sum(float(scores[place, text[place + 1]]) for place in range(len(text) - 1))
-        assert best[i].tolist() == sorted(whole, key=lambda row: -whole[row])
-        assert (-losses[i]).tolist() == pytest.approx(sorted(whole.values(), reverse=True), abs=1e-4)
+            smoothed[row] = float(F.cross_entropy(scores[:-1], text[1:], reduction="sum", label_smoothing=0.1))
+        assert best[i].tolist() == sorted(smoothed, key=smoothed.get)
+        assert losses[i].tolist() == pytest.approx(sorted(smoothed.values()), abs=1e-4)
+        assert likelihoods[i].tolist() == pytest.approx([whole[row] for row in best[i].tolist()], abs=1e-4)
 
 
 @torch.no_grad()

@@ -69,5 +69,7 @@ def test_vqa(path):
         golden.assert_close(output.question.language.features, t[f"{name}.sd_txt_ft"])
         if temperature > 0:  # at 0 the published code repeats the task's loss in its place
             torch.testing.assert_close(output.similarity, t[f"{name}.loss_fdt"], rtol=1e-5, atol=1e-4)
-        best, _ = model.rank(output.question, t["cand_input_ids"], t["cand_attention_mask"], info["config"]["k_test"])
+        best, losses, _ = model.rank(output.question, t["cand_input_ids"], t["cand_attention_mask"], info["config"]["k_test"])
         assert best[:, 0].tolist() == t[f"{name}.rank.max_ids"].tolist()
+        expected = (-t[f"{name}.rank.log_probs_sum"]).sort(dim=1).values
+        torch.testing.assert_close(losses, expected, rtol=1e-5, atol=1e-4)
