@@ -79,7 +79,8 @@ def report(monkeypatch, capsys, tmp_path):
 def test_the_tool_reports_both_counts(report, task, temperature):
     found = report(TINY[task], *(("--temperature", temperature) if temperature else ()))
     gflops = found["gflops"]
-    assert gflops["fvcore"] == pytest.approx(gflops["closed_form"], rel=1e-9)
+    padded = task == "vqa" and temperature  # its 32 questions keep unequal numbers of tokens, and fvcore counts the padding
+    assert gflops["fvcore"] == pytest.approx(gflops["closed_form"], rel=0.01 if padded else 1e-9)
     assert sum(found["by_module"].values()) == pytest.approx(gflops["closed_form"])
     assert 0 < gflops["deployment"] < gflops["closed_form"] or not task.startswith("retrieval")
     assert found["temperature"] == (temperature and float(temperature))
