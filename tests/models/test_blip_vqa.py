@@ -98,7 +98,7 @@ def test_dense_equals_transformers(size):
         answered, attention_mask=answer_mask, encoder_hidden_states=expected, encoder_attention_mask=mask
     ).logits
     output = model(images, ids, mask, answered, answer_mask, torch.ones(16, dtype=torch.long))
-    torch.testing.assert_close(output.logits, logits, atol=1e-8, rtol=0)
+    torch.testing.assert_close(output.logits, logits, atol=1e-5, rtol=0)
     losses = F.cross_entropy(logits[:, :-1].transpose(1, 2), answered[:, 1:], reduction="none").sum(dim=1)
     torch.testing.assert_close(output.answer_losses.double(), losses, atol=1e-5, rtol=0)  # which are float32 in any case
     written, _ = model.generate(question, num_beams=3, max_length=10)
@@ -113,7 +113,7 @@ def test_dense_equals_transformers(size):
     )  # fmt: skip
     assert written.tolist() == theirs.sequences.tolist() and len(ours.scores) == len(theirs.scores)
     for mine, scores in zip(ours.scores, theirs.scores, strict=True):
-        torch.testing.assert_close(mine, scores, atol=1e-8, rtol=1e-6)
+        torch.testing.assert_close(mine, scores, atol=1e-5, rtol=1e-5)
     assert len(set(written.flatten().tolist()) - {START, END, PAD}) >= 5
 
 
