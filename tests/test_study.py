@@ -70,12 +70,12 @@ def test_nlvr_has_models_that_see_less_and_more_data_than_the_demo(study) -> Non
     assert study_shapes.STUDY_SHAPES != SHAPES
 
 
-@pytest.mark.parametrize(("task", "roots"), [("caption", ["image_root"]), ("vqa", ["vqa_root", "vg_root"])])
-def test_a_model_trained_without_images_stands_beside_those_that_see(study, task: str, roots: list[str]) -> None:
+@pytest.mark.parametrize("task", ["caption", "vqa"])
+def test_a_model_trained_without_images_stands_beside_those_that_see(study, task: str) -> None:
     commands, rows = study(task)
     assert rows[-1].startswith("| trained without images | 81.25 |")
     assert sum("--epoch 4 --set text_only=true" in command for command in commands) == 1
-    assert all(f"{root}={study_shapes.STUDY_SHAPES}/images" in command for command in commands for root in roots)
+    assert not any("_root=" in command for command in commands)  # the demo's data will do
 
 
 def test_the_arms_of_weights_and_distillation_take_the_runs_that_are_there(study) -> None:

@@ -31,7 +31,7 @@ MODELS = {
     "nlvr": VIT + BERT,
     "retrieval": VIT + BERT + PAIRS,
     "retrieval_clip": CLIP + PAIRS,
-    "caption": VIT + BERT + "prompt: 'a '\nmax_length: 8\n",
+    "caption": VIT + BERT + "prompt: 'a '\nmax_length: 8\nmax_text_tokens: 24\n",
     "vqa": VIT + BERT + VQA,
 }
 

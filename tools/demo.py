@@ -106,7 +106,7 @@ TASKS = {
         shapes="caption",
         options=SINGLES,
         demo_size=13_000,
-        study_size=26_000,
+        study_size=13_000,  # as many as its epochs draw
         annotations=("coco_karpathy_train.json", "coco_karpathy_val.json", "coco_karpathy_test.json"),
         notes=(
             "CIDEr, BLEU-4 and ROUGE-L against the five captions of a picture, times 100.",
@@ -120,7 +120,7 @@ TASKS = {
         shapes="vqa",
         options=SINGLES,
         demo_size=13_000,
-        study_size=26_000,
+        study_size=13_000,  # as many as its epochs draw
         annotations=("vqa_train.json", "vg_qa.json", "vqa_val.json", "vqa_test.json"),
         notes=(
             "accuracy: of ten annotators' answers, up to two of them wrong; an answer that three of them gave is right.",
