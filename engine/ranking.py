@@ -61,8 +61,16 @@ def best_candidates(queries: Tensor, targets: Tensor, number: int, device: torch
     """The `number` most similar targets of each query. (Q, E), (N, E); on the CPU but for the products."""
     targets = targets.to(device)
     with torch.autocast(device.type, enabled=False):  # in bfloat16 hundreds of targets would be equally similar
-        best = [(part.to(device) @ targets.t()).topk(min(number, len(targets))) for part in queries.split(QUERIES)]
-    return Ranking(torch.cat([found.indices.cpu() for found in best]), torch.cat([found.values.cpu() for found in best]))
+        best = [_first(part.to(device) @ targets.t(), number) for part in queries.split(QUERIES)]
+    values, indices = (torch.cat(parts) for parts in zip(*best, strict=True))
+    return Ranking(indices, values)
+
+
+def _first(scores: Tensor, number: int) -> tuple[Tensor, Tensor]:
+    """The `number` highest scores (Q, n) and their places, on the CPU: of equal ones the first, and what is no number last."""
+    scores = scores.masked_fill(scores.isnan(), -torch.inf)
+    values, indices = scores.sort(dim=1, descending=True, stable=True)
+    return values[:, :number].cpu(), indices[:, :number].cpu()
 
 
 def rerank(

@@ -131,7 +131,8 @@ class BlipRetrieval(MomentumModel):
         tokens, layout, record = self.text_encoder(
             input_ids, attention_mask, [image], self.learnable_tokens, setting, packed=packed
         )
-        return self.itm_head(class_tokens(tokens, layout)), record
+        with torch.autocast(tokens.device.type, enabled=False):  # the logits are added to similarities that differ by little
+            return self.itm_head(class_tokens(tokens, layout).float()), record
 
     def passes(
         self,

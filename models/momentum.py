@@ -204,7 +204,8 @@ def hard_negatives(queries: Tensor, others: Tensor, query_ids: Tensor, other_ids
     A query for which there is none gets -1.
     """
     allowed = query_ids.unsqueeze(1) != other_ids
-    weights = F.softmax(queries @ others.t() / temperature, dim=1)
+    with torch.autocast(queries.device.type, enabled=False):
+        weights = F.softmax(queries @ others.t() / temperature, dim=1)
     weights = weights.clamp(min=torch.finfo(weights.dtype).tiny) * allowed  # so that one is drawn even where all underflow
     alone = ~allowed.any(dim=1)
     chosen = torch.multinomial(torch.where(alone.unsqueeze(1), 1.0, weights), 1).squeeze(1)

@@ -29,6 +29,12 @@ RETRIEVAL_MAY_MISS = (
 )  # fmt: skip
 # The decoder's buffer of positions; its output layer, where it is that of the embeddings; and what this project adds.
 DECODER_MAY_MISS = ("space_dict", ".pruner.", "decoder_alignment.", "position_ids", "cls.predictions.decoder.")
+TRANSFORMERS_VISION = {  # transformers' names of a vision model's parts, and those of BLIP's checkpoints
+    "vision_model.": "visual_encoder.", "encoder.layers.": "blocks.", "self_attn.projection.": "attn.proj.", "self_attn.": "attn.",
+    "layer_norm1.": "norm1.", "layer_norm2.": "norm2.", "post_layernorm.": "norm.",
+    "embeddings.patch_embedding.": "patch_embed.proj.", "embeddings.position_embedding": "pos_embed",
+    "embeddings.class_embedding": "cls_token",
+}  # fmt: skip
 QUEUES = ("image_queue", "text_queue", "idx_queue", "ptr_queue")
 
 LFS_POINTER = b"version https://git-lfs"
@@ -107,14 +113,24 @@ def load_nlvr_weights(model: nn.Module, weights: StateDict, source: str) -> list
 
 
 def load_retrieval_weights(model: nn.Module, weights: StateDict, source: str) -> list[str]:
-    """Load BLIP weights into a `BlipRetrieval`. Momentum weights that are missing start as the online ones.
+    """Load BLIP weights, as published or of transformers' BlipForImageTextRetrieval, into a `BlipRetrieval`. Momentum weights that
+    are missing start as the online ones.
 
     Raises:
         UserError: naming weights that do not fit, are missing, or are not known.
     """
     weights = {name: tensor if tensor.dtype == torch.long else tensor.float() for name, tensor in weights.items()}
     weights = {name: tensor for name, tensor in weights.items() if name not in ("queue_ptr", "ptr_queue") or tensor.dim()}
+    weights = {_blip_name(name): tensor for name, tensor in weights.items()}
     return load_pair_weights(model, weights, source, ("visual_encoder.pos_embed", "visual_encoder_m.pos_embed"), BLIP_MAY_IGNORE)
+
+
+def _blip_name(name: str) -> str:
+    """BLIP's name for transformers' of a part of the image encoder."""
+    if name.startswith("vision_model."):
+        for theirs, ours in TRANSFORMERS_VISION.items():
+            name = name.replace(theirs, ours)
+    return name
 
 
 def load_caption_weights(model: nn.Module, weights: StateDict, source: str) -> list[str]:
@@ -144,7 +160,7 @@ def load_pair_weights(
     model: nn.Module, weights: StateDict, source: str, positions: Iterable[str], may_ignore: Iterable[str]
 ) -> list[str]:
     """The part that BLIP and CLIP share: position embeddings are interpolated, queues of another size start anew, momentum
-    weights that are missing are those of the encoders.
+    weights that are missing are those of the encoders. Image ids in the queue are left out: they number other data.
 
     positions: the names of position embeddings (1, 1 + n * n, C) or (1 + n * n, C)
     """
@@ -154,6 +170,7 @@ def load_pair_weights(
             embedding = weights[name].reshape(1, *weights[name].shape[-2:])
             embedding = interpolate_position_embedding(embedding, expected[name].shape[-2])
             weights[name] = embedding.reshape(*expected[name].shape[:-2], *embedding.shape[-2:])
+    weights.pop("idx_queue", None)
     if any(name in weights and weights[name].shape != expected[name].shape for name in QUEUES):
         logger.info("%s: its queues have another size and start anew", source)
         weights = {name: tensor for name, tensor in weights.items() if name not in QUEUES}

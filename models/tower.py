@@ -2,11 +2,13 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from madtp import flops
 from madtp.alignment import Valid
@@ -221,12 +223,10 @@ class PreNormBlock(nn.Module):
 
 
 def checkpoint_last(blocks: nn.ModuleList, number: int) -> None:
-    """Let the last `number` blocks recompute their activations in the backward pass, by fairscale, imported only then."""
-    if number:
-        from fairscale.nn.checkpoint import checkpoint_wrapper
-
-        for index in range(max(0, len(blocks) - number), len(blocks)):
-            blocks[index] = checkpoint_wrapper(blocks[index])
+    """Let the last `number` blocks recompute their activations in the backward pass, in the precision and along the path of the
+    forward pass: which tokens are pruned must not change. Hooks on a block see the forward pass alone."""
+    for block in list(blocks)[max(0, len(blocks) - number) :]:
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
 
 
 def run_blocks(

@@ -143,3 +143,10 @@ def test_predictions_name_the_best_ten_either_way():
     assert written["captions"]["3.jpg"] == by_image.candidates[3, :10].tolist()
     assert written["pictures"]["29"] == [f"{i}.jpg" for i in by_text.candidates[29, :10].tolist()]
     assert len(written["captions"]) == 12 and len(written["pictures"]) == 30
+
+
+def test_of_equal_candidates_the_first_is_best_and_no_number_is_last():
+    queries, targets = torch.eye(1, 2), torch.tensor([[0.5, 0.0], [torch.nan, 0.0], *[[1.0, 0.0]] * 300])
+    found = best_candidates(queries, targets, 302, torch.device("cpu"))
+    assert found.candidates[0].tolist() == [*range(2, 302), 0, 1]
+    assert best_candidates(queries, targets, 5, torch.device("cpu")).candidates[0].tolist() == [2, 3, 4, 5, 6]

@@ -17,12 +17,6 @@ from tests import tiny
 INSTANCE = PruningRule(keep="instance")
 SETTING = PruneSetting(3.0)
 LENGTHS = [5, 9, 7, 6]
-BLIP_NAMES = {  # transformers' names of a vision model's parts, and those of BLIP's checkpoints
-    "vision_model.": "visual_encoder.", "encoder.layers.": "blocks.", "self_attn.projection.": "attn.proj.", "self_attn.": "attn.",
-    "layer_norm1.": "norm1.", "layer_norm2.": "norm2.", "post_layernorm.": "norm.",
-    "embeddings.patch_embedding.": "patch_embed.proj.", "embeddings.position_embedding": "pos_embed",
-    "embeddings.class_embedding": "cls_token",
-}  # fmt: skip
 
 
 def transformers_model(vision: dict, text: dict, embed_dim: int) -> BlipForImageTextRetrieval:
@@ -32,15 +26,8 @@ def transformers_model(vision: dict, text: dict, embed_dim: int) -> BlipForImage
     return tiny.with_lively_weights(BlipForImageTextRetrieval(config)).eval()
 
 
-def published_name(name: str) -> str:
-    if name.startswith("vision_model."):
-        for theirs, ours in BLIP_NAMES.items():
-            name = name.replace(theirs, ours)
-    return name
-
-
 def our_model(other: BlipForImageTextRetrieval, enc_token: int) -> BlipRetrieval:
-    """A model of the sizes and with the weights of `other`, which come as BLIP publishes them."""
+    """A model of the sizes and with the weights of `other`."""
     vision, text = other.config.vision_config, other.config.text_config
     encoder = VisionTransformer(
         vision.image_size, vision.patch_size, vision.hidden_size, vision.num_hidden_layers, vision.num_attention_heads,
@@ -49,7 +36,7 @@ def our_model(other: BlipForImageTextRetrieval, enc_token: int) -> BlipRetrieval
     size = BertSize(**{name: getattr(text, name) for name in BertSize.__dataclass_fields__ if name != "dropout"}, dropout=0.0)
     reader = TextEncoder(size, lambda i: CrossAttention(size, vision.hidden_size))
     model = BlipRetrieval(encoder, reader, enc_token, other.config.image_text_hidden_size, queue_size=4).eval()
-    load_retrieval_weights(model, {published_name(name): tensor for name, tensor in other.state_dict().items()}, "transformers")
+    load_retrieval_weights(model, other.state_dict(), "transformers")
     return model
 
 
