@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Mapping, Sequence
+from copy import copy
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
@@ -199,11 +200,10 @@ def build_datasets(config: Config, prompt: str = "") -> dict[str, Any]:
     """
     train_files = [config.annotation_file(name) for name in config.train_files]
     untouched = {"image_root": config.image_root, "transform": eval_transform(config.image_size, config.text_only)}
-    augmented = train_transform(config.image_size, config.augment, config.text_only)
-    datasets: dict[str, Any] = {
-        "train": CaptionPairs(train_files, config.image_root, augmented, prompt=prompt),
-        "calibration": calibration_subset(CaptionPairs(train_files, **untouched, prompt=prompt), config.calibration_size),
-    }
+    train = CaptionPairs(train_files, **untouched, prompt=prompt)
+    datasets: dict[str, Any] = {"calibration": calibration_subset(train, config.calibration_size)}
+    datasets["train"] = copy(train)  # the same entries, half a million in COCO
+    datasets["train"].transform = train_transform(config.image_size, config.augment, config.text_only)
     for split, name in (("val", config.val_file), ("test", config.test_file)):
         entries = read_captioned(config.annotation_file(name))
         datasets[split] = CaptionImages(entries, **untouched), CaptionTexts(entries)

@@ -223,7 +223,7 @@ def load_weights(
         if name in weights and weights[name].shape != tensor.shape
     ]
     if shapes:
-        keys = "'vit', 'bert', 'image_size', 'sd_num' and 'tokenizer'"
+        keys = "'vit' and 'bert' (for CLIP 'clip'), 'image_size', 'sd_num' and 'tokenizer'"
         raise UserError(f"{source}: shapes do not fit: {_first(shapes)}; check {keys}")
     missing = [name for name in expected if name not in weights]
     refused = [name for name in missing if not any(part in name for part in may_miss)]

@@ -41,7 +41,7 @@ def study(tmp_path: Path, monkeypatch):
         try:
             study_shapes.main()
         finally:
-            text = (tmp_path / "results" / f"shapes_{task}{'_arms' if more else ''}.md").read_text()
+            text = (tmp_path / "results" / f"shapes_{task}{'_arms' if '--arms' in more else ''}.md").read_text()
             rows = [line for line in text.splitlines() if line.startswith("| ")][1:]
         return commands, rows
 
@@ -89,6 +89,14 @@ def test_the_arms_of_weights_and_distillation_take_the_runs_that_are_there(study
         "| p = 0.8, 2:4, distilled",
     ]
     assert len(commands) == 3 * 3 and sum("sparsity_type=2:4" in each and "distill=true" in each for each in commands) == 3
+
+
+def test_a_part_of_the_rows_may_be_run_and_others_stay_in_the_table(study) -> None:
+    study("vqa", lambda command: 0, "--rows", "uncompressed")
+    commands, rows = study("vqa", lambda command: 0, "--rows", "p = 0.5; p = 0.75")
+    assert len(commands) == 6 and [row.split(" | ")[0] for row in rows] == ["| uncompressed", "| p = 0.5", "| p = 0.75"]
+    with pytest.raises(UserError, match="there is no row 'p = 0.8'; there are: uncompressed; p = 0.5;"):
+        study("vqa", lambda command: 0, "--rows", "p = 0.8")
 
 
 def test_rows_that_have_not_run_are_left_out_and_what_failed_is_run_again(study, tmp_path: Path) -> None:

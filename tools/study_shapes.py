@@ -66,17 +66,22 @@ def main() -> None:
     parser.add_argument("--task", default="nlvr", choices=TASKS)
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, which share the processor's cores")
     parser.add_argument("--arms", action="store_true", help=f"instead: what weights and distillation add at p = {ARMS_P:g}")
+    parser.add_argument("--rows", help="run only these, by their names with ';' between them; the table has all that have been run")
     args = parser.parse_args()
     os.chdir(ROOT)
     task = TASKS[args.task]
     data = SHAPES if task.study_size == task.demo_size else STUDY_SHAPES
     make_data(task, data, task.study_size)
-    jobs = jobs_of(args.task, data, arms_of() if args.arms else rows_of(args.task))
+    rows = arms_of() if args.arms else rows_of(args.task)
+    wanted = [row.strip() for row in args.rows.split(";")] if args.rows else list(rows)
+    if unknown := [row for row in wanted if row not in rows]:
+        raise UserError(f"--rows: there is no row '{unknown[0]}'; there are: {'; '.join(rows)}")
+    jobs = jobs_of(args.task, data, rows)
     name = f"shapes_{args.task}" + ("_arms" if args.arms else "")
     problems, text = [], ""
     with ThreadPoolExecutor(args.jobs) as pool:
         try:
-            for ended in as_completed([pool.submit(run, job, args.jobs) for job in jobs]):
+            for ended in as_completed([pool.submit(run, job, args.jobs) for job in jobs if job.row in wanted]):
                 problems += [ended.exception()] if ended.exception() else []  # the other runs go on
                 text = write_results(args.task, jobs, name)
         finally:
