@@ -33,6 +33,7 @@ def model_of(info: dict, weights: dict[str, torch.Tensor]) -> BlipRetrieval:
         learnable_tokens=(*learnable.shape, 1.0),
     )
     load_retrieval_weights(model, weights, "the golden file")
+    model.idx_queue.copy_(weights["idx_queue"])  # the ids of this very data, which loading cannot know
     return model.eval()
 
 
