@@ -79,6 +79,9 @@ class Config(Section):
     sparsity_type: str = Field("", description="N:M weight sparsity: 2:4, 1:4, 4:8 (m4n2_1d is 2:4); empty: dense weights")
     sparse_layers: Literal["mlp", "attention", "all"] = Field("all", description="which linear layers of the blocks become sparse")
     mask_schedule: Literal["once", "refresh"] = Field("once", description="refresh: choose the masks anew in the ramp's epochs")
+    refit_weights: bool = Field(
+        True, description="kept weights take over from masked ones, by least squares on the calibration slice; off: less accurate"
+    )
     order: Literal["weights_first", "tokens_first", "together", "adaptive"] = Field(
         "together", description="in which order weights and tokens go; adaptive: step by step what costs the least accuracy"
     )

@@ -46,7 +46,7 @@ def run_experiment(experiment: Experiment) -> dict:
     logger.info("uncompressed: %.4f GFLOPs per sample; target at p = %g: %.4f", dense, config.p, target)
     if config.evaluate:
         if experiment.sparse is not None:
-            mask_as_saved(experiment.sparse, experiment.checkpoint)
+            _mask_for_evaluation(experiment)
         setting, epoch = _setting_of_checkpoint(experiment, target), experiment.checkpoint.get("epoch", 0)
     else:
         setting, epoch = compress(experiment, dense)
@@ -79,7 +79,7 @@ def compress(experiment: Experiment, dense: float) -> tuple[PruneSetting, int]:
     The temperature is calibrated before an epoch that lowers the target, and after an epoch at p, whose result may be selected.
     """
     config, run, folder = experiment.config, experiment.run, Path(experiment.config.output_dir)
-    plan = WeightPlan(config, experiment.sparse, experiment.measure, dense)
+    plan = WeightPlan(config, experiment.sparse, experiment.measure, experiment.mask, dense)
     trainer = _trainer(experiment)
     setting, best_score, first_epoch = OFF, float("-inf"), 0
     if config.resume:
@@ -96,7 +96,7 @@ def compress(experiment: Experiment, dense: float) -> tuple[PruneSetting, int]:
         started = time.time()
         before, removal = plan.removal(epoch - 1), plan.removal(epoch)
         target, ramping = dense * (1 - removal), removal < config.p
-        plan.enter(epoch)
+        plan.enter(epoch, setting)
         with plan.counting(epoch):
             if plan.chooses(epoch):
                 setting = choose(experiment, plan, target, setting)
@@ -133,6 +133,15 @@ def compress(experiment: Experiment, dense: float) -> tuple[PruneSetting, int]:
             "off" if setting.temperature is None else f"{setting.temperature:.4g}", entry["seconds"]["all"],
         )  # fmt: skip
     return _selected(experiment, folder)
+
+
+def _mask_for_evaluation(experiment: Experiment) -> None:
+    """As the weights were saved; dense ones all, at once."""
+    if experiment.checkpoint.get("masked") is None:
+        experiment.mask(experiment.sparse.weights, OFF)
+        experiment.sparse.fix()
+    else:
+        mask_as_saved(experiment.sparse, experiment.checkpoint)
 
 
 def _within(measured: float, goal: float, setting: PruneSetting) -> bool:

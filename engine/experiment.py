@@ -1,6 +1,6 @@
 """A task as the loop sees it, and what evaluating it gives."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 
@@ -11,10 +11,13 @@ from config import Config
 from engine.sparse_kernels import sparse_kernels
 from engine.train import Losses, Precision, move
 from madtp.pruning import PruneSetting
+from madtp.refit import second_moments
 from models.linears import sparse_weights
 from utils import Run, all_reduce_sum
 
 Cost = Callable[[nn.Module, dict, PruneSetting], torch.Tensor]
+
+MOMENTS = 2**28  # numbers held at a time while weights are fitted anew: 1 GiB
 
 
 @dataclass
@@ -93,6 +96,16 @@ class Experiment:
         with self.precision.autocast():
             return self.evaluate(self.model, self.loaders[split], setting)
 
+    def mask(self, names: Iterable[str], setting: PruneSetting) -> None:
+        """Mask sparse weights; what is kept takes over, fitted to the calibration slice as `setting` prunes it."""
+        weights = {name: self.sparse.weights[name] for name in names}
+        for some in portions(weights, MOMENTS) if self.config.refit_weights else [weights]:
+            moments = None
+            if self.config.refit_weights:
+                moments = second_moments(some, lambda: self.measure(setting))
+                moments = {name: all_reduce_sum(moment) for name, moment in moments.items()}
+            self.sparse.select(some, moments)
+
     def sparse_kernels(self, setting: PruneSetting) -> AbstractContextManager[dict[str, int]]:
         """Inside, 2:4 weights run sparse kernels where that is faster on a batch of the calibration slice."""
 
@@ -103,6 +116,19 @@ class Experiment:
                 (self.deployment or self.gflops)(self.model, batch, setting)
 
         return sparse_kernels(self.config.sparse_kernels, self.model, self.sparse, self.run.device, forward)
+
+
+def portions(weights: Mapping[str, torch.Tensor], most: int) -> Iterator[dict[str, torch.Tensor]]:
+    """Weights (O, I), in their order, as many together as have no more than `most` second moments, I x I each."""
+    some, size = {}, 0
+    for name, weight in weights.items():
+        if some and size + weight.shape[1] ** 2 > most:
+            yield some
+            some, size = {}, 0
+        some[name] = weight
+        size += weight.shape[1] ** 2
+    if some:
+        yield some
 
 
 def mean_cost(model: nn.Module, batches: Iterable[dict], cost: Cost, setting: PruneSetting, run: Run) -> float:

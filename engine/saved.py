@@ -104,11 +104,10 @@ def saved_setting(config: Config, saved: dict) -> PruneSetting | None:
 
 
 def mask_as_saved(sparse: SparseWeights, saved: dict) -> None:
-    """Mask the weights that were masked when they were saved, and so are zero where their masks are; dense ones all at once."""
-    masked = saved.get("masked")
-    if unknown := set(masked or ()) - set(sparse.weights):
+    """Mask the weights that were masked when they were saved, and so are zero where their masks are."""
+    if unknown := set(saved["masked"]) - set(sparse.weights):
         raise UserError(f"{min(unknown)} was saved sparse and is to be dense; set sparse_layers as in the run's config.yaml")
-    sparse.select(sparse.weights if masked is None else masked)
+    sparse.select(saved["masked"])
     sparse.fix()
 
 

@@ -9,7 +9,7 @@ adaptive       p rises in equal steps; each is taken by tokens or by a group of 
                GFLOP, as often as it takes
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from itertools import count
 
@@ -20,6 +20,7 @@ from models.linears import groups
 from utils import UserError, logger
 
 Measure = Callable[[PruneSetting], float]
+Mask = Callable[[Iterable[str], PruneSetting], None]
 Score = Callable[[PruneSetting], float]
 Meet = Callable[[float], tuple[PruneSetting, float]]  # GFLOPs -> the setting that comes nearest, and its GFLOPs
 
@@ -29,9 +30,13 @@ NEAR = 0.01  # relative: no further step for less
 class WeightPlan:
     """What happens to weights and tokens in each epoch. Without sparse weights: the tokens' ramp alone."""
 
-    def __init__(self, config: Config, sparse: SparseWeights | None, measure: Measure, dense: float):
-        """dense: GFLOPs of the uncompressed model, as `measure` gives them."""
-        self.config, self.sparse, self.dense = config, sparse, dense
+    def __init__(self, config: Config, sparse: SparseWeights | None, measure: Measure, mask: Mask, dense: float):
+        """
+        Args:
+            mask: masks sparse weights of these names, in a model whose tokens are pruned so.
+            dense: GFLOPs of the uncompressed model, as `measure` gives them.
+        """
+        self.config, self.sparse, self.mask, self.dense = config, sparse, mask, dense
         self.ramp = max(1, round(config.max_epoch / 3) if config.ramp_epochs is None else config.ramp_epochs)
         self.removed_by_weights = 0.0
         if sparse is not None:
@@ -69,14 +74,14 @@ class WeightPlan:
         share = max(0.0, (epoch - late + 1) / self.ramp)
         return p if share >= 1 else alone + (p - alone) * share  # p itself, not what rounding makes of it
 
-    def enter(self, epoch: int) -> None:
-        """Mask what this epoch has masked, but for `adaptive`, which `choose` does."""
+    def enter(self, epoch: int, setting: PruneSetting) -> None:
+        """Mask what this epoch has masked, the tokens pruned as before; but for `adaptive`, which `choose` does."""
         if self.sparse is None:
             return
         if self.config.order != "adaptive" and epoch >= (self.ramp if self.config.order == "tokens_first" else 0):
             refreshed = self.config.mask_schedule == "refresh" and epoch < self._start + self.ramp
             if not self.sparse.masks or refreshed:
-                self.sparse.select(self.sparse.weights)
+                self.mask(self.sparse.weights, setting)
         if self.sparse.masks and epoch >= self._start + (self.ramp if self.config.mask_schedule == "refresh" else 0):
             self.sparse.fix()
 
@@ -105,7 +110,7 @@ class WeightPlan:
         while now > target * (1 + NEAR):
             options: dict[str, tuple[float, float, PruneSetting]] = {}
             for name, weights in self._groups_left().items():
-                self.sparse.select(weights)
+                self.mask(weights, setting)
                 options[name] = measure(setting), score(setting), setting
                 self.sparse.restore(weights)
             if self.removed_by_weights < self.config.p:
@@ -116,7 +121,7 @@ class WeightPlan:
                 break
             chosen = min(options, key=lambda name: (best - options[name][1]) / (now - options[name][0]))
             if chosen != "tokens":
-                self.sparse.select(self._groups_left()[chosen])
+                self.mask(self._groups_left()[chosen], setting)
             logger.info("%s: %.4f -> %.4f GFLOPs, score %.2f -> %.2f", chosen, now, options[chosen][0], best, options[chosen][1])
             now, best, setting = options[chosen]
         return setting

@@ -12,10 +12,10 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 from torch.sparse import to_sparse_semi_structured
 
 from madtp.sparsity import Pattern, magnitude_mask
+from madtp.watch import Watch
 
 PATTERN = Pattern(2, 4)
 DTYPES = (torch.float16, torch.bfloat16)
@@ -100,32 +100,24 @@ def _is_as_good(result: Tensor, expected: Tensor) -> bool:
     return result.is_contiguous() and bool((result - expected).abs().max() <= TOLERANCE * expected.abs().max())
 
 
-class _Watch(TorchFunctionMode):
-    """Notes the products of some weights, whichever module makes them."""
-
-    def __init__(self, weights: Mapping[str, Tensor]):
-        super().__init__()
-        self.names = {id(weight): name for name, weight in weights.items()}
-        self.products: dict[str, Counter[Product]] = {}
-        self.unfit: set[str] = set()
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        if function is F.linear and (name := self.names.get(id(args[1]))):
-            x, (outputs, inputs) = args[0], args[1].shape
-            kind = x.device.type
-            dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-            self.products.setdefault(name, Counter())[Product(x.numel() // inputs, outputs, inputs, dtype)] += 1
-            mixed = len({product.dtype for product in self.products[name]}) > 1
-            if dtype not in DTYPES or mixed or not x.is_contiguous():  # the kernels take a view of the rows
-                self.unfit.add(name)
-        return function(*args, **(kwargs or {}))
-
-
 def products_of(weights: Mapping[str, Tensor], forward: Callable[[], object]) -> dict[str, Counter[Product]]:
     """What each weight is multiplied with in a forward pass, and how often; without those that sparse kernels cannot serve."""
-    with torch.no_grad(), _Watch(weights) as watch:
+    products: dict[str, Counter[Product]] = {}
+    unfit: set[str] = set()
+
+    def see(name: str, x: Tensor) -> None:
+        outputs, inputs = weights[name].shape
+        kind = x.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+        counts = products.setdefault(name, Counter())
+        counts[Product(x.numel() // inputs, outputs, inputs, dtype)] += 1
+        mixed = len({product.dtype for product in counts}) > 1
+        if dtype not in DTYPES or mixed or not x.is_contiguous():  # the kernels take a view of the rows
+            unfit.add(name)
+
+    with torch.no_grad(), Watch(weights, see):
         forward()
-    return {name: products for name, products in watch.products.items() if name not in watch.unfit}
+    return {name: counts for name, counts in products.items() if name not in unfit}
 
 
 def faster_sparse(products: Mapping[str, Counter[Product]], stopwatch: Callable[[Product], Milliseconds]) -> list[str]:

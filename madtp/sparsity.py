@@ -1,7 +1,8 @@
 """N:M weight sparsity: of every M neighbouring weights along a layer's input, at most N are not zero (MADTP++).
 
-The masks are by magnitude. They hold exactly: gradients of masked weights are dropped before anything reads them, and the weights
-are set to zero again after every optimiser step, since weight decay and momentum of the time before would move them.
+The masks are by magnitude; what is kept can take over what was dropped (`madtp.refit`). They hold exactly: gradients of masked
+weights are dropped before anything reads them, and the weights are set to zero again after every optimiser step, since weight decay
+and momentum of the time before would move them.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -13,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from madtp import flops
+from madtp.refit import refit
 
 
 class Pattern(NamedTuple):
@@ -82,32 +84,38 @@ class SparseWeights:
         self.weights = {name: weight for name, weight in weights.items() if name not in self.left_dense}
         self.masks: dict[str, Tensor] = {}
         self._followers = {name: [weight] for name, weight in (followers or {}).items()}
-        self._dropped: dict[str, list[Tensor]] = {}  # masked weights and followers as they last were, until the masks are fixed
+        self._taken: dict[str, list[Tensor]] = {}  # what masking took from weight and followers, until the masks are fixed
         for name, weight in self.weights.items():
             if weight.requires_grad:
                 weight.register_hook(lambda gradient, name=name: self._masked(name, gradient))
 
     @torch.no_grad()
-    def select(self, names: Iterable[str]) -> None:
-        """Masks for these weights, by what they are; what an earlier mask dropped counts with what it was then."""
+    def select(self, names: Iterable[str], moments: Mapping[str, Tensor] | None = None) -> None:
+        """Masks for these weights, by what they are; what an earlier mask took counts as it was then.
+
+        Args:
+            moments: by name, see `madtp.refit.second_moments`; with them kept weights, and followers', take over from dropped ones.
+        """
         for name in names:
-            if name in self._dropped:
-                self._put_back(name)
-            self.masks[name] = magnitude_mask(self.weights[name], self.pattern)
-            self._dropped[name] = [weight.masked_fill(self.masks[name], 0.0) for weight in self._all(name)]
+            if name in self._taken:
+                self._give_back(name)
+            mask = self.masks[name] = magnitude_mask(self.weights[name], self.pattern)
+            before = [weight.clone() for weight in self._all(name)]
+            for weight in self._all(name):
+                weight.copy_(weight.masked_fill(~mask, 0.0) if moments is None else refit(weight, mask, moments[name]))
+            self._taken[name] = [old - new for old, new in zip(before, self._all(name), strict=True)]
         self._mark(self.masks)
-        self.apply()
 
     def fix(self) -> None:
-        """No mask changes from here on: what was dropped is forgotten."""
-        self._dropped = {}
+        """No mask changes from here on: what was there before is forgotten."""
+        self._taken = {}
 
     @torch.no_grad()
     def restore(self, names: Iterable[str]) -> None:
-        """Take these masks off again; what they dropped is back."""
+        """Take these masks off again, with what they did."""
         for name in names:
-            self._put_back(name)
-            del self.masks[name], self._dropped[name]
+            self._give_back(name)
+            del self.masks[name], self._taken[name]
         self._mark(self.masks)
 
     @torch.no_grad()
@@ -129,7 +137,7 @@ class SparseWeights:
     @property
     def changing(self) -> bool:
         """Whether masks may still change."""
-        return bool(self._dropped)
+        return bool(self._taken)
 
     @property
     def nonzero(self) -> tuple[int, int]:
@@ -138,18 +146,18 @@ class SparseWeights:
         return sum(int(weight.count_nonzero()) for weight in weights), sum(weight.numel() for weight in weights)
 
     def state_dict(self) -> dict[str, dict]:
-        return {"masks": self.masks, "dropped": self._dropped}
+        return {"masks": self.masks, "taken": self._taken}
 
     def load_state_dict(self, state: Mapping[str, Mapping]) -> None:
         self.masks = {name: mask.to(self.weights[name].device) for name, mask in state["masks"].items()}
-        self._dropped = {name: [values.to(self.weights[name].device) for values in each] for name, each in state["dropped"].items()}
+        self._taken = {name: [values.to(self.weights[name].device) for values in each] for name, each in state["taken"].items()}
         self._mark(self.masks)
         self.apply()
 
-    def _put_back(self, name: str) -> None:
-        """What the mask dropped, where it dropped it."""
-        for weight, dropped in zip(self._all(name), self._dropped[name], strict=True):
-            weight.copy_(torch.where(self.masks[name], weight, dropped))
+    def _give_back(self, name: str) -> None:
+        """What masking took, on top of what training has done since."""
+        for weight, taken in zip(self._all(name), self._taken[name], strict=True):
+            weight.add_(taken)
 
     def _masked(self, name: str, gradient: Tensor) -> Tensor:
         """A masked weight gets none, not even one that has overflowed."""

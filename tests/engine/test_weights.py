@@ -31,7 +31,7 @@ def cost(sparse: SparseWeights | None, setting: PruneSetting) -> float:
 
 def plan(p: float = 0.6, sparse: SparseWeights | None = None, **keys) -> WeightPlan:
     config = NlvrConfig(p=p, sparsity_type="2:4" if sparse else "", **{"max_epoch": 6, **keys})
-    return WeightPlan(config, sparse, lambda setting: cost(sparse, setting), DENSE)
+    return WeightPlan(config, sparse, lambda setting: cost(sparse, setting), lambda names, setting: sparse.select(names), DENSE)
 
 
 @pytest.mark.parametrize(
@@ -62,7 +62,7 @@ def test_the_orders_differ_in_what_goes_when(order, shares, masked):
     planned = plan(sparse=sparse, order=order)
     assert [planned.removal(epoch) for epoch in range(4)] == pytest.approx(shares)
     for epoch, expected in enumerate(masked):
-        planned.enter(epoch)
+        planned.enter(epoch, OFF)
         assert bool(sparse.masks) == expected
         assert planned.settled(epoch) == expected
         with planned.counting(epoch):  # whoever goes first, both are counted
@@ -75,7 +75,7 @@ def test_masks_are_refreshed_while_the_tokens_ramp_and_then_fixed():
     weight = sparse.weights[MLP]
     seen = []
     for epoch in range(4):
-        planned.enter(epoch)
+        planned.enter(epoch, OFF)
         seen.append(sparse.masks[MLP].clone())
         assert planned.settled(epoch) == (epoch >= 2)
         weight.data.mul_(0.01)  # what was dropped is larger now

@@ -140,3 +140,17 @@ def test_the_meter_can_count_what_is_not_masked_yet():
     with sparse.counted(["w"]):
         assert multiplied(weight) == 8
     assert multiplied(weight) == 16
+
+
+def test_a_refitted_mask_is_taken_off_with_what_refitting_did_but_not_with_what_training_did():
+    weights = [nn.Parameter(torch.randn(3, 8)) for _ in range(2)]
+    before = [weight.detach().clone() for weight in weights]
+    sparse = SparseWeights({"w": weights[0]}, Pattern(2, 4), {"w": weights[1]})
+    inputs = torch.randn(20, 8) @ torch.randn(8, 8)
+    sparse.select(["w"], {"w": inputs.t() @ inputs})
+    assert all((weight - old)[sparse.masks["w"]].abs().max() > 0.01 for weight, old in zip(weights, before, strict=True))
+    weights[0].data[sparse.masks["w"]] += 1
+    mask = sparse.masks["w"].float()
+    sparse.restore(["w"])
+    torch.testing.assert_close(weights[0].detach(), before[0] + mask)
+    torch.testing.assert_close(weights[1].detach(), before[1])
