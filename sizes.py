@@ -1,5 +1,6 @@
 """The sizes of the models' parts, as mappings of a YAML file or by name."""
 
+from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
@@ -42,16 +43,26 @@ class BertSizes(Section):
         )
 
 
+HEAD_WIDTH = 64  # in all of OpenAI's models
+
+
+def _heads_of(width: str) -> Callable[[dict[str, Any]], int]:
+    """The default where no number of heads is given; `width`: the field to look at."""
+    return lambda given: max(1, given.get(width, HEAD_WIDTH) // HEAD_WIDTH)
+
+
 class ClipSizes(Section):
     """The sizes of CLIP's towers. The defaults are ViT-L/14's."""
 
     patch_size: int = Field(14, ge=1, description="pixels along one side of a patch")
     vision_width: int = Field(1024, ge=1, description="channels of an image token")
     vision_layers: int = Field(24, ge=1, description="blocks of the image tower")
-    vision_heads: int = Field(16, ge=1, description="attention heads; they divide vision_width")
+    vision_heads: int = Field(
+        ge=1, default_factory=_heads_of("vision_width"), description="attention heads; as OpenAI's, width / 64"
+    )
     text_width: int = Field(768, ge=1, description="channels of a text token")
     text_layers: int = Field(12, ge=1, description="blocks of the text tower")
-    text_heads: int = Field(12, ge=1, description="attention heads; they divide text_width")
+    text_heads: int = Field(ge=1, default_factory=_heads_of("text_width"), description="attention heads; as OpenAI's, width / 64")
     context_length: int = Field(77, ge=3, description="the longest text, in tokens with its start and its end")
     embed_dim: int = Field(768, ge=1, description="channels of the common space")
 

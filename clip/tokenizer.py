@@ -3,7 +3,8 @@
 The end-of-text token has the highest id, and padding, which is 0, stands behind it: so a text's end is where its ids are highest.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -18,7 +19,7 @@ WORD_END = "</w>"  # in OpenAI's byte pairs
 
 
 class ClipTokenizer:
-    """Texts to ids. `len` is the model's vocabulary size."""
+    """Texts to ids. `len` is the model's vocabulary size. It can be pickled, for loaders whose workers are started afresh."""
 
     def __init__(self, words: Callable[[str], list[int]], name: Callable[[int], str], start: int, end: int):
         """
@@ -62,8 +63,7 @@ def load_clip_tokenizer(source: str) -> ClipTokenizer:
         from open_clip.tokenizer import SimpleTokenizer  # imports whole model families
 
         pairs = SimpleTokenizer()
-        pieces = pairs.decoder
-        return ClipTokenizer(pairs.encode, lambda i: pieces[i].removesuffix(WORD_END), pairs.sot_token_id, pairs.eot_token_id)
+        return ClipTokenizer(pairs.encode, partial(_piece, pairs.decoder), pairs.sot_token_id, pairs.eot_token_id)
     try:
         words = Path(source).read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -72,6 +72,13 @@ def load_clip_tokenizer(source: str) -> ClipTokenizer:
     if UNKNOWN not in words:
         raise UserError(f"{source}: has no {UNKNOWN}; set the key 'tokenizer' to 'clip' or to a list of words")
     numbers = {word: number for number, word in enumerate(words)}
-    unknown = numbers[UNKNOWN]
     start, end = len(words), len(words) + 1
-    return ClipTokenizer(lambda text: [numbers.get(word, unknown) for word in text.split()], words.__getitem__, start, end)
+    return ClipTokenizer(partial(_numbers, numbers), words.__getitem__, start, end)
+
+
+def _piece(pieces: Mapping[int, str], number: int) -> str:
+    return pieces[number].removesuffix(WORD_END)
+
+
+def _numbers(numbers: Mapping[str, int], text: str) -> list[int]:
+    return [numbers.get(word, numbers[UNKNOWN]) for word in text.split()]

@@ -48,7 +48,18 @@ max_epoch: 6
 sd_num: 100
 sd_dim: 768
 """
+
+
 FILES = sorted(map(str, Path("configs").rglob("*.yaml")))
+
+
+def test_clip_has_a_head_for_every_64_channels_unless_told_otherwise():
+    base = ClipRetrievalConfig(
+        image_size=224, clip={"patch_size": 32, "vision_width": 768, "text_width": 512, "vision_layers": 12}
+    ).clip
+    large, told = ClipRetrievalConfig().clip, ClipRetrievalConfig(clip={"vision_width": 128, "vision_heads": 4}).clip
+    assert (base.vision_heads, base.text_heads) == (12, 8) and (large.vision_heads, large.text_heads) == (16, 12)
+    assert told.vision_heads == 4
 
 
 def refusal(tmp_path: Path, text: str, *flags: str) -> str:
@@ -110,7 +121,7 @@ def test_a_data_set_brings_its_files_unless_others_are_named(tmp_path: Path) -> 
         ),
         (ClipRetrievalConfig, {"clip.context_length": 20}, "max_text_tokens must be at most clip.context_length, 20; change"),
         (ClipRetrievalConfig, {"clip.vision_widht": 20}, "unknown key 'clip.vision_widht'; did you mean 'clip.vision_width'?"),
-        (ClipRetrievalConfig, {"clip.text_width": 20}, "vision_width and text_width must be multiples of"),
+        (ClipRetrievalConfig, {"clip.text_heads": 7}, "vision_width and text_width must be multiples of"),
         (ClipRetrievalConfig, {"variant": "released"}, "the authors' CLIP reads another token"),
         (ClipRetrievalConfig, {"image_size": 384}, "image_size must be a multiple of the patch size, 14"),
     ],

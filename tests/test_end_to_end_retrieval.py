@@ -142,7 +142,8 @@ def two_processes(trained, world, tmp_path_factory) -> Path:
     command_lines = []
     for task, script in SCRIPTS.items():
         evaluated = flags(task, world, folder / "evaluated" / task, *evaluation(trained, task))
-        step = flags(task, world, folder / "step" / task, max_epoch=1, batch_size_train=4)
+        recompute = {"vit_grad_ckpt": "true", "vit_ckpt_layer": 1}  # as in the published configs
+        step = flags(task, world, folder / "step" / task, max_epoch=1, batch_size_train=4, **recompute)
         command_lines += [[script.name, *evaluated], [script.name, *step]]
     runs.run_in_two_processes(folder, command_lines)
     return folder
@@ -168,6 +169,14 @@ def test_two_processes_with_half_the_batch_take_the_step_of_one(trained, two_pro
     alone, shared = (log_of(folder / task)[0]["loss"] for folder in (trained, two_processes / "step"))
     for name in ("similarity", "similarity_momentum"):
         assert shared[name] == pytest.approx(alone[name], rel=1e-4)
+
+
+@TASKS
+def test_in_mixed_precision_a_run_ends_and_its_checkpoint_gives_its_result(world, tmp_path, task):
+    run(task, world, tmp_path / "run", amp="true", max_epoch=1)
+    best = str(tmp_path / "run" / "checkpoint_best.pth")
+    run(task, world, tmp_path / "again", "--evaluate", "--pretrained", best, amp="true")
+    assert read(tmp_path / "run", "result.json") == read(tmp_path / "again", "result.json")
 
 
 def refusal(capsys, task: str, world: Path, out: Path, *more: str, **settings) -> str:

@@ -49,7 +49,8 @@ def test_dense_equals_transformers(size):
     assert not torch.allclose(expected.text_embeds[0], expected.text_embeds[1], atol=1e-2)
     torch.testing.assert_close(image.feature, expected.image_embeds, atol=1e-5, rtol=0)
     torch.testing.assert_close(text.feature, expected.text_embeds, atol=1e-5, rtol=0)
-    torch.testing.assert_close(text.feature @ image.feature.t() / model.temperature, expected.logits_per_text, atol=1e-4, rtol=1e-5)
+    logits = text.feature @ image.feature.t() / model.temperature
+    torch.testing.assert_close(logits, expected.logits_per_text, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(model.encode_image(images, packed=True).feature, expected.image_embeds, atol=1e-5, rtol=0)
     torch.testing.assert_close(model.encode_text(ids, packed=True).feature, expected.text_embeds, atol=1e-5, rtol=0)
     slow = model.encode_image(images, slow=True), model.encode_text(ids, slow=True)
@@ -99,6 +100,19 @@ def test_whatever_is_pruned_the_end_of_text_token_is_read_and_sees_the_merged_on
         x = x + block.mlp(block.ln_2(x))
     expected = model.ln_final(x)[:, -1] @ model.text_projection
     torch.testing.assert_close(encoded.feature, expected, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_a_batch_of_32_is_encoded_as_each_alone():
+    model, setting = pruned(), PruneSetting(3.0)
+    torch.manual_seed(0)
+    images = torch.randn(32, 3, 32, 32) * torch.rand(32, 1, 1, 1) * 3
+    ids = ended_text(torch.randint(3, SMALL.context_length + 1, (32,)).tolist(), size=SMALL)[0]
+    for encode, inputs in ((model.encode_image, images), (model.encode_text, ids)):
+        together = encode(inputs, setting, packed=True)
+        assert len(set(together.record.leaving[-1].tolist())) > 3  # they differ in what they keep
+        alone = torch.cat([encode(one, setting, packed=True).feature for one in inputs.split(1)])
+        torch.testing.assert_close(together.feature, alone, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("setting", [OFF, PruneSetting(0.0), PruneSetting(20.0), PruneSetting(3.0, 1)])

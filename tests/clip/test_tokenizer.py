@@ -1,6 +1,7 @@
 """CLIP's tokenizer: OpenAI's numbers, texts that keep their end, and lists of words."""
 
 import gzip
+import pickle
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +28,14 @@ def openai() -> ClipTokenizer:
 def words(tmp_path: Path) -> ClipTokenizer:
     (tmp_path / "words.txt").write_text("\n".join(WORDS))
     return load_clip_tokenizer(str(tmp_path / "words.txt"))
+
+
+def test_a_tokenizer_can_be_sent_to_workers_that_are_started_afresh(openai, words):
+    for tokenizer in (openai, words):
+        sent = pickle.loads(pickle.dumps(tokenizer))
+        ids = tokenizer(["a red dog"])["input_ids"]
+        assert sent(["a red dog"])["input_ids"].equal(ids)
+        assert sent.convert_ids_to_tokens(ids[0].tolist()) == tokenizer.convert_ids_to_tokens(ids[0].tolist())
 
 
 @pytest.mark.parametrize(

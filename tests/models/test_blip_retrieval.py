@@ -89,6 +89,21 @@ def test_packed_padded_and_alone_agree(setting):
     assert setting is not SETTING or all(int(n.max() - n.min()) > 1 for n in kept)  # they differ in what they keep
 
 
+@torch.no_grad()
+def test_a_batch_of_32_is_matched_as_each_pair_alone():
+    model = tiny.retrieval(INSTANCE)
+    lengths = torch.randint(4, 13, (32,), generator=torch.Generator().manual_seed(0)).tolist()
+    images, ids, mask = tiny.pairs("blip", lengths)
+    image = model.encode_image(images, SETTING, packed=True)
+    together, record = model.match(ids, mask, (image.tokens, image.layout), SETTING)
+    assert len(set(record.leaving[-1].tolist())) > 3  # they differ in what they keep
+    for i, length in enumerate(lengths):
+        image = model.encode_image(images[i : i + 1], SETTING, packed=True)
+        alone, _ = model.match(ids[i : i + 1, :length], mask[i : i + 1, :length], (image.tokens, image.layout), SETTING)
+        torch.testing.assert_close(together[i].softmax(dim=0), alone[0].softmax(dim=0), atol=1e-5, rtol=0)
+        torch.testing.assert_close(together[i], alone[0], atol=3e-5, rtol=0)  # of numbers up to 4, by weights larger than usual
+
+
 @pytest.mark.parametrize("packed", [False, True])
 @torch.no_grad()
 def test_negatives_follow_the_pairs_first_another_image_then_another_text(packed):
