@@ -102,6 +102,25 @@ def test_dense_weights_are_masked_at_once_for_an_evaluation(flags, dense, tmp_pa
     assert params["sparse_total"] == sum(weights[name].numel() for name in sparse_names(weights))
 
 
+def test_two_processes_mask_and_learn_as_one(flags, tmp_path):
+    """Weights are fitted anew to the calibration slice of both; rounding may prune a token more or less: hence the tolerance."""
+    learning = {**LEARNING, "mask_schedule": "once", "max_epoch": 2, "lr_schedule": "step"}
+    runs.run_in_two_processes(tmp_path, [["compress_nlvr_dtp", *flags(tmp_path / "two", batch_size_train=4, **learning)]])
+    run_here(flags(tmp_path / "one", **learning))
+    assert log_of(tmp_path / "two")[0]["loss"] == pytest.approx(log_of(tmp_path / "one")[0]["loss"], rel=5e-3)
+    one, two = (read_checkpoint(tmp_path / name / "checkpoint_last.pth")["model"] for name in ("one", "two"))
+    for name in sparse_names(one):
+        assert torch.equal(one[name] != 0, two[name] != 0), name
+
+
+def test_masks_hold_in_mixed_precision_with_activations_computed_again(flags, tmp_path):
+    recompute = {"vit_grad_ckpt": "true", "vit_ckpt_layer": 2}
+    run_here(flags(tmp_path, **{**LEARNING, "mask_schedule": "once", "max_epoch": 2, "amp": "true", **recompute}))
+    weights = read_checkpoint(tmp_path / "checkpoint_best.pth")["model"]
+    for name in sparse_names(weights):
+        assert (weights[name].unflatten(1, (-1, 4)).count_nonzero(dim=-1) == 2).all(), name
+
+
 @pytest.mark.parametrize("order", ["weights_first", "tokens_first", "adaptive"])
 def test_every_order_ends_within_the_budget(flags, order, tmp_path):
     run_here(flags(tmp_path, order=order, max_epoch=4, ramp_epochs=1))

@@ -9,7 +9,7 @@ import pytest
 from config import CONFIGS
 from data.shapes.write import make_shapes
 from tests import runs
-from tests.runs import FILES, ROOT, assert_same_run, read
+from tests.runs import FILES, ROOT, assert_same_run, log_of, read
 
 PICTURES = 11  # of a split: neither two processes nor batches of 8 share them evenly
 SHARED = {
@@ -112,16 +112,34 @@ def test_a_resumed_run_is_the_uninterrupted_one(task, trained, world, tmp_path):
     assert_same_run(tmp_path, trained / task)
 
 
-def test_two_processes_give_the_metrics_of_one(trained, world, tmp_path):
+@pytest.fixture(scope="module")
+def two_processes(trained, world, tmp_path_factory) -> Path:
+    """The folder of runs in two processes: of each task an evaluation, and one step of training with half the batch."""
+    folder = tmp_path_factory.mktemp("two")
     lines = []
     for task in SUBMISSION:
-        evaluate = flags(task, world, tmp_path / task, "--evaluate", "--pretrained", str(trained / task / "checkpoint_best.pth"))
-        lines.append([f"compress_{task}_dtp", *evaluate])
-    runs.run_in_two_processes(tmp_path, lines)
-    for task in SUBMISSION:
-        assert read(tmp_path / task, "result.json")["metrics"] == read(trained / task, "result.json")["metrics"]
-        rows, expected = (read(folder / task, "predictions_test.json") for folder in (tmp_path, trained))
-        assert {name: row["prediction"] for name, row in rows.items()} == {n: row["prediction"] for n, row in expected.items()}
+        best = str(trained / task / "checkpoint_best.pth")
+        lines.append([f"compress_{task}_dtp", *flags(task, world, folder / "evaluated" / task, "--evaluate", "--pretrained", best)])
+        step = flags(task, world, folder / "step" / task, max_epoch=1, batch_size_train=4)
+        lines.append([f"compress_{task}_dtp", *step])
+    runs.run_in_two_processes(folder, lines)
+    return folder
+
+
+@TASKS
+def test_two_processes_give_the_metrics_of_one(task, trained, two_processes):
+    alone, shared = trained / task, two_processes / "evaluated" / task
+    assert read(shared, "result.json")["metrics"] == read(alone, "result.json")["metrics"]
+    rows, expected = (read(folder, "predictions_test.json") for folder in (shared, alone))
+    assert {name: row["prediction"] for name, row in rows.items()} == {n: row["prediction"] for n, row in expected.items()}
+
+
+@TASKS
+def test_two_processes_with_half_the_batch_take_the_step_of_one(task, trained, two_processes):
+    """The task's loss is a mean over words, of which the halves have more or fewer."""
+    alone, shared = (log_of(folder / task)[0]["loss"] for folder in (trained, two_processes / "step"))
+    assert shared["similarity"] == pytest.approx(alone["similarity"], rel=1e-4)
+    assert shared["task"] == pytest.approx(alone["task"], rel=0.02)
 
 
 def test_answers_may_be_generated(trained, world, tmp_path):
