@@ -6,7 +6,11 @@ import sys
 import pytest
 import torch
 
+from engine.flop_table import analyse
+from madtp.pruning import OFF
 from models.blip_nlvr import reference_gflops
+from models.linears import sparse_weights
+from models.momentum import MomentumModel
 from options import load_any_config
 from tools import flops
 from utils import UserError
@@ -84,6 +88,29 @@ def test_the_tool_reports_both_counts(report, task, temperature):
     assert sum(found["by_module"].values()) == pytest.approx(gflops["closed_form"])
     assert 0 < gflops["deployment"] < gflops["closed_form"] or not task.startswith("retrieval")
     assert found["temperature"] == (temperature and float(temperature))
+
+
+@TASKS
+@torch.no_grad()
+def test_the_meter_counts_what_fvcore_does_with_sparse_layers_halved(task, tmp_path):
+    """Momentum encoders share the masks of those that they follow."""
+    (tmp_path / "tiny.yaml").write_text(TINY[task])
+    model, _, inputs = flops.BUILD[task](load_any_config(tmp_path / "tiny.yaml", {"p": 0}))
+    model.eval()
+    counted = analyse(model, inputs).by_module_and_operator()
+    sparse = sparse_weights(model, (2, 4), "all")
+    names = list(sparse.weights)
+    if isinstance(model, MomentumModel):
+        names += [f"{name.split('.')[0]}_m.{name.partition('.')[2]}" for name in names]
+    halves = 0
+    for name in names:
+        owner, _, kind = f"model.{name}".rpartition(".")
+        halves += counted[owner]["linear"] / 2
+        if kind == "in_proj_weight":  # a weight of the attention itself, beside its layer out_proj
+            halves -= counted[f"{owner}.out_proj"]["linear"] / 2
+    expected = flops.total(model, inputs, OFF) - halves / 1e9
+    sparse.select(sparse.weights)
+    assert flops.total(model, inputs, OFF) == pytest.approx(expected, rel=1e-9)
 
 
 @TASKS
