@@ -41,7 +41,8 @@ def study(tmp_path: Path, monkeypatch):
         try:
             study_shapes.main()
         finally:
-            text = (tmp_path / "results" / f"shapes_{task}{'_arms' if '--arms' in more else ''}.md").read_text()
+            kind = "".join(f"_{kind}" for kind in ("arms", "orders") if f"--{kind}" in more)
+            text = (tmp_path / "results" / f"shapes_{task}{kind}.md").read_text()
             rows = [line for line in text.splitlines() if line.startswith("| ")][1:]
         return commands, rows
 
@@ -89,6 +90,19 @@ def test_the_arms_of_weights_and_distillation_take_the_runs_that_are_there(study
         "| p = 0.8, 2:4, distilled",
     ]
     assert len(commands) == 3 * 3 and sum("sparsity_type=2:4" in each and "distill=true" in each for each in commands) == 3
+
+
+def test_the_orders_stand_beside_the_arm_that_has_the_default_one(study) -> None:
+    study("nlvr", lambda command: 0, "--arms")
+    commands, rows = study("nlvr", lambda command: 0, "--orders")
+    assert [row.split(" | ")[0] for row in rows] == [
+        "| uncompressed",
+        "| p = 0.8, 2:4, distilled",
+        "| p = 0.8, 2:4, distilled, weights_first",
+        "| p = 0.8, 2:4, distilled, tokens_first",
+        "| p = 0.8, 2:4, distilled, adaptive",
+    ]
+    assert len(commands) == 3 * 3 and all("distill=true --set order=" in each for each in commands)
 
 
 def test_a_part_of_the_rows_may_be_run_and_others_stay_in_the_table(study) -> None:

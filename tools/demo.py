@@ -83,8 +83,8 @@ RETRIEVAL = Task(
     reductions=(0.5, 0.75),
     shapes="retrieval",
     options="--eval-size 1000 --val-size 500",
-    demo_size=13_000,  # a run draws 12,800 pairs, the study's 25,600: no picture needs to come twice
-    study_size=26_000,
+    demo_size=10_000,  # a run draws 9,600 pairs, the study's 16,000: no picture needs to come twice
+    study_size=16_000,
     annotations=("flickr30k_train.json", "flickr30k_val.json", "flickr30k_test.json"),
     notes=(RECALL_NOTE, PAIR_NOTE.format(", three passes of the matching head's encoder", ", and that encoder once")),
 )

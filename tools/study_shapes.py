@@ -2,9 +2,11 @@
 
     python tools/study_shapes.py --task nlvr --jobs 2
     python tools/study_shapes.py --task nlvr --jobs 2 --arms      # tokens beside 2:4 weights, distillation, and both
+    python tools/study_shapes.py --task nlvr --jobs 2 --orders    # all three, in which order weights and tokens go
 
 Makes the data, runs the task's script once a row and seed (a run that has ended is not run again), and after each run writes what
-there is to results/shapes_TASK.md and, the results themselves, to results/shapes_TASK.json; of the arms to shapes_TASK_arms.*.
+there is to results/shapes_TASK.md and, the results themselves, to results/shapes_TASK.json; of the arms to shapes_TASK_arms.*, of
+the orders to shapes_TASK_orders.*.
 """
 
 import argparse
@@ -46,6 +48,7 @@ ARMS = {
     ", 2:4": "--set sparsity_type=2:4",
     ", 2:4, distilled": "--set sparsity_type=2:4 --set distill=true",
 }
+ORDERS = ("weights_first", "tokens_first", "adaptive")  # beside the default
 
 
 @dataclass(frozen=True)
@@ -65,19 +68,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--task", default="nlvr", choices=TASKS)
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, which share the processor's cores")
-    parser.add_argument("--arms", action="store_true", help=f"instead: what weights and distillation add at p = {ARMS_P:g}")
+    instead = parser.add_mutually_exclusive_group()
+    instead.add_argument("--arms", action="store_true", help=f"instead: what weights and distillation add at p = {ARMS_P:g}")
+    instead.add_argument("--orders", action="store_true", help="instead: what the order of weights and tokens makes of it")
     parser.add_argument("--rows", help="run only these, by their names with ';' between them; the table has all that have been run")
     args = parser.parse_args()
     os.chdir(ROOT)
     task = TASKS[args.task]
     data = SHAPES if task.study_size == task.demo_size else STUDY_SHAPES
     make_data(task, data, task.study_size)
-    rows = arms_of() if args.arms else rows_of(args.task)
+    kind = "arms" if args.arms else "orders" if args.orders else ""
+    rows = {"arms": arms_of, "orders": orders_of, "": lambda: rows_of(args.task)}[kind]()
     wanted = [row.strip() for row in args.rows.split(";")] if args.rows else list(rows)
     if unknown := [row for row in wanted if row not in rows]:
         raise UserError(f"--rows: there is no row '{unknown[0]}'; there are: {'; '.join(rows)}")
     jobs = jobs_of(args.task, data, rows)
-    name = f"shapes_{args.task}" + ("_arms" if args.arms else "")
+    name = "_".join(filter(None, ("shapes", args.task, kind)))
     problems, text = [], ""
     with ThreadPoolExecutor(args.jobs) as pool:
         try:
@@ -121,6 +127,13 @@ def arms_of() -> dict[str, tuple[str, bool]]:
     tokens = f"p = {ARMS_P:g}"
     arms = {tokens + name: (f"--p {ARMS_P:g} {arguments}".strip(), True) for name, arguments in {"": "", **ARMS}.items()}
     return {"uncompressed": ("--p 0 --evaluate", False), **arms}
+
+
+def orders_of() -> dict[str, tuple[str, bool]]:
+    """Of the arm with all three, the default order and the others."""
+    name, arms = f"p = {ARMS_P:g}, 2:4, distilled", arms_of()
+    others = {f"{name}, {order}": (f"{arms[name][0]} --set order={order}", True) for order in ORDERS}
+    return {"uncompressed": arms["uncompressed"], name: arms[name], **others}
 
 
 def run(job: Job, at_a_time: int) -> None:

@@ -1,7 +1,11 @@
 """Ranking a split: the order that a plain loop over all pairs gives, whatever the sizes, and a model that stays as it is."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from data.captions import Split
 from engine import ranking
@@ -150,3 +154,35 @@ def test_of_equal_candidates_the_first_is_best_and_no_number_is_last():
     found = best_candidates(queries, targets, 302, torch.device("cpu"))
     assert found.candidates[0].tolist() == [*range(2, 302), 0, 1]
     assert best_candidates(queries, targets, 5, torch.device("cpu")).candidates[0].tolist() == [2, 3, 4, 5, 6]
+
+
+class _Sizes(TorchDispatchMode):
+    """Notes the number of elements of the largest tensor that an operation returns."""
+
+    largest = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        self.largest = max([self.largest, *(leaf.numel() for leaf in tree_leaves(out) if isinstance(leaf, torch.Tensor))])
+        return out
+
+
+def largest_tensor(call: Callable[[], object]) -> int:
+    with torch.no_grad(), _Sizes() as sizes:
+        call()
+    return sizes.largest
+
+
+def test_similarities_of_all_with_all_are_never_in_memory_together(monkeypatch):
+    monkeypatch.setattr(ranking, "QUERIES", 8)
+    queries, targets = torch.randn(500, 4), torch.randn(2500, 4)
+    assert largest_tensor(lambda: best_candidates(queries, targets, 3, RUN.device)) == 8 * 2500
+
+
+def test_matching_a_longer_split_holds_no_larger_tensors(monkeypatch):
+    """What grows with the split are the numbers of its candidate pairs alone, which here are fewer."""
+    monkeypatch.setattr(ranking, "PAIRS", 4)
+    model, (whole, _, _) = tiny.retrieval(PruningRule(keep="instance")), split("blip", 2)
+    thrice = Split(3 * whole.images, 3 * whole.texts, [], 3 * IMAGE_OF_TEXT, [], 3 * whole.names)
+    sizes = [largest_tensor(lambda part=part: rank(model, part, SETTING, True, RUN, 3, True)) for part in (whole, thrice)]
+    assert sizes[0] == sizes[1]
