@@ -1,5 +1,6 @@
 """Multimodal alignment-guided dynamic token pruning (MADTP), on torch alone.
 
 Read in this order: `alignment` (MAG, Eq. 1-3), `importance` (token importance score, Eq. 4-6), `pruning` (threshold, keep rule,
-merge, Eq. 7-10), `budget` (the temperature that meets a GFLOPs target), `flops` (what a forward pass costs).
+merge, Eq. 7-10), `budget` (the temperature that meets a GFLOPs target), `flops` (what a forward pass costs); for MADTP++
+`sparsity` (N:M masks), `refit` (kept weights take over from dropped ones), `distillation`.
 """
