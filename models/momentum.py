@@ -56,6 +56,11 @@ class MomentumModel(AlignedModel):
         self.register_buffer("idx_queue", torch.full((1, queue_size), NO_IMAGE))
         self.register_buffer("ptr_queue", torch.zeros(1, dtype=torch.long))
 
+    def forget_momentum(self) -> None:
+        """Give up what only training needs; encoders remain, for a model that does not learn."""
+        for name in (*(f"{part}_m" for part in self._parts), *(name for name, _ in self.named_buffers(recurse=False))):
+            delattr(self, name)
+
     def followers(self) -> Iterator[tuple[Tensor, Tensor]]:
         for name in self._parts:
             part, follower = getattr(self, name), getattr(self, f"{name}_m")

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from config import Config
 from madtp.distillation import Distillation
+from models.momentum import MomentumModel
 from models.pretrained import read_checkpoint
 from utils import UserError
 
@@ -35,4 +36,6 @@ def start(config: ConfigT, device: torch.device, build: Build, load: Load) -> tu
         raise UserError("distill: there is no model to learn from; set the key 'teacher' or 'pretrained'")
     teacher = build(config.model_copy(update=UNCOMPRESSED))
     load(teacher, read_checkpoint(path)["model"], path)
+    if isinstance(teacher, MomentumModel):
+        teacher.forget_momentum()
     return model, checkpoint, Distillation(teacher.to(device), model, config.distill_temperature)

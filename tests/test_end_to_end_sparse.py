@@ -80,6 +80,16 @@ def test_a_resumed_run_is_the_same_to_the_bit(trained, flags, tmp_path):
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
+@pytest.mark.parametrize("order", ["weights_first", "tokens_first", "adaptive"])
+def test_a_resumed_run_of_another_order_is_the_same_to_the_bit(order, flags, tmp_path):
+    """Interrupted before tokens_first masks, after adaptive has."""
+    settings = {"order": order, "max_epoch": 3, "ramp_epochs": 1}
+    run_here(flags(tmp_path / "whole", **settings))
+    runs.interrupt_in_the_second_epoch(lambda: run_here(flags(tmp_path / "parted", **settings)))
+    run_here(flags(tmp_path / "parted", "--resume", **settings))
+    assert_same_run(tmp_path / "whole", tmp_path / "parted")
+
+
 def test_evaluating_the_checkpoint_gives_its_result_and_on_a_cpu_by_dense_kernels(trained, flags, tmp_path, caplog):
     caplog.set_level("INFO")
     run_here(flags(tmp_path, "--evaluate", "--pretrained", str(trained / "checkpoint_best.pth"), sparse_kernels="true"))

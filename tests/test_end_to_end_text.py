@@ -112,6 +112,21 @@ def test_a_resumed_run_is_the_uninterrupted_one(task, trained, world, tmp_path):
     assert_same_run(tmp_path, trained / task)
 
 
+@TASKS
+def test_tokens_and_weights_go_together_and_the_teacher_is_heard(task, world, tmp_path):
+    run(task, world, tmp_path / "dense", "--p", "0", max_epoch=1)
+    best, p = str(tmp_path / "dense" / "checkpoint_best.pth"), 0.35
+    both = ("--enable-sparse-api", "--token_reduce", "--pretrained", best, "--p", str(p))
+    run(task, world, tmp_path / "both", *both, distill="true", max_epoch=1)
+    result = read(tmp_path / "both", "result.json")
+    gflops, params = result["gflops"], result["params"]
+    assert gflops["measured"] == pytest.approx(gflops["target"], rel=0.01)
+    assert gflops["measured"] < min(gflops["tokens"], gflops["weights"]) < gflops["uncompressed"]
+    assert params["sparse_total"] == 2 * params["sparse_nonzero"] > 0
+    losses = log_of(tmp_path / "both")[0]["loss"]
+    assert {"distill_vision", "distill_answers"} < set(losses) and all(losses.values())
+
+
 @pytest.fixture(scope="module")
 def two_processes(trained, world, tmp_path_factory) -> Path:
     """The folder of runs in two processes: of each task an evaluation, and one step of training with half the batch."""

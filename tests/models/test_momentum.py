@@ -153,6 +153,18 @@ def test_a_step_keeps_the_temperature_in_its_limits(kind, name, value, limit):
 
 @KINDS
 @torch.no_grad()
+def test_a_model_that_forgets_its_momentum_encodes_as_before(kind):
+    model, (images, *text) = tiny.PAIR_MODELS[kind](INSTANCE), tiny.pairs(kind, LENGTHS)
+    before = model.encode_pairs(images, *text)
+    model.forget_momentum()
+    assert not any(online_name(name) or "queue" in name for name, _ in (*model.named_parameters(), *model.named_buffers()))
+    assert all(
+        torch.equal(one.feature, other.feature) for one, other in zip(before, model.encode_pairs(images, *text), strict=True)
+    )
+
+
+@KINDS
+@torch.no_grad()
 def test_measuring_changes_nothing(kind):
     model = tiny.PAIR_MODELS[kind](INSTANCE)
     before, batch = snapshot(model), tiny.pairs(kind, LENGTHS)
