@@ -56,6 +56,10 @@ def main() -> None:
         inputs = batch["image"], batch["input_ids"], batch["attention_mask"]
         return sum(model.costs(*inputs, setting=setting, packed=packed)[0].values())
 
+    def forward(model: torch.nn.Module, batch: dict, setting: PruneSetting) -> None:
+        for image, ids, mask in zip(batch["image"], batch["input_ids"], batch["attention_mask"].bool(), strict=True):
+            model(image[None], ids[None, mask], mask[None, mask].long(), setting, packed=packed)
+
     def evaluate(model: torch.nn.Module, split: Split, setting: PruneSetting) -> Evaluation:
         rows = {}
         for batch in progress(split.images, "captions", run):
@@ -80,6 +84,7 @@ def main() -> None:
             loss_weights={"similarity": config.sim_weight, **config.distill_weights},
             checkpoint=checkpoint,
             deployment=lambda model, batch, setting: write(model, batch["image"], setting)[2],
+            forward=forward,
         )
     )  # fmt: skip
 

@@ -7,6 +7,7 @@ Writes <output_dir>/{config.yaml, log.txt, checkpoint_last.pth, checkpoint_best.
 vqa_result.json, the answers of the test split in the format of VQA's evaluation server.
 """
 
+from collections.abc import Iterator
 from functools import partial
 
 import torch
@@ -57,6 +58,10 @@ def main() -> None:
     def gflops(model: torch.nn.Module, batch: dict, setting: PruneSetting) -> torch.Tensor:
         return sum(model.costs(*inputs(batch), setting=setting, packed=packed)[0].values())
 
+    def forward(model: torch.nn.Module, batch: dict, setting: PruneSetting) -> None:
+        for sample in single_answers(inputs(batch)):
+            model(*sample, setting, packed=packed)
+
     def evaluate(model: torch.nn.Module, loader, setting: PruneSetting) -> Evaluation:
         rows, known = {}, {}
         for batch in progress(loader, "answers", run):
@@ -87,6 +92,7 @@ def main() -> None:
             loss_weights={"similarity": config.sim_weight, **config.distill_weights},
             checkpoint=checkpoint,
             deployment=lambda model, batch, setting: answer(model, batch, setting)[2],
+            forward=forward,
         )
     )  # fmt: skip
 
@@ -95,6 +101,18 @@ def one_sample(inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
     """The first question with its answers."""
     *question, answer_ids, answer_mask, counts = inputs
     return *(part[:1] for part in question), answer_ids[: counts[0]], answer_mask[: counts[0]], counts[:1]
+
+
+def single_answers(inputs: tuple[torch.Tensor, ...]) -> Iterator[tuple[torch.Tensor, ...]]:
+    """Each question with its first answer, without padding."""
+    images, *texts, counts = inputs
+    *question, answer_ids, answer_mask = texts
+    firsts = counts.cumsum(dim=0) - counts
+    rows = zip(images, *question, answer_ids[firsts], answer_mask[firsts], strict=True)
+    for image, question_ids, question_mask, ids, mask in rows:
+        asked, said = question_mask.bool(), mask.bool()
+        text = question_ids[None, asked], question_mask[None, asked], ids[None, said], mask[None, said]
+        yield image[None], *text, torch.ones_like(counts[:1])
 
 
 if __name__ == "__main__":

@@ -80,7 +80,7 @@ class Config(Section):
     sparse_layers: Literal["mlp", "attention", "all"] = Field("all", description="which linear layers of the blocks become sparse")
     mask_schedule: Literal["once", "refresh"] = Field("once", description="refresh: choose the masks anew in the ramp's epochs")
     refit_weights: bool = Field(
-        True, description="kept weights take over from masked ones, by least squares on the calibration slice; off: less accurate"
+        True, description="kept weights take over from masked ones, by least squares on the calibration slice (variant: paper)"
     )
     order: Literal["weights_first", "tokens_first", "together", "adaptive"] = Field(
         "together", description="in which order weights and tokens go; adaptive: step by step what costs the least accuracy"
@@ -148,6 +148,11 @@ class Config(Section):
         patch = self.patch_size
         return require(self, self.image_size % patch == 0, f"image_size must be a multiple of the patch size, {patch}")
 
+    @model_validator(mode="after")
+    def _adaptive_masks_stay(self) -> "Config":
+        both = self.order == "adaptive" and self.mask_schedule == "refresh"
+        return require(self, not both, "order: adaptive chooses its masks once; mask_schedule must be once")
+
     @property
     def patch_size(self) -> int:
         return self.vit_sizes.patch_size
@@ -172,6 +177,11 @@ class Config(Section):
             return None
         kept, group = self.sparsity_type.split(":")
         return int(kept), int(group)
+
+    @property
+    def refits(self) -> bool:
+        """Whether masking fits kept weights anew; the authors' form masks alone."""
+        return self.refit_weights and self.variant == "paper"
 
     @property
     def distill_weights(self) -> dict[str, float]:

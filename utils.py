@@ -70,6 +70,12 @@ def all_reduce_sum(values: torch.Tensor) -> torch.Tensor:
     return values
 
 
+def broadcast(values: torch.Tensor) -> None:
+    """Give `values` of the main process to all."""
+    if dist.is_initialized():
+        dist.broadcast(values, 0)
+
+
 def gather_objects(value: object) -> list:
     """`value` of every rank, in the order of the ranks, on every rank."""
     if not dist.is_initialized():

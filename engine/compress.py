@@ -26,6 +26,7 @@ from madtp.pruning import OFF, PruneSetting
 from options import save_config
 from utils import UserError, barrier, logger, seed_everything
 
+ROUNDING = 1e-9  # relative
 WITHIN_BUDGET = 0.01  # relative distance from the target at which an epoch may be selected
 
 
@@ -33,6 +34,8 @@ def run_experiment(experiment: Experiment) -> dict:
     """Train or evaluate as the config says; write the run's files; return the content of result.json."""
     config, run = experiment.config, experiment.run
     folder = Path(config.output_dir)
+    if config.evaluate:
+        _check_pattern(config, experiment.checkpoint)
     if run.is_main:
         folder.mkdir(parents=True, exist_ok=True)
         save_config(config, folder / "config.yaml")
@@ -96,11 +99,11 @@ def compress(experiment: Experiment, dense: float) -> tuple[PruneSetting, int]:
         started = time.time()
         before, removal = plan.removal(epoch - 1), plan.removal(epoch)
         target, ramping = dense * (1 - removal), removal < config.p
-        plan.enter(epoch, setting)
+        masked = plan.enter(epoch, setting)
         with plan.counting(epoch):
             if plan.chooses(epoch):
                 setting = choose(experiment, plan, target, setting)
-            elif epoch == 0 or before < removal:
+            elif epoch == 0 or before < removal or masked:
                 setting, _ = meet(experiment, target, setting, ramping, moved=True)
         experiment.loaders["train"].sampler.set_epoch(epoch)
         train_started = time.time()
@@ -111,7 +114,7 @@ def compress(experiment: Experiment, dense: float) -> tuple[PruneSetting, int]:
         train_seconds = time.time() - train_started
         with plan.counting(epoch):
             setting, measured = (setting, experiment.measure(setting)) if ramping else meet(experiment, target, setting)
-        val = experiment.evaluated("val", setting)
+            val = experiment.evaluated("val", setting)
         within = plan.settled(epoch) and _within(measured, dense * (1 - config.p), setting)
         score = val.metrics[experiment.score] if within else float("-inf")
         state = _run_state(experiment, setting, epoch, max(score, best_score))
@@ -133,6 +136,16 @@ def compress(experiment: Experiment, dense: float) -> tuple[PruneSetting, int]:
             "off" if setting.temperature is None else f"{setting.temperature:.4g}", entry["seconds"]["all"],
         )  # fmt: skip
     return _selected(experiment, folder)
+
+
+def _check_pattern(config: Config, saved: dict) -> None:
+    """Sparse weights are evaluated as what they are: without their pattern zeros would count, and another would drop more."""
+    pattern = saved.get("sparsity_type", "")
+    if saved.get("masked") and config.p > 0 and config.sparsity_type != pattern:
+        raise UserError(
+            f"{config.pretrained}: was saved with sparsity_type {pattern}, and the config has '{config.sparsity_type}'; evaluate"
+            " with the run's config.yaml, or set sparsity_type and sparse_layers as there"
+        )
 
 
 def _mask_for_evaluation(experiment: Experiment) -> None:
@@ -176,7 +189,7 @@ def meet(
     config = experiment.config
     if config.uncompressed or experiment.sparse:
         whole = experiment.measure(OFF)
-        if config.uncompressed or whole <= target:
+        if config.uncompressed or whole <= target * (1 + ROUNDING):
             return OFF, whole
     try:
         found = calibrate(

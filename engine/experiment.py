@@ -11,9 +11,9 @@ from config import Config
 from engine.sparse_kernels import sparse_kernels
 from engine.train import Losses, Precision, move
 from madtp.pruning import PruneSetting
-from madtp.refit import second_moments
+from madtp.refit import can_be_fitted, second_moments
 from models.linears import sparse_weights
-from utils import Run, all_reduce_sum
+from utils import Run, all_reduce_sum, broadcast, logger
 
 Cost = Callable[[nn.Module, dict, PruneSetting], torch.Tensor]
 
@@ -47,6 +47,7 @@ class Experiment:
     score: the name of the metric that selects
     reference: GFLOPs of the uncompressed model by the published convention
     deployment: as `gflops`, of a sample in use; None where that is the same
+    forward: (model, batch, setting), a pass that runs every layer on no padding; None where `gflops` is one
     checkpoint: what the weights given by `pretrained` came with (a temperature, say)
     """
 
@@ -63,6 +64,7 @@ class Experiment:
     checkpoint: dict = field(default_factory=dict)
     inputs: Callable[[dict], tuple[torch.Tensor, ...]] | None = None
     deployment: Cost | None = None
+    forward: Callable[[nn.Module, dict, PruneSetting], object] | None = None
 
     def __post_init__(self):
         pattern = self.config.pattern
@@ -99,12 +101,31 @@ class Experiment:
     def mask(self, names: Iterable[str], setting: PruneSetting) -> None:
         """Mask sparse weights; what is kept takes over, fitted to the calibration slice as `setting` prunes it."""
         weights = {name: self.sparse.weights[name] for name in names}
-        for some in portions(weights, MOMENTS) if self.config.refit_weights else [weights]:
-            moments = None
-            if self.config.refit_weights:
-                moments = second_moments(some, lambda: self.measure(setting))
-                moments = {name: all_reduce_sum(moment) for name, moment in moments.items()}
+        if not self.config.refits:
+            self.sparse.select(weights)
+            return
+        for some in portions(weights, MOMENTS):
+            moments = self._moments(some, setting)
+            for name, moment in moments.items():
+                if not can_be_fitted(moment):
+                    logger.info("%s is masked and not fitted: the calibration slice gives it nothing, or no finite numbers", name)
             self.sparse.select(some, moments)
+            for member in (member for name in some for member in self.sparse.members(name)):
+                broadcast(member.data)  # what one process has rounded otherwise would stay so
+
+    @torch.no_grad()
+    def _moments(self, weights: Mapping[str, torch.Tensor], setting: PruneSetting) -> dict[str, torch.Tensor]:
+        """Of what these weights are multiplied with on the calibration slice of all processes."""
+        run_all = self.forward or self.gflops
+
+        def forward() -> None:
+            for batch in self.calibration_batches:
+                run_all(self.model, move(batch, self.run.device), setting)
+
+        self.model.eval()
+        with self.precision.autocast():
+            moments = second_moments(weights, forward)
+        return {name: all_reduce_sum(moment) for name, moment in moments.items()}
 
     def sparse_kernels(self, setting: PruneSetting) -> AbstractContextManager[dict[str, int]]:
         """Inside, 2:4 weights run sparse kernels where that is faster on a batch of the calibration slice."""

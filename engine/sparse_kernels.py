@@ -36,14 +36,14 @@ def _choose(sparse: SparseWeights | None, device: torch.device, forward: Callabl
     products = products_of({name: sparse.weights[name] for name in sparse.masks}, forward)
     if not products:
         return _dense("no 2:4 layer runs in 16 bits; set amp: true")
-    faster = faster_sparse(products, Stopwatch(device))
-    faster = gather_objects(faster)[0]  # one choice for all processes, whatever each has measured
-    shapes = Counter("{} x {}".format(*sparse.weights[name].shape) for name in faster)
+    chosen = {name: next(iter(products[name])).dtype for name in faster_sparse(products, Stopwatch(device))}
+    chosen = gather_objects(chosen)[0]  # one choice for all processes, whatever each has measured
+    shapes = Counter("{} x {}".format(*sparse.weights[name].shape) for name in chosen)
     logger.info(
-        "sparse kernels: %d of %d layers%s", len(faster), len(sparse.masks),
+        "sparse kernels: %d of %d layers%s", len(chosen), len(sparse.masks),
         "".join(f", {number} of {shape}" for shape, number in sorted(shapes.items())),
     )  # fmt: skip
-    return {name: next(iter(products[name])).dtype for name in faster}
+    return chosen
 
 
 def _dense(reason: str) -> dict[str, torch.dtype]:

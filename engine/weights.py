@@ -5,13 +5,14 @@
 together       all weights are masked at first, and the tokens' share rises in equal steps, from w to p
 weights_first  the same, but R epochs with masked weights and whole tokens go before
 tokens_first   tokens first, as many as p leaves them beside masked weights; after R epochs all weights are masked
-adaptive       p rises in equal steps; each is taken by tokens or by a group of weights, whichever loses less validation score per
-               GFLOP, as often as it takes
+adaptive       p rises in equal steps; each is taken by tokens or by a group of weights, the attention or the MLPs of a tower,
+               whichever loses least validation score per GFLOP, as often as it takes
 """
 
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from itertools import count
+from typing import NamedTuple
 
 from config import Config
 from madtp.pruning import OFF, PruneSetting
@@ -25,6 +26,20 @@ Score = Callable[[PruneSetting], float]
 Meet = Callable[[float], tuple[PruneSetting, float]]  # GFLOPs -> the setting that comes nearest, and its GFLOPs
 
 NEAR = 0.01  # relative: no further step for less
+LEAST = 0.002  # of the GFLOPs; what saves less, or costs more because scores move and more tokens stay, is no option
+
+
+class Option(NamedTuple):
+    """A step that `adaptive` may take: where it leads."""
+
+    gflops: float
+    score: float
+    setting: PruneSetting
+
+    def price(self, gflops: float, score: float) -> tuple[float, float]:
+        """What it loses of the score per GFLOP that it saves, seen from here; of free ones what saves most is cheapest."""
+        saved = gflops - self.gflops
+        return max(0.0, score - self.score) / saved, -saved
 
 
 class WeightPlan:
@@ -74,16 +89,19 @@ class WeightPlan:
         share = max(0.0, (epoch - late + 1) / self.ramp)
         return p if share >= 1 else alone + (p - alone) * share  # p itself, not what rounding makes of it
 
-    def enter(self, epoch: int, setting: PruneSetting) -> None:
-        """Mask what this epoch has masked, the tokens pruned as before; but for `adaptive`, which `choose` does."""
+    def enter(self, epoch: int, setting: PruneSetting) -> bool:
+        """Mask what this epoch has masked, the tokens pruned as before; but for `adaptive`, which `choose` does. Whether any mask
+        is new."""
         if self.sparse is None:
-            return
+            return False
+        new = False
         if self.config.order != "adaptive" and epoch >= (self.ramp if self.config.order == "tokens_first" else 0):
             refreshed = self.config.mask_schedule == "refresh" and epoch < self._start + self.ramp
-            if not self.sparse.masks or refreshed:
+            if new := not self.sparse.masks or refreshed:
                 self.mask(self.sparse.weights, setting)
         if self.sparse.masks and epoch >= self._start + (self.ramp if self.config.mask_schedule == "refresh" else 0):
             self.sparse.fix()
+        return new
 
     def chooses(self, epoch: int) -> bool:
         """Whether it is `choose` that meets the epoch's target."""
@@ -108,22 +126,23 @@ class WeightPlan:
         """`adaptive`: bring the GFLOPs down to `target`, each time by what loses the least score per GFLOP that it saves."""
         now, best = measure(setting), score(setting)
         while now > target * (1 + NEAR):
-            options: dict[str, tuple[float, float, PruneSetting]] = {}
+            options: dict[str, Option] = {}
             for name, weights in self._groups_left().items():
                 self.mask(weights, setting)
-                options[name] = measure(setting), score(setting), setting
+                options[name] = Option(measure(setting), score(setting), setting)
                 self.sparse.restore(weights)
             if self.removed_by_weights < self.config.p:
                 fewer, cost = meet(target)
-                if cost < now:
-                    options["tokens"] = cost, score(fewer), fewer
+                options["tokens"] = Option(cost, score(fewer), fewer)
+            options = {name: option for name, option in options.items() if option.gflops <= (1 - LEAST) * now}
             if not options:
                 break
-            chosen = min(options, key=lambda name: (best - options[name][1]) / (now - options[name][0]))
+            chosen = min(options, key=lambda name: options[name].price(now, best))
             if chosen != "tokens":
                 self.mask(self._groups_left()[chosen], setting)
             logger.info("%s: %.4f -> %.4f GFLOPs, score %.2f -> %.2f", chosen, now, options[chosen][0], best, options[chosen][1])
             now, best, setting = options[chosen]
+        self.sparse.fix()
         return setting
 
     def _groups_left(self) -> dict[str, list[str]]:

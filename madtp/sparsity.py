@@ -100,10 +100,10 @@ class SparseWeights:
             if name in self._taken:
                 self._give_back(name)
             mask = self.masks[name] = magnitude_mask(self.weights[name], self.pattern)
-            before = [weight.clone() for weight in self._all(name)]
-            for weight in self._all(name):
+            before = [weight.clone() for weight in self.members(name)]
+            for weight in self.members(name):
                 weight.copy_(weight.masked_fill(~mask, 0.0) if moments is None else refit(weight, mask, moments[name]))
-            self._taken[name] = [old - new for old, new in zip(before, self._all(name), strict=True)]
+            self._taken[name] = [old - new for old, new in zip(before, self.members(name), strict=True)]
         self._mark(self.masks)
 
     def fix(self) -> None:
@@ -122,7 +122,7 @@ class SparseWeights:
     def apply(self) -> None:
         """Set masked weights to zero."""
         for name, mask in self.masks.items():
-            for weight in self._all(name):
+            for weight in self.members(name):
                 weight.masked_fill_(~mask, 0.0)
 
     @contextmanager
@@ -133,6 +133,10 @@ class SparseWeights:
             yield
         finally:
             self._mark(self.masks)
+
+    def members(self, name: str) -> list[nn.Parameter]:
+        """The weight of this name and its followers."""
+        return [self.weights[name], *self._followers.get(name, [])]
 
     @property
     def changing(self) -> bool:
@@ -156,18 +160,15 @@ class SparseWeights:
 
     def _give_back(self, name: str) -> None:
         """What masking took, on top of what training has done since."""
-        for weight, taken in zip(self._all(name), self._taken[name], strict=True):
+        for weight, taken in zip(self.members(name), self._taken[name], strict=True):
             weight.add_(taken)
 
     def _masked(self, name: str, gradient: Tensor) -> Tensor:
         """A masked weight gets none, not even one that has overflowed."""
         return gradient.masked_fill(~self.masks[name], 0.0) if name in self.masks else gradient
 
-    def _all(self, name: str) -> list[nn.Parameter]:
-        return [self.weights[name], *self._followers.get(name, [])]
-
     def _mark(self, sparse: Iterable[str]) -> None:
         sparse = set(sparse)
         for name in self.weights:
-            for weight in self._all(name):
+            for weight in self.members(name):
                 flops.mark_sparse(weight, self.pattern if name in sparse else None)

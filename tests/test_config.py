@@ -179,6 +179,10 @@ def test_the_pattern_of_the_file_holds_unless_the_command_line_has_one(flags, sp
     assert parse_command_line("test", NlvrConfig, arguments).pattern == sparse
 
 
+def test_adaptive_masks_are_not_refreshed(tmp_path: Path) -> None:
+    assert "adaptive chooses its masks once" in refusal(tmp_path, "order: adaptive\nmask_schedule: refresh\n")
+
+
 @pytest.mark.parametrize("pattern", ["4:2", "0:4", "2", "m4n2"])
 def test_what_is_no_pattern_is_refused(pattern, tmp_path: Path) -> None:
     (tmp_path / "x.yaml").write_text(f"sparsity_type: '{pattern}'\n")

@@ -180,7 +180,8 @@ def test_in_mixed_precision_a_run_ends_and_its_checkpoint_gives_its_result(world
 
 
 @TASKS
-def test_tokens_and_weights_go_together_and_the_teacher_is_heard(task, world, tmp_path):
+def test_tokens_and_weights_go_together_and_the_teacher_is_heard(task, world, tmp_path, caplog):
+    caplog.set_level("INFO")
     run(task, world, tmp_path / "dense", "--p", "0", max_epoch=1)
     best, p = str(tmp_path / "dense" / "checkpoint_best.pth"), {"retrieval": 0.64, "retrieval_clip": 0.45}[task]
     both = ("--enable-sparse-api", "--token_reduce", "--pretrained", best, "--p", str(p))
@@ -190,6 +191,7 @@ def test_tokens_and_weights_go_together_and_the_teacher_is_heard(task, world, tm
     assert gflops["measured"] == pytest.approx(gflops["target"], rel=0.01)
     assert gflops["measured"] < min(gflops["tokens"], gflops["weights"]) < gflops["uncompressed"]
     assert params["sparse_total"] == 2 * params["sparse_nonzero"] > 0
+    assert "not fitted" not in caplog.text  # every layer was given something
     losses = log_of(tmp_path / "both")[0]["loss"]
     assert {"distill_vision", "distill_language", "distill_answers"} < set(losses) and all(losses.values())
 

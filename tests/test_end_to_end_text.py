@@ -113,7 +113,8 @@ def test_a_resumed_run_is_the_uninterrupted_one(task, trained, world, tmp_path):
 
 
 @TASKS
-def test_tokens_and_weights_go_together_and_the_teacher_is_heard(task, world, tmp_path):
+def test_tokens_and_weights_go_together_and_the_teacher_is_heard(task, world, tmp_path, caplog):
+    caplog.set_level("INFO")
     run(task, world, tmp_path / "dense", "--p", "0", max_epoch=1)
     best, p = str(tmp_path / "dense" / "checkpoint_best.pth"), 0.35
     both = ("--enable-sparse-api", "--token_reduce", "--pretrained", best, "--p", str(p))
@@ -123,6 +124,7 @@ def test_tokens_and_weights_go_together_and_the_teacher_is_heard(task, world, tm
     assert gflops["measured"] == pytest.approx(gflops["target"], rel=0.01)
     assert gflops["measured"] < min(gflops["tokens"], gflops["weights"]) < gflops["uncompressed"]
     assert params["sparse_total"] == 2 * params["sparse_nonzero"] > 0
+    assert "not fitted" not in caplog.text  # every layer was given something
     losses = log_of(tmp_path / "both")[0]["loss"]
     assert {"distill_vision", "distill_answers"} < set(losses) and all(losses.values())
 

@@ -128,6 +128,14 @@ def test_the_tool_finds_the_temperature_for_a_share(report, task):
         report(TINY[task], "--p", "0.99")
 
 
+def test_p_is_what_tokens_and_sparse_weights_remove_together(report):
+    sparse = TINY["nlvr"] + 'sparsity_type: "2:4"\n'
+    dense, both = report(TINY["nlvr"])["gflops"]["closed_form"], report(sparse, "--p", "0.5")
+    assert both["gflops"]["closed_form"] == pytest.approx(0.5 * dense, rel=0.05) and both["temperature"] > 0
+    weights = report(sparse, "--p", "0.1")
+    assert weights["temperature"] is None and 0.6 * dense < weights["gflops"]["closed_form"] < 0.9 * dense
+
+
 @pytest.mark.parametrize("task", ["retrieval", "retrieval_clip"])
 def test_the_vocabulary_is_the_tokenizers(report, task, tmp_path):
     words = "[PAD] [UNK] [CLS] [SEP] [MASK]".split() + [f"word{i}" for i in range(45)]

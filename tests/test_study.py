@@ -88,8 +88,10 @@ def test_the_arms_of_weights_and_distillation_take_the_runs_that_are_there(study
         "| p = 0.8, distilled",
         "| p = 0.8, 2:4",
         "| p = 0.8, 2:4, distilled",
+        "| 2:4 alone, not fine-tuned",
+        "| 2:4 alone, masked only, not fine-tuned",
     ]
-    assert len(commands) == 3 * 3 and sum("sparsity_type=2:4" in each and "distill=true" in each for each in commands) == 3
+    assert len(commands) == 3 * 3 + 2 and sum("sparsity_type=2:4" in each and "distill=true" in each for each in commands) == 3
 
 
 def test_the_orders_stand_beside_the_arm_that_has_the_default_one(study) -> None:
@@ -102,7 +104,14 @@ def test_the_orders_stand_beside_the_arm_that_has_the_default_one(study) -> None
         "| p = 0.8, 2:4, distilled, tokens_first",
         "| p = 0.8, 2:4, distilled, adaptive",
     ]
-    assert len(commands) == 3 * 3 and all("distill=true --set order=" in each for each in commands)
+    assert len(commands) == 3 * 3 and sum("order=adaptive" in each for each in commands) == 3
+
+
+def test_a_row_that_has_come_to_mean_another_command_is_run_again(study, monkeypatch) -> None:
+    assert len(study("caption")[0]) == len(study_shapes.rows_of("caption")) + 3 * 2
+    monkeypatch.setitem(study_shapes.MORE_ROWS, "caption", {"trained without images": ("--p 0 --epoch 5", False)})
+    (command,), _ = study("caption")
+    assert "--epoch 5" in command
 
 
 def test_a_part_of_the_rows_may_be_run_and_others_stay_in_the_table(study) -> None:

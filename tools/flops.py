@@ -5,13 +5,15 @@
 Counts the paper's reference case (NLVR2: two images, 36 text tokens; retrieval: a pair in a training step, its text padded to
 the longest) by closed form and by fvcore, and what a sample costs in deployment. With --temperature the model prunes; with --p
 the temperature that removes this share is looked for first. Scores of random weights mean little, so give --pretrained for a
-trained model's counts; the two ways of counting must agree whatever the weights are.
+trained model's counts; the two ways of counting must agree whatever the weights are. Of a config with sparse weights --p is what
+tokens and weights remove together, and the closed form counts N:M layers at N / M, which fvcore does not.
 """
 
 import argparse
 import json
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 
@@ -44,6 +46,7 @@ from models.build import (  # noqa: E402
     retrieval_from_config,
     vqa_from_config,
 )
+from models.linears import sparse_weights  # noqa: E402
 from models.pretrained import (  # noqa: E402
     load_caption_weights,
     load_nlvr_weights,
@@ -79,17 +82,19 @@ def main() -> None:
     model.eval()
     if args.pretrained:
         load(model, read_checkpoint(args.pretrained)["model"], args.pretrained)
-    setting = OFF
-    if args.temperature is not None:
-        setting = PruneSetting(args.temperature, config.prune_from)
-    elif args.p:
-        setting = setting_for(model, inputs, args.p, config.prune_from)
-    report = count(model, inputs, setting)
+    setting, dense = OFF, total(model, inputs, OFF)
+    sparse = sparse_weights(model, config.pattern, config.sparse_layers) if config.pattern else None
+    with sparse.counted(sparse.weights) if sparse else nullcontext():
+        if args.temperature is not None:
+            setting = PruneSetting(args.temperature, config.prune_from)
+        elif args.p:
+            setting = setting_for(model, inputs, args.p, config.prune_from, dense)
+        report = count(model, inputs, setting)
     if args.json:
         print(json.dumps(report))
         return
     print(flop_table(model, inputs))
-    print(f"uncompressed: {total(model, inputs, OFF):.4f} GFLOPs, {report['params'] / 1e6:.1f} M parameters")
+    print(f"uncompressed: {dense:.4f} GFLOPs, {report['params'] / 1e6:.1f} M parameters")
     if setting.temperature is not None:
         print(f"pruning from block {setting.prune_from} at temperature {setting.temperature:.4g}:")
     print("closed form {closed_form:.4f}, fvcore {fvcore:.4f}, deployment {deployment:.4f} GFLOPs".format(**report["gflops"]))
@@ -173,11 +178,14 @@ def total(model: torch.nn.Module, inputs: Inputs, setting: PruneSetting) -> floa
     return float(sum(model.costs(*inputs, setting=setting)[0].values())[0])
 
 
-def setting_for(model: torch.nn.Module, inputs: Inputs, p: float, prune_from: int) -> PruneSetting:
+def setting_for(model: torch.nn.Module, inputs: Inputs, p: float, prune_from: int, dense: float) -> PruneSetting:
+    """What brings the model to a share 1 - p of the `dense` GFLOPs: nothing, where sparse weights do so alone."""
+
     def measure(setting: PruneSetting) -> float:
         return total(model, inputs, setting)
 
-    dense = measure(OFF)
+    if measure(OFF) <= dense * (1 - p):
+        return OFF
     try:
         return calibrate(measure, dense * (1 - p), prune_from=prune_from, max_prune_from=model.depth - 1).setting
     except UnreachableTarget as error:

@@ -4,9 +4,9 @@
     python tools/study_shapes.py --task nlvr --jobs 2 --arms      # tokens beside 2:4 weights, distillation, and both
     python tools/study_shapes.py --task nlvr --jobs 2 --orders    # all three, in which order weights and tokens go
 
-Makes the data, runs the task's script once a row and seed (a run that has ended is not run again), and after each run writes what
-there is to results/shapes_TASK.md and, the results themselves, to results/shapes_TASK.json; of the arms to shapes_TASK_arms.*, of
-the orders to shapes_TASK_orders.*.
+Makes the data, runs the task's script once a row and seed (a run that has ended by the same command is not run again), and after
+each run writes what there is to results/shapes_TASK.md and, the results themselves, to results/shapes_TASK.json; of the arms to
+shapes_TASK_arms.*, of the orders to shapes_TASK_orders.*.
 """
 
 import argparse
@@ -33,6 +33,7 @@ from utils import UserError, run_main  # noqa: E402
 OUTPUT, RESULTS = Path("output/study"), Path("results")
 STUDY_SHAPES = Path("datasets/shapes_study")  # of tasks that want more data than their demo
 SEEDS = (42, 43, 44)
+COMMAND = "command.txt"  # in a run's folder
 BLIND = "--set text_only=true"
 MORE_ROWS = {  # models that see less learn what there is in half of the epochs
     "nlvr": {
@@ -43,12 +44,10 @@ MORE_ROWS = {  # models that see less learn what there is in half of the epochs
     "vqa": {"trained without images": (f"--p 0 --epoch 4 {BLIND}", False)},
 }
 ARMS_P = 0.8
-ARMS = {
-    ", distilled": "--set distill=true",
-    ", 2:4": "--set sparsity_type=2:4",
-    ", 2:4, distilled": "--set sparsity_type=2:4 --set distill=true",
-}
-ORDERS = ("weights_first", "tokens_first", "adaptive")  # beside the default
+ALONE_P = 0.2  # less than 2:4 weights remove: then no token goes
+WEIGHTS = "--set sparsity_type=2:4 --set order=together"
+ARMS = {", distilled": "--set distill=true", ", 2:4": WEIGHTS, ", 2:4, distilled": f"{WEIGHTS} --set distill=true"}
+ORDERS = ("weights_first", "tokens_first", "adaptive")  # beside together
 
 
 @dataclass(frozen=True)
@@ -62,6 +61,12 @@ class Job:
     @property
     def result(self) -> Path:
         return self.folder / "result.json"
+
+    @property
+    def has_run(self) -> bool:
+        """With this very command: what a row stands for may have changed."""
+        said = self.folder / COMMAND
+        return self.result.is_file() and said.is_file() and said.read_text(encoding="utf-8") == shlex.join(self.command)
 
 
 def main() -> None:
@@ -126,20 +131,23 @@ def arms_of() -> dict[str, tuple[str, bool]]:
     """The same of MADTP++: all arms cost the same, however much of it tokens or weights save."""
     tokens = f"p = {ARMS_P:g}"
     arms = {tokens + name: (f"--p {ARMS_P:g} {arguments}".strip(), True) for name, arguments in {"": "", **ARMS}.items()}
-    return {"uncompressed": ("--p 0 --evaluate", False), **arms}
+    alone = f"--p {ALONE_P:g} --evaluate {WEIGHTS} --set method=none"
+    weights = {"2:4 alone, not fine-tuned": alone, "2:4 alone, masked only, not fine-tuned": f"{alone} --set refit_weights=false"}
+    return {"uncompressed": ("--p 0 --evaluate", False), **arms, **{name: (each, False) for name, each in weights.items()}}
 
 
 def orders_of() -> dict[str, tuple[str, bool]]:
-    """Of the arm with all three, the default order and the others."""
+    """Of the arm with all three, `together`, and the other orders."""
     name, arms = f"p = {ARMS_P:g}, 2:4, distilled", arms_of()
-    others = {f"{name}, {order}": (f"{arms[name][0]} --set order={order}", True) for order in ORDERS}
+    others = {f"{name}, {order}": (arms[name][0].replace("together", order), True) for order in ORDERS}
     return {"uncompressed": arms["uncompressed"], name: arms[name], **others}
 
 
 def run(job: Job, at_a_time: int) -> None:
     """Its output goes to `folder`.txt; `at_a_time` runs share the processor."""
-    if job.result.is_file():
+    if job.has_run:
         return
+    job.result.unlink(missing_ok=True)
     print(f"$ python {shlex.join(job.command)}", flush=True)
     job.folder.mkdir(parents=True, exist_ok=True)
     threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // at_a_time))}
@@ -147,13 +155,14 @@ def run(job: Job, at_a_time: int) -> None:
         code = subprocess.run([sys.executable, *job.command], stdout=log, stderr=log, env={**os.environ, **threads}).returncode
     if code:
         raise UserError(f"{job.folder.name}: ended with exit code {code}; see {job.folder}.txt")
+    (job.folder / COMMAND).write_text(shlex.join(job.command), encoding="utf-8")
 
 
 def write_results(task: str, jobs: Sequence[Job], name: str) -> str:
     """The results of the runs that have ended, to files of this name; returns the table."""
     results: dict[str, list[dict]] = {}
     for job in jobs:
-        if job.result.is_file():
+        if job.has_run:
             results.setdefault(job.row, []).append(json.loads(job.result.read_text()))
     RESULTS.mkdir(exist_ok=True)
     write_json(results, RESULTS / f"{name}.json")

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from config import NlvrConfig
-from engine.weights import WeightPlan
+from engine.weights import Option, WeightPlan
 from madtp.flops import multiplied
 from madtp.pruning import OFF, PruneSetting
 from madtp.sparsity import Pattern, SparseWeights
@@ -110,6 +110,38 @@ def test_adaptive_takes_each_step_by_what_loses_least_per_gflop():
     setting = planned.choose(5.0, OFF, lambda setting: cost(sparse, setting), meet, score)
     assert set(sparse.masks) == {MLP} and cost(sparse, setting) == pytest.approx(5.0)
     assert torch.equal(sparse.weights[ATTENTION], before)  # tried, and taken back
+
+
+def test_adaptive_takes_no_step_that_makes_the_model_dearer():
+    """Masked attention moves the scores: more tokens stay, and cost more than its weights save."""
+    sparse = sparse_model()
+
+    def dearer(setting: PruneSetting) -> float:
+        return cost(sparse, setting) + 1.5 * (ATTENTION in sparse.masks)
+
+    def score(setting: PruneSetting) -> float:
+        return 90 - 50 * (ATTENTION in sparse.masks) - len(sparse.masks) - (0 if setting.temperature is None else 5)
+
+    def meet(target: float) -> tuple[PruneSetting, float]:
+        return (found := PruneSetting(target / dearer(OFF))), dearer(found)
+
+    planned = plan(sparse=sparse, order="adaptive")
+    planned.choose(7.9, OFF, dearer, meet, score)
+    assert set(sparse.masks) == {MLP} and not sparse.changing
+
+
+def test_of_steps_that_lose_nothing_the_largest_is_cheapest():
+    small, large, losing = (Option(*each, OFF) for each in ((9.0, 91.0), (7.0, 90.5), (5.0, 89.0)))
+    assert sorted([small, losing, large], key=lambda option: option.price(10.0, 90.0)) == [large, small, losing]
+
+
+def test_weights_are_masked_under_the_setting_that_prunes_then():
+    seen, sparse = [], sparse_model()
+    planned = plan(sparse=sparse, order="tokens_first")
+    planned.mask = lambda names, setting: seen.append((set(names), setting)) or sparse.select(names)
+    settings = [PruneSetting(float(epoch)) for epoch in range(4)]
+    assert [planned.enter(epoch, setting) for epoch, setting in enumerate(settings)] == [False, False, True, False]
+    assert seen == [({ATTENTION, MLP}, settings[2])]
 
 
 def test_adaptive_leaves_the_tokens_alone_where_weights_meet_p():

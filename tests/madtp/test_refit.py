@@ -1,12 +1,13 @@
 """Kept weights that take over from masked ones: the least squares of a layer's outputs, from what its inputs are."""
 
+import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from madtp.refit import DAMPING, refit, second_moments
+from madtp.refit import damping, refit, second_moments
 from madtp.sparsity import Pattern, magnitude_mask
 
 
@@ -22,9 +23,9 @@ def case(seed: int, outputs: int, inputs: int, rows: int) -> tuple[torch.Tensor,
 def test_each_row_is_the_least_squares_solution_on_what_is_kept(seed, outputs, groups, rows):
     weight, mask, x = case(seed, outputs, 4 * groups, rows)
     fitted = refit(weight, mask, x.t() @ x)
-    damping = (DAMPING * x.square().sum(dim=0).mean()).sqrt() * torch.eye(x.shape[1])
+    own = damping(x.t() @ x).sqrt().diag()  # as inputs of their own, one a channel
     for row, kept, result in zip(weight.double(), mask, fitted, strict=True):
-        damped = torch.cat([x, damping]).double()  # damping as inputs of its own, one a channel
+        damped = torch.cat([x, own]).double()
         solution = torch.linalg.lstsq(damped[:, kept], damped @ row).solution
         torch.testing.assert_close(result[kept].double(), solution, rtol=1e-2, atol=1e-3)
         assert not result[~kept].any()
@@ -40,9 +41,22 @@ def test_outputs_come_much_nearer_where_inputs_are_alike():
     assert missed[1] < 0.1 * missed[0]
 
 
-def test_a_weight_that_was_given_nothing_is_only_masked():
+@pytest.mark.parametrize("moment", [torch.zeros(32, 32), torch.full((32, 32), torch.inf), torch.full((32, 32), torch.nan)])
+def test_a_weight_that_was_given_nothing_or_no_numbers_is_only_masked(moment):
     weight, mask, _ = case(0, 8, 32, 1)
-    assert torch.equal(refit(weight, mask, torch.zeros(32, 32)), weight * mask)
+    assert torch.equal(refit(weight, mask, moment), weight * mask)
+
+
+@pytest.mark.parametrize("scale", [1e-12, 1.0, 1e4])
+def test_channels_of_very_different_size_are_fitted_alike(scale):
+    """Behind a GELU some channels are hundreds of times as large as most: these count no less."""
+    weight, mask, _ = case(0, 8, 32, 1)
+    x = torch.randn(200, 12) @ torch.randn(12, 32)
+    plain = refit(weight, mask, x.t() @ x)
+    sizes = torch.where(torch.arange(32) == 5, 100.0, 1.0) * scale
+    x = x * sizes
+    scaled = refit(weight / sizes, mask, x.t() @ x) * sizes
+    assert (scaled - plain).norm() < 0.05 * plain.norm()
 
 
 def test_nothing_changes_where_nothing_is_masked():
