@@ -264,7 +264,7 @@ def read_coco_truth(file: Path, names: Sequence[str]) -> dict[str, list[str]]:
     Raises:
         UserError: for a file of another form, or one without a caption of some picture.
     """
-    content = read_json(file)
+    content = read_json(file, "coco_gt_root")
     annotations = content.get("annotations") if isinstance(content, dict) else None
     if not isinstance(annotations, list):
         raise UserError(f"{file}: has no list 'annotations', as COCO's ground truth has; set coco_gt_root, or leave it out")

@@ -18,8 +18,8 @@ from utils import Run, UserError
 CHECKED = 3  # entries whose pictures are looked for at start-up
 
 
-def read_json(path: str | Path) -> Any:
-    """The content of a JSON file.
+def read_json(path: str | Path, key: str = "ann_root") -> Any:
+    """The content of a JSON file. `key` is the one whose folder it lies in.
 
     Raises:
         UserError: when it is missing, or is not whole and valid, with the line where it stops being so.
@@ -28,7 +28,7 @@ def read_json(path: str | Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise UserError(f"{path}: {error.strerror or error}; set the key 'ann_root' to the folder of the annotations") from None
+        raise UserError(f"{path}: {error.strerror or error}; set the key '{key}' to the folder that it lies in") from None
     except json.JSONDecodeError as error:
         raise UserError(
             f"{path}: not valid JSON at line {error.lineno}, column {error.colno} ({error.msg}); is it cut off? Write it again"

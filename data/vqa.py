@@ -21,6 +21,7 @@ from utils import Run, UserError
 # B questions, each about a picture of its own; L tokens of the longest; A answers to all of them, M tokens of the longest
 
 MAX_WORDS, MAX_TOKENS = 50, 35  # of a question
+MAX_POSITIONS = 512  # BERT's
 VG_WEIGHT = 0.2  # of the one answer that a question of Visual Genome has, as published
 HELD_OUT = 0.02  # share of the training images that selects the checkpoint where there is no file for that
 
@@ -84,15 +85,16 @@ class QuestionCollate:
     """Items to a batch for evaluation: images (B, 3, H, W); question_ids and question_mask (B, L), [ENC] first; ids and
     answers, B of them, as the items have them."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, max_tokens: int = MAX_TOKENS) -> None:
-        self.tokenizer = tokenizer
-        self.max_tokens = max_tokens
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, positions: int = MAX_POSITIONS) -> None:
+        """positions: the longest text that the model can read, in tokens."""
+        self.tokenizer, self.positions = tokenizer, positions
 
     def __call__(self, items: list[dict[str, Any]]) -> dict[str, Any]:
         return {**self.questions(items), "answers": [item["answers"] for item in items]}
 
     def questions(self, items: list[dict[str, Any]]) -> dict[str, Any]:
-        text = encode(self.tokenizer, [item["question"] for item in items], self.max_tokens, enc_token_id(self.tokenizer))
+        longest = min(MAX_TOKENS, self.positions)
+        text = encode(self.tokenizer, [item["question"] for item in items], longest, enc_token_id(self.tokenizer))
         return {
             "images": torch.stack([item["image"] for item in items]),
             "question_ids": text["input_ids"],
@@ -109,7 +111,7 @@ class AnsweredCollate(QuestionCollate):
     """
 
     def __call__(self, items: list[dict[str, Any]]) -> dict[str, Any]:
-        text = encode_answers(self.tokenizer, [answer for item in items for answer in item["answers"]])
+        text = encode_answers(self.tokenizer, [answer for item in items for answer in item["answers"]], self.positions)
         return {
             **self.questions(items),
             "answer_ids": text["input_ids"],
@@ -119,7 +121,9 @@ class AnsweredCollate(QuestionCollate):
         }
 
 
-def encode_answers(tokenizer: PreTrainedTokenizerBase, answers: list[str], max_tokens: int = 512) -> dict[str, torch.Tensor]:
+def encode_answers(
+    tokenizer: PreTrainedTokenizerBase, answers: list[str], max_tokens: int = MAX_POSITIONS
+) -> dict[str, torch.Tensor]:
     """input_ids and attention_mask (A, M) of answers as they are: [DEC] first and [SEP] last."""
     return encode(tokenizer, answers, max_tokens, dec_token_id(tokenizer))
 
@@ -144,7 +148,7 @@ def build_datasets(config: VqaConfig) -> dict[str, Dataset]:
         raise UserError(f"val_file: {config.val_file} is among the train_files; leave it empty, and some images are held out")
     else:
         val = _read(config.annotation_file(config.val_file))
-    if not config.evaluate and config.test_file in config.train_files:
+    if not config.evaluate and config.annotation_file(config.test_file) in map(config.annotation_file, config.train_files):
         raise UserError(f"test_file: {config.test_file} is among the train_files; what is trained on tests nothing")
     test = _read(config.annotation_file(config.test_file), answered=False)
     roots, untouched = (config.vqa_root, config.vg_root), eval_transform(config.image_size, config.text_only)
@@ -160,8 +164,8 @@ def build_datasets(config: VqaConfig) -> dict[str, Dataset]:
 
 def build_loaders(config: VqaConfig, run: Run, tokenizer: PreTrainedTokenizerBase) -> dict[str, Loader]:
     """The loaders "train" (not for an evaluation) and "calibration" of answered questions, "val" and "test" of questions."""
-    longest = min(MAX_TOKENS, config.bert_sizes.max_position_embeddings)
-    answered, asked = AnsweredCollate(tokenizer, longest), QuestionCollate(tokenizer, longest)
+    positions = config.bert_sizes.max_position_embeddings
+    answered, asked = AnsweredCollate(tokenizer, positions), QuestionCollate(tokenizer, positions)
     shared = {"run": run, "num_workers": config.num_workers, "seed": config.seed}
     loaders = {}
     for split, dataset in build_datasets(config).items():

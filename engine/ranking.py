@@ -16,7 +16,7 @@ from madtp.pruning import PruneSetting
 from models.tower import select
 from utils import Run, all_reduce_sum, gather_objects
 
-QUERIES = 1024  # whose similarities to all targets are in memory at a time
+SIMILARITIES = 2**24  # that are in memory at a time
 PAIRS = 256  # that are matched at a time
 PREDICTED = 10  # targets of each query that a run writes down
 
@@ -60,17 +60,22 @@ def in_order(batches: list) -> list:
 def best_candidates(queries: Tensor, targets: Tensor, number: int, device: torch.device) -> Ranking:
     """The `number` most similar targets of each query. (Q, E), (N, E); on the CPU but for the products."""
     targets = targets.to(device)
+    at_a_time = max(1, SIMILARITIES // len(targets))
     with torch.autocast(device.type, enabled=False):  # in bfloat16 hundreds of targets would be equally similar
-        best = [_first(part.to(device) @ targets.t(), number) for part in queries.split(QUERIES)]
+        best = [_first(part.to(device) @ targets.t(), number) for part in queries.split(at_a_time)]
     values, indices = (torch.cat(parts) for parts in zip(*best, strict=True))
     return Ranking(indices, values)
 
 
 def _first(scores: Tensor, number: int) -> tuple[Tensor, Tensor]:
-    """The `number` highest scores (Q, n) and their places, on the CPU: of equal ones the first, and what is no number last."""
-    scores = scores.masked_fill(scores.isnan(), -torch.inf)
-    values, indices = scores.sort(dim=1, descending=True, stable=True)
+    """The `number` highest scores (Q, n) and their places, on the CPU."""
+    values, indices = _sorted(scores)
     return values[:, :number].cpu(), indices[:, :number].cpu()
+
+
+def _sorted(scores: Tensor) -> tuple[Tensor, Tensor]:
+    """Each row, the best first; of equals the earlier one, and what is no number last."""
+    return scores.masked_fill(scores.isnan(), -torch.inf).sort(dim=1, descending=True, stable=True)
 
 
 def rerank(
@@ -133,7 +138,7 @@ def _padded(tokens: list[Tensor], device: torch.device) -> tuple[Tensor, Tensor]
 
 
 def _reordered(ranking: Ranking, logits: Tensor) -> Ranking:
-    scores, order = (ranking.scores + logits).sort(dim=1, descending=True, stable=True)
+    scores, order = _sorted(ranking.scores + logits)
     return Ranking(ranking.candidates.gather(1, order), scores)
 
 

@@ -14,8 +14,8 @@ from madtp.sparsity import SparseWeights
 from models.build import caption_from_config, clip_from_config, nlvr_from_config, retrieval_from_config, vqa_from_config
 from models.linears import sparse_weights
 from models.pretrained import (
-    QUEUES,
     StateDict,
+    is_read,
     load_caption_weights,
     load_nlvr_weights,
     load_retrieval_weights,
@@ -45,8 +45,6 @@ LOAD: dict[str, Callable[[nn.Module, StateDict, str], list[str]]] = {
     "caption": load_caption_weights,
     "vqa": load_vqa_weights,
 }
-# What training alone uses, is a constant, or is another name of weights that are there.
-NOT_READ = (*QUEUES, "temp", "decoder_alignment.", "position_ids", "cls.predictions.decoder.")
 
 
 class Opened(NamedTuple):
@@ -139,8 +137,3 @@ def open_checkpoint(
     if needed:
         raise UserError(f"{path}: lacks {needed[0]}, so its answers would be random; give a checkpoint of this task's runs")
     return opened
-
-
-def is_read(name: str) -> bool:
-    """Whether a prediction needs the weights: momentum encoders, named with `_m`, only train."""
-    return not name.split(".")[0].endswith("_m") and not any(part in name for part in NOT_READ)

@@ -52,7 +52,7 @@ class Answerer:
         self.candidates, self.choices = [], {}
         if config.inference == "rank":
             self.candidates = read_answer_list(config)
-            self.choices = move(encode_answers(tokenizer, self.candidates), device)
+            self.choices = move(encode_answers(tokenizer, self.candidates, config.bert_sizes.max_position_embeddings), device)
 
     def __call__(self, model: BlipVqa, batch: dict, setting: PruneSetting) -> tuple[list[str], Question, Tensor]:
         """The answers to a batch of `QuestionCollate`, what the encoders read, and (B,) GFLOPs of all that."""

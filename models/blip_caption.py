@@ -17,6 +17,7 @@ from models.tower import AlignedModel, TowerRecord, dense_record, padded
 from models.vit import VisionTransformer
 
 REFERENCE_TEXT_TOKENS = 15  # of the caption with which the paper counts 65.72 GFLOPs
+REPETITION_PENALTY = 1.1  # of words already drawn, where captions are sampled
 
 
 @dataclass
@@ -145,7 +146,8 @@ class BlipCaption(AlignedModel):
         prompt = torch.tensor(self.prompt, device=tokens.device).expand(len(tokens), -1)
         how = {"do_sample": False, "num_beams": num_beams}
         if top_p is not None:
-            how = {"do_sample": True, "top_p": top_p, "top_k": 0}  # else some versions of transformers draw from 50 words at most
+            # By itself transformers would draw from 50 words at most, in some versions; the penalty is BLIP's.
+            how = {"do_sample": True, "top_p": top_p, "top_k": 0, "repetition_penalty": REPETITION_PENALTY}
         with torch.random.fork_rng([tokens.device] if tokens.device.type == "cuda" else []):
             torch.manual_seed(seed)
             ids = self.text_decoder.generate(
@@ -173,7 +175,7 @@ class BlipCaption(AlignedModel):
         return self(*inputs, setting).logits
 
     def costs(self, *inputs: Tensor, setting: PruneSetting = OFF, packed: bool = False) -> tuple[dict[str, Tensor], Tensor]:
-        """GFLOPs of each image with its teacher-forced caption by module, and in deployment, which is the same here."""
+        """GFLOPs of each image with its teacher-forced caption by module, and together; writing one is `generation_gflops`."""
         images, _, attention_mask = inputs
         by_module = self.gflops_by_module(self.encode(images, setting, False, packed)[2], attention_mask.sum(dim=1), setting)
         return by_module, sum(by_module.values())

@@ -226,8 +226,8 @@ class BlipVqa(AlignedModel):
         return self(*inputs, setting).logits
 
     def costs(self, *inputs: Tensor, setting: PruneSetting = OFF, packed: bool = False) -> tuple[dict[str, Tensor], Tensor]:
-        """GFLOPs of each image with its questions and their teacher-forced answers by module, and in deployment, which is the
-        same here. inputs: as `forward` takes them."""
+        """GFLOPs of each image with its questions and their teacher-forced answers by module, and together; answering one is
+        `reading_gflops` with `ranking_gflops` or `writing_gflops`. inputs: as `forward` takes them."""
         images, question_ids, question_mask, _, answer_mask, answer_counts = inputs
         question = self.read(images, question_ids, question_mask, setting, packed=packed)
         by_module = self.gflops_by_module(question, answer_mask.sum(dim=1), answer_counts, setting)

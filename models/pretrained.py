@@ -36,6 +36,9 @@ TRANSFORMERS_VISION = {  # transformers' names of a vision model's parts, and th
     "embeddings.class_embedding": "cls_token",
 }  # fmt: skip
 QUEUES = ("image_queue", "text_queue", "idx_queue", "ptr_queue")
+# What training alone uses, is a constant, or is another name of weights that are there.
+NOT_READ = (*QUEUES, "temp", "decoder_alignment.", "position_ids", "cls.predictions.decoder.")
+ALIGNMENT = ("space_dict", ".pruner.")  # of the pruners: a published model has none
 
 LFS_POINTER = b"version https://git-lfs"
 CHECKPOINT_HEADS = (b"PK", b"\x80")  # a zip archive; a bare pickle, as older versions of PyTorch wrote
@@ -234,9 +237,25 @@ def load_weights(
     if refused:
         raise UserError(f"{source}: holds {_first(refused)}, which this model does not have; is 'method' or 'vit' another?")
     if missing:
-        logger.info("%s lacks %s: new weights there", source, _first(missing))
+        logger.info("%s lacks %s: new weights there", source, _first(sorted(missing, key=is_read, reverse=True)))
     model.load_state_dict({name: tensor for name, tensor in weights.items() if name in expected}, strict=False)
     return missing
+
+
+def is_read(name: str) -> bool:
+    """Whether a prediction needs the weights: momentum encoders, named with `_m`, only train."""
+    return not name.split(".")[0].endswith("_m") and not any(part in name for part in NOT_READ)
+
+
+def check_readable(missing: Iterable[str], source: str) -> None:
+    """To be called with what `source` lacks of a model that is evaluated as it is, but for the alignment of its pruners.
+
+    Raises:
+        UserError: when its answers would be random.
+    """
+    random = [name for name in missing if is_read(name) and not any(part in name for part in ALIGNMENT)]
+    if random:
+        raise UserError(f"{source}: lacks {_first(random)}, so its answers would be random; give a model trained for this task")
 
 
 def _first(names: list[str], shown: int = 3) -> str:

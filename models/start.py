@@ -9,12 +9,12 @@ from torch import Tensor, nn
 from config import Config
 from madtp.distillation import Distillation
 from models.momentum import MomentumModel
-from models.pretrained import read_checkpoint
+from models.pretrained import check_readable, read_checkpoint
 from utils import UserError
 
 ConfigT = TypeVar("ConfigT", bound=Config)
 Build = Callable[[ConfigT], nn.Module]
-Load = Callable[[nn.Module, Mapping[str, Tensor], str], object]  # model, weights, where they are from
+Load = Callable[[nn.Module, Mapping[str, Tensor], str], list[str]]  # model, weights, where they are from -> what they lack
 UNCOMPRESSED = {"p": 0.0, "drop_path": 0.0}
 
 
@@ -27,7 +27,9 @@ def start(config: ConfigT, device: torch.device, build: Build, load: Load) -> tu
     model, checkpoint = build(config), {}
     if config.pretrained:
         checkpoint = read_checkpoint(config.pretrained)
-        load(model, checkpoint["model"], config.pretrained)
+        missing = load(model, checkpoint["model"], config.pretrained)
+        if config.evaluate:
+            check_readable(missing, config.pretrained)
     model.to(device)
     if not config.distill or config.evaluate:
         return model, checkpoint, None

@@ -8,8 +8,8 @@ import torch
 
 from config import CONFIGS
 from data.shapes.write import make_shapes
-from engine.saved import is_read, open_checkpoint
-from models.pretrained import read_checkpoint
+from engine.saved import open_checkpoint
+from models.pretrained import is_read, read_checkpoint
 from tests import runs
 from tests.runs import read
 from tests.test_predict import evaluate, random_run

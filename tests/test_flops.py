@@ -2,6 +2,7 @@
 
 import json
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -88,6 +89,31 @@ def test_the_tool_reports_both_counts(report, task, temperature):
     assert sum(found["by_module"].values()) == pytest.approx(gflops["closed_form"])
     assert 0 < gflops["deployment"] < gflops["closed_form"] or not task.startswith("retrieval")
     assert found["temperature"] == (temperature and float(temperature))
+
+
+@pytest.mark.parametrize("inference", ["rank", "generate"])
+def test_deployment_is_what_an_evaluation_would_count(report, inference, tmp_path):
+    """Of a caption as long as it may become, and of a question with its answer."""
+    text = TINY["caption"] + "max_length: 9\nnum_beams: 2\n"
+    model, _, (images, *_) = flops.BUILD["caption"](load_any_config(written(tmp_path, text), {"p": 0}))
+    longest = torch.full((1, 9), flops.END + 1)
+    expected = model.eval().generation_gflops(model.encode(images, OFF, False, False)[2], longest, 2)
+    found = report(text)["gflops"]
+    assert found["deployment"] == pytest.approx(float(expected)) and found["deployment"] != found["closed_form"]
+
+    text = TINY["vqa"] + f"k_test: 7\ninference: {inference}\n"
+    model, _, inputs = flops.BUILD["vqa"](load_any_config(written(tmp_path, text), {"p": 0}))
+    question = model.eval().read(inputs[0], *(part[:1] for part in inputs[1:3]))
+    found, read = report(text)["gflops"], float(model.reading_gflops(question))
+    tokens = torch.full((1, 7), flops.ANSWER_TOKENS)
+    if inference == "rank":
+        assert found["deployment"] == pytest.approx(read + float(model.ranking_gflops(question.valid.sum(dim=1), tokens)))
+    assert read < found["deployment"] < found["closed_form"]
+
+
+def written(folder: Path, text: str) -> Path:
+    (folder / "x.yaml").write_text(text)
+    return folder / "x.yaml"
 
 
 @TASKS

@@ -23,10 +23,10 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from config import CONFIGS, Config  # noqa: E402
-from engine.saved import SAVED, is_read, saved_rule  # noqa: E402
+from engine.saved import SAVED, saved_rule  # noqa: E402
 from madtp.sparsity import Pattern, most_in_a_group  # noqa: E402
 from models.exported import save_exported  # noqa: E402
-from models.pretrained import read_checkpoint  # noqa: E402
+from models.pretrained import is_read, read_checkpoint  # noqa: E402
 from options import load_any_config, save_config  # noqa: E402
 from utils import UserError, run_main  # noqa: E402
 

@@ -3,10 +3,11 @@
     python tools/flops.py --config configs/nlvr.yaml [--temperature T | --p P] [--json]
 
 Counts the paper's reference case (NLVR2: two images, 36 text tokens; retrieval: a pair in a training step, its text padded to
-the longest) by closed form and by fvcore, and what a sample costs in deployment. With --temperature the model prunes; with --p
-the temperature that removes this share is looked for first. Scores of random weights mean little, so give --pretrained for a
-trained model's counts; the two ways of counting must agree whatever the weights are. Of a config with sparse weights --p is what
-tokens and weights remove together, and the closed form counts N:M layers at N / M, which fvcore does not.
+the longest) by closed form and by fvcore, and what a sample costs in deployment: a pair with its text read once, a caption of
+`max_length` tokens written, a question with its answer ranked among `k_test`, or written. With --temperature the model prunes;
+with --p the temperature that removes this share is looked for first. Scores of random weights mean little, so give --pretrained
+for a trained model's counts; the two ways of counting must agree whatever the weights are. Of a config with sparse weights --p is
+what tokens and weights remove together, and the closed form counts N:M layers at N / M, which fvcore does not.
 """
 
 import argparse
@@ -15,6 +16,7 @@ import sys
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -37,8 +39,9 @@ from engine.results import count_parameters  # noqa: E402
 from madtp.budget import UnreachableTarget, calibrate  # noqa: E402
 from madtp.pruning import OFF, PruneSetting  # noqa: E402
 from models.blip_caption import REFERENCE_TEXT_TOKENS as CAPTION_TOKENS  # noqa: E402
+from models.blip_caption import BlipCaption  # noqa: E402
 from models.blip_nlvr import REFERENCE_TEXT_TOKENS  # noqa: E402
-from models.blip_vqa import ANSWER_TOKENS, ANSWERS, QUESTION_TOKENS, QUESTIONS  # noqa: E402
+from models.blip_vqa import ANSWER_TOKENS, ANSWERS, QUESTION_TOKENS, QUESTIONS, BlipVqa  # noqa: E402
 from models.build import (  # noqa: E402
     caption_from_config,
     clip_from_config,
@@ -89,7 +92,7 @@ def main() -> None:
             setting = PruneSetting(args.temperature, config.prune_from)
         elif args.p:
             setting = setting_for(model, inputs, args.p, config.prune_from, dense)
-        report = count(model, inputs, setting)
+        report = count(model, inputs, setting, partial(DEPLOYMENT[config.task], config) if config.task in DEPLOYMENT else None)
     if args.json:
         print(json.dumps(report))
         return
@@ -163,9 +166,34 @@ BUILD = {"nlvr": build_nlvr, "retrieval": build_retrieval, "retrieval_clip": bui
 BUILD |= {"caption": build_caption, "vqa": build_vqa}
 
 
+def captioning(config: CaptionConfig, model: BlipCaption, inputs: Inputs, setting: PruneSetting) -> torch.Tensor:
+    """GFLOPs of an image whose caption is as long as it may become, (1,)."""
+    _, _, record = model.encode(inputs[0], setting, align=False, packed=False)
+    longest = torch.full((1, config.max_length), END + 1)
+    return model.generation_gflops(record, longest, config.writing["num_beams"], setting)
+
+
+def answering(config: VqaConfig, model: BlipVqa, inputs: Inputs, setting: PruneSetting) -> torch.Tensor:
+    """GFLOPs of an image with one question, and of its answer, (1,)."""
+    images, question_ids, question_mask = inputs[:3]
+    question = model.read(images, question_ids[:1], question_mask[:1], setting)
+    source = question.valid.sum(dim=1)
+    if config.inference == "rank":
+        answer = model.ranking_gflops(source, torch.full((1, config.k_test), ANSWER_TOKENS))
+    else:
+        answer = model.writing_gflops(source, torch.full((1, ANSWER_TOKENS), END + 1), config.num_beams)
+    return model.reading_gflops(question, setting) + answer
+
+
+DEPLOYMENT = {"caption": captioning, "vqa": answering}
+
+
 @torch.no_grad()
-def count(model: torch.nn.Module, inputs: Inputs, setting: PruneSetting) -> dict:
+def count(model: torch.nn.Module, inputs: Inputs, setting: PruneSetting, deployed: Callable | None = None) -> dict:
+    """`deployed`: (model, inputs, setting) -> GFLOPs of a sample in use, where the model's `costs` do not give them."""
     parts, deployment = model.costs(*inputs, setting=setting)
+    if deployed is not None:
+        deployment = deployed(model, inputs, setting)
     by_module = {name: float(value[0]) for name, value in parts.items()}
     counted = sum(fvcore_gflops(model, inputs, setting).values())
     gflops = {"closed_form": sum(by_module.values()), "fvcore": counted, "deployment": float(deployment[0])}

@@ -170,7 +170,8 @@ class VqaPredictor(Predictor):
         name = Path(self.images[0]).name
         entry = {"dataset": "vqa", "image": self.images[0], "question": self.texts[0], "question_id": name}
         item = VqaDataset([entry], HERE, HERE, self.transform, "given")[0]
-        return self.on_device(QuestionCollate(self.opened.tokenizer)([item]))
+        collate = QuestionCollate(self.opened.tokenizer, self.config.bert_sizes.max_position_embeddings)
+        return self.on_device(collate([item]))
 
     def predict(self) -> Prediction:
         model, batch = self.model, self.shown()

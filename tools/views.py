@@ -151,7 +151,8 @@ class VqaView(View):
     @staticmethod
     def test_samples(config: VqaConfig, tokenizer: Tokenizer) -> Samples:
         dataset = answered_questions(config)["test"]
-        return Samples(dataset, [str(entry["question_id"]) for entry in dataset.entries], QuestionCollate(tokenizer))
+        collate = QuestionCollate(tokenizer, config.bert_sizes.max_position_embeddings)
+        return Samples(dataset, [str(entry["question_id"]) for entry in dataset.entries], collate)
 
     def compute(self, batch: dict) -> tuple[list[str], Question, Tensor]:
         return self.answer(self.model, batch, self.setting)

@@ -1,5 +1,6 @@
 """Ranking a split: the order that a plain loop over all pairs gives, whatever the sizes, and a model that stays as it is."""
 
+import weakref
 from collections.abc import Callable
 
 import pytest
@@ -65,7 +66,7 @@ CASES = [("blip", True), ("blip", False), ("clip", False)]
 def test_the_order_is_that_of_a_plain_loop_over_all_pairs(kind, matching, packed, batch, number, at_once, monkeypatch):
     """With more candidates than there are, and with pictures whose candidates do not fit one pass of the matching head."""
     monkeypatch.setattr(ranking, "PAIRS", at_once)
-    monkeypatch.setattr(ranking, "QUERIES", 3)
+    monkeypatch.setattr(ranking, "SIMILARITIES", 25)
     model = tiny.PAIR_MODELS[kind](PruningRule(keep="instance"))
     loaders, images, texts = split(kind, batch)
     found = rank(model, loaders, SETTING, packed, RUN, number, matching)
@@ -156,6 +157,38 @@ def test_of_equal_candidates_the_first_is_best_and_no_number_is_last():
     assert best_candidates(queries, targets, 5, torch.device("cpu")).candidates[0].tolist() == [2, 3, 4, 5, 6]
 
 
+@torch.no_grad()
+def test_a_candidate_whose_matching_is_no_number_is_last(monkeypatch):
+    model, (loaders, _, _) = tiny.retrieval(), split("blip", 5)
+    match = model.match
+
+    def overflowing(ids, mask, image, setting):
+        logits, record = match(ids, mask, image, setting)
+        return logits.masked_fill(torch.arange(len(logits))[:, None] % 2 == 0, torch.nan), record
+
+    monkeypatch.setattr(model, "match", overflowing)
+    for found in rank(model, loaders, OFF, True, RUN, 4, matching=True):
+        assert found.scores.isinf().any() and not found.scores.isnan().any()
+        assert (found.scores.isinf().int().diff(dim=1) >= 0).all()
+
+
+@torch.no_grad()
+def test_pictures_are_forgotten_when_they_have_been_matched(monkeypatch):
+    model, (whole, _, _) = tiny.retrieval(PruningRule(keep="instance")), split("blip", 1)
+    encode, alive, most = model.encode_image, [], 0
+
+    def watched(*inputs, **options):
+        nonlocal most
+        encoded = encode(*inputs, **options)
+        alive.append(weakref.ref(encoded.tokens))
+        most = max(most, sum(one() is not None for one in alive))
+        return encoded
+
+    monkeypatch.setattr(model, "encode_image", watched)
+    rank(model, whole, SETTING, True, RUN, 3, matching=True)
+    assert len(alive) == 2 * 5 and most == 2  # the last one while the next is encoded
+
+
 class _Sizes(TorchDispatchMode):
     """Notes the number of elements of the largest tensor that an operation returns."""
 
@@ -174,7 +207,7 @@ def largest_tensor(call: Callable[[], object]) -> int:
 
 
 def test_similarities_of_all_with_all_are_never_in_memory_together(monkeypatch):
-    monkeypatch.setattr(ranking, "QUERIES", 8)
+    monkeypatch.setattr(ranking, "SIMILARITIES", 8 * 2500)
     queries, targets = torch.randn(500, 4), torch.randn(2500, 4)
     assert largest_tensor(lambda: best_candidates(queries, targets, 3, RUN.device)) == 8 * 2500
 

@@ -6,6 +6,7 @@ from transformers import BlipConfig, BlipForConditionalGeneration
 
 from engine.flop_table import fvcore_gflops
 from madtp.pruning import OFF, PruneSetting, PruningRule, TokenPruner
+from models import blip_caption
 from models.bert import BertSize
 from models.blip_caption import BlipCaption
 from models.vit import VisionTransformer
@@ -170,6 +171,8 @@ def test_sampling_depends_on_its_seed_alone():
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_the_smallest_nucleus_is_greedy():
+def test_the_smallest_nucleus_is_greedy_but_for_the_penalty_of_words_that_came_before(monkeypatch):
     model, images = model_of(SMALL), batch(SMALL)[0]
+    assert not torch.equal(model.generate(images, top_p=1e-6)[0], model.generate(images, num_beams=1)[0])
+    monkeypatch.setattr(blip_caption, "REPETITION_PENALTY", 1.0)
     assert torch.equal(model.generate(images, top_p=1e-6)[0], model.generate(images, num_beams=1)[0])
