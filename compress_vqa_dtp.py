@@ -21,6 +21,7 @@ from engine.train import move, progress
 from engine.writing import Answerer
 from madtp.pruning import PruneSetting
 from metrics.vqa import accuracy
+from models.blip_vqa import weighted_loss
 from models.build import vqa_from_config
 from models.decoder import predicting
 from models.pretrained import load_vqa_weights
@@ -49,7 +50,7 @@ def main() -> None:
 
     def losses(model: torch.nn.Module, batch: dict, setting: PruneSetting) -> dict[str, torch.Tensor]:
         output = model(*inputs(batch), setting, align, packed_training)
-        task = (batch["answer_weights"] * output.answer_losses).sum() / len(batch["images"])
+        task = weighted_loss(output.answer_losses, batch["answer_weights"], len(batch["images"]))
         named = {"task": task, **({"similarity": output.similarity} if align else {})}
         if teacher is not None:
             named |= teacher.losses(lambda teacher: teacher(*inputs(batch), packed=packed), predicting(batch["answer_mask"]))

@@ -279,6 +279,11 @@ class BlipVqa(AlignedModel):
         return float(sum(self.gflops_by_module(question, torch.full((ANSWERS,), ANSWER_TOKENS), torch.tensor([ANSWERS])).values()))
 
 
+def weighted_loss(losses: Tensor, weights: Tensor, questions: int) -> Tensor:
+    """The loss of a batch from those of its answers, (A,), each counted by the share of annotators who gave it: per question."""
+    return (weights * losses).sum() / questions
+
+
 def next_token_losses(logits: Tensor, targets: Tensor, label_smoothing: float = 0.0) -> Tensor:
     """Summed over each text: logits (A, M, words) of its tokens, targets (A, M - 1) that follow them. (A,)"""
     return F.cross_entropy(

@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+import torch
 
 from config import ClipRetrievalConfig, RetrievalConfig
 from data.shapes.write import make_shapes
+from models.pretrained import read_checkpoint
 from options import load_config
 from tests import runs
 from tests.runs import FILES, ROOT, assert_same_run, log_of, read
@@ -233,6 +235,14 @@ def test_damaged_data_are_named(world, tmp_path, capsys):
     picture = broken / "images" / json.loads(whole)[7]["image"]
     picture.write_bytes(picture.read_bytes()[:100])
     assert f"{picture}: not a readable picture" in refusal(capsys, "retrieval_clip", broken, tmp_path / "out")
+
+
+def test_weights_without_heads_are_not_evaluated(trained, world, tmp_path, capsys):
+    saved = read_checkpoint(trained / "retrieval" / "checkpoint_best.pth")
+    saved["model"] = {name: weight for name, weight in saved["model"].items() if "proj" not in name.split(".")[0]}
+    torch.save(saved, tmp_path / "headless.pth")
+    said = refusal(capsys, "retrieval", world, tmp_path, "--evaluate", "--pretrained", str(tmp_path / "headless.pth"))
+    assert "headless.pth: lacks vision_proj.weight, vision_proj.bias, text_proj.weight and 1 more, so its answers" in said
 
 
 @TASKS

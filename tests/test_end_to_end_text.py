@@ -175,6 +175,24 @@ def test_a_file_cut_off_is_refused_in_one_line(task, world, tmp_path, capsys):
     assert cut.name in said and "cut off" in said
 
 
+@TASKS
+def test_a_p_out_of_reach_names_the_range(task, world, tmp_path, capsys):
+    """What is not pruned, the decoder, costs much here."""
+    said = runs.refusal(capsys, lambda: run(task, world, tmp_path, "--p", "0.95"))
+    low, high = (float(part) for part in said.split("pruning removes ")[1].split(" of the")[0].split(" to "))
+    assert P < low < high < 0.95  # of pruning from the first block on
+
+
+def test_a_missing_ground_truth_names_its_key(world, tmp_path, capsys):
+    said = runs.refusal(capsys, lambda: run("caption", world, tmp_path, coco_gt_root="/nowhere"))
+    assert "/nowhere" in said and "set the key 'coco_gt_root'" in said
+
+
+def test_what_is_trained_on_is_no_test_however_it_is_spelt(world, tmp_path, capsys):
+    said = runs.refusal(capsys, lambda: run("vqa", world, tmp_path, test_file="vqa_train.json"))
+    assert "test_file: vqa_train.json is among the train_files" in said
+
+
 def test_no_answers_to_choose_from_is_refused_in_one_line(world, tmp_path, capsys):
     said = runs.refusal(capsys, lambda: run("vqa", world, tmp_path, answer_list="nowhere"))
     assert "nowhere" in said

@@ -129,6 +129,8 @@ def test_long_questions_are_cut(world: Path) -> None:
     batch = QuestionCollate(load_tokenizer(world))([long])
     assert batch["question_ids"].shape == (1, 35) and batch["question_ids"][0, -1] == 3
     assert encode_answers(load_tokenizer(world), ["red red red"], 4)["input_ids"].tolist() == [[14, 9, 9, 3]]
+    read = AnsweredCollate(load_tokenizer(world), positions=6)([{**long, "answers": ["red " * 9], "weights": [1.0]}])
+    assert read["question_ids"].shape[1] == read["answer_ids"].shape[1] == 6  # a model with fewer positions
 
 
 def test_all_questions_about_an_image_fall_on_one_side() -> None:

@@ -75,6 +75,25 @@ def transformers_twin(model: BlipCaption, size: dict) -> BlipForConditionalGener
     return other
 
 
+@torch.no_grad()
+def test_the_decoders_alignment_is_a_plain_loop_over_layers_and_words():
+    """E_l of what enters each layer, [DEC] and padding left out (Eq. 3), summed over the layers, against E_v (Eq. 12)."""
+    model, lengths = model_of(SMALL, PruningRule(keep="instance")), (9, 6, 12)
+    images, ids, mask = batch(SMALL, lengths)
+    tokens, valid, record = model.encode(images, OFF, True, False)
+    learnable, similar = model.learnable_tokens, []
+    for sample, length in enumerate(lengths):
+        one = slice(sample, sample + 1)
+        states = model.tell(tokens[one], None, ids[one, :length], mask[one, :length], hidden_states=True).hidden_states[:-1]
+        language = torch.zeros_like(learnable)
+        for alignment, entering in zip(model.decoder_alignment, states, strict=True):
+            words = alignment.projection(entering[0, 1:])
+            language += (learnable @ words.t() / learnable.shape[1] ** 0.5).softmax(dim=1) @ words
+        similar.append(torch.cosine_similarity(record.features[sample], language, dim=1))
+    expected = 1 - torch.stack(similar).mean()
+    torch.testing.assert_close(model(images, ids, mask, OFF, align=True).losses["similarity"], expected, atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize("size", [SMALL, LARGER])
 @torch.no_grad()
 def test_dense_equals_transformers(size):

@@ -5,13 +5,15 @@ import torch
 from torch.nn.functional import cross_entropy
 from transformers import BlipConfig, BlipForImageTextRetrieval
 
+from engine.saved import build_model
 from madtp.pruning import OFF, PruneSetting, PruningRule
 from models.bert import BertSize, CrossAttention, TextEncoder
 from models.blip_retrieval import BlipRetrieval
 from models.momentum import hard_negatives
-from models.pretrained import load_retrieval_weights
+from models.pretrained import load_retrieval_weights, read_checkpoint
 from models.tower import count_tokens
 from models.vit import VisionTransformer
+from options import load_any_config
 from tests import tiny
 
 INSTANCE = PruningRule(keep="instance")
@@ -102,6 +104,25 @@ def test_a_batch_of_32_is_matched_as_each_pair_alone():
         alone, _ = model.match(ids[i : i + 1, :length], mask[i : i + 1, :length], (image.tokens, image.layout), SETTING)
         torch.testing.assert_close(together[i].softmax(dim=0), alone[0].softmax(dim=0), atol=1e-5, rtol=0)
         torch.testing.assert_close(together[i], alone[0], atol=3e-5, rtol=0)  # of numbers up to 4, by weights larger than usual
+
+
+@torch.no_grad()
+def test_the_shapes_model_matches_a_batch_of_32_as_each_pair_alone():
+    """As above, by trained weights: the logits themselves."""
+    config = load_any_config("configs/shapes/retrieval.yaml", {"amp": False})
+    torch.manual_seed(0)
+    model, _ = build_model(config)
+    load_retrieval_weights(model, read_checkpoint(config.pretrained)["model"], "shapes")
+    lengths = torch.randint(4, 20, (32,)).tolist()
+    images, (ids, mask) = torch.rand(32, 3, 96, 96) * torch.rand(32, 1, 1, 1), tiny.text(lengths)
+    setting = PruneSetting(2.0, prune_from=1)
+    image = model.eval().encode_image(images, setting, packed=True)
+    together, record = model.match(ids, mask, (image.tokens, image.layout), setting)
+    assert len(set(record.leaving[-1].tolist())) > 3 and together.abs().max() > 1
+    for i, length in enumerate(lengths):
+        image = model.encode_image(images[i : i + 1], setting, packed=True)
+        alone, _ = model.match(ids[i : i + 1, :length], mask[i : i + 1, :length], (image.tokens, image.layout), setting)
+        torch.testing.assert_close(together[i], alone[0], atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("packed", [False, True])
