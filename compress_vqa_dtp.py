@@ -7,7 +7,6 @@ Writes <output_dir>/{config.yaml, log.txt, checkpoint_last.pth, checkpoint_best.
 vqa_result.json, the answers of the test split in the format of VQA's evaluation server.
 """
 
-from collections.abc import Iterator
 from functools import partial
 
 import torch
@@ -21,7 +20,7 @@ from engine.train import move, progress
 from engine.writing import Answerer
 from madtp.pruning import PruneSetting
 from metrics.vqa import accuracy
-from models.blip_vqa import weighted_loss
+from models.blip_vqa import one_sample, single_answers, weighted_loss
 from models.build import vqa_from_config
 from models.decoder import predicting
 from models.pretrained import load_vqa_weights
@@ -100,24 +99,6 @@ def main() -> None:
             forward=forward,
         )
     )  # fmt: skip
-
-
-def one_sample(inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-    """The first question with its answers."""
-    *question, answer_ids, answer_mask, counts = inputs
-    return *(part[:1] for part in question), answer_ids[: counts[0]], answer_mask[: counts[0]], counts[:1]
-
-
-def single_answers(inputs: tuple[torch.Tensor, ...]) -> Iterator[tuple[torch.Tensor, ...]]:
-    """Each question with its first answer, without padding."""
-    images, *texts, counts = inputs
-    *question, answer_ids, answer_mask = texts
-    firsts = counts.cumsum(dim=0) - counts
-    rows = zip(images, *question, answer_ids[firsts], answer_mask[firsts], strict=True)
-    for image, question_ids, question_mask, ids, mask in rows:
-        asked, said = question_mask.bool(), mask.bool()
-        text = question_ids[None, asked], question_mask[None, asked], ids[None, said], mask[None, said]
-        yield image[None], *text, torch.ones_like(counts[:1])
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ Shapes: B questions, each with its image, L question tokens, A answers (those to
 tokens, W candidate answers, C width.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -277,6 +278,24 @@ class BlipVqa(AlignedModel):
         text = dense_record(self.text_encoder.depth, QUESTION_TOKENS, samples=QUESTIONS)
         question = Question(torch.empty(0), torch.ones(QUESTIONS, QUESTION_TOKENS, dtype=torch.bool), image, text)
         return float(sum(self.gflops_by_module(question, torch.full((ANSWERS,), ANSWER_TOKENS), torch.tensor([ANSWERS])).values()))
+
+
+def one_sample(inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Of the inputs of `BlipVqa.forward` the first question with its answers."""
+    *question, answer_ids, answer_mask, counts = inputs
+    return *(part[:1] for part in question), answer_ids[: counts[0]], answer_mask[: counts[0]], counts[:1]
+
+
+def single_answers(inputs: tuple[Tensor, ...]) -> Iterator[tuple[Tensor, ...]]:
+    """Of these inputs each question with its first answer, without padding."""
+    images, *texts, counts = inputs
+    *question, answer_ids, answer_mask = texts
+    firsts = counts.cumsum(dim=0) - counts
+    rows = zip(images, *question, answer_ids[firsts], answer_mask[firsts], strict=True)
+    for image, question_ids, question_mask, ids, mask in rows:
+        asked, said = question_mask.bool(), mask.bool()
+        text = question_ids[None, asked], question_mask[None, asked], ids[None, said], mask[None, said]
+        yield image[None], *text, torch.ones_like(counts[:1])
 
 
 def weighted_loss(losses: Tensor, weights: Tensor, questions: int) -> Tensor:
