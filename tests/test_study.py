@@ -88,10 +88,12 @@ def test_the_arms_of_weights_and_distillation_take_the_runs_that_are_there(study
         "| p = 0.8, distilled",
         "| p = 0.8, 2:4",
         "| p = 0.8, 2:4, distilled",
+        "| p = 0.8, not fine-tuned",
+        "| p = 0.8, 2:4, not fine-tuned",
         "| 2:4 alone, not fine-tuned",
         "| 2:4 alone, masked only, not fine-tuned",
     ]
-    assert len(commands) == 3 * 3 + 2 and sum("sparsity_type=2:4" in each and "distill=true" in each for each in commands) == 3
+    assert len(commands) == 3 * 3 + 3 and sum("sparsity_type=2:4" in each and "distill=true" in each for each in commands) == 3
 
 
 def test_the_orders_stand_beside_the_arm_that_has_the_default_one(study) -> None:

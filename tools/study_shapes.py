@@ -132,8 +132,14 @@ def arms_of() -> dict[str, tuple[str, bool]]:
     tokens = f"p = {ARMS_P:g}"
     arms = {tokens + name: (f"--p {ARMS_P:g} {arguments}".strip(), True) for name, arguments in {"": "", **ARMS}.items()}
     alone = f"--p {ALONE_P:g} --evaluate {WEIGHTS} --set method=none"
-    weights = {"2:4 alone, not fine-tuned": alone, "2:4 alone, masked only, not fine-tuned": f"{alone} --set refit_weights=false"}
-    return {"uncompressed": ("--p 0 --evaluate", False), **arms, **{name: (each, False) for name, each in weights.items()}}
+    before = f"--p {ARMS_P:g} --evaluate"
+    untrained = {
+        f"{tokens}, not fine-tuned": before,
+        f"{tokens}, 2:4, not fine-tuned": f"{before} {WEIGHTS}",
+        "2:4 alone, not fine-tuned": alone,
+        "2:4 alone, masked only, not fine-tuned": f"{alone} --set refit_weights=false",
+    }
+    return {"uncompressed": ("--p 0 --evaluate", False), **arms, **{name: (each, False) for name, each in untrained.items()}}
 
 
 def orders_of() -> dict[str, tuple[str, bool]]:
