@@ -95,3 +95,14 @@ def assert_same_run(folder: Path, other: Path) -> None:
     for name in ("result.json", "predictions_val.json", "predictions_test.json"):
         assert read(folder, name) == read(other, name), name
     assert log_of(folder) == log_of(other)
+
+
+def assert_tokens_weights_and_teacher(folder: Path) -> None:
+    """Of a run with 2:4 weights, pruned tokens and distillation: each does its part, and together they remove p."""
+    result = read(folder, "result.json")
+    gflops, params = result["gflops"], result["params"]
+    assert gflops["measured"] == pytest.approx(gflops["target"], rel=0.01)
+    assert gflops["measured"] < min(gflops["tokens"], gflops["weights"]) < gflops["uncompressed"]
+    assert params["sparse_total"] == 2 * params["sparse_nonzero"] > 0
+    losses = log_of(folder)[0]["loss"]
+    assert {"distill_vision", "distill_answers"} < set(losses) and all(losses.values())

@@ -119,14 +119,8 @@ def test_tokens_and_weights_go_together_and_the_teacher_is_heard(task, world, tm
     best, p = str(tmp_path / "dense" / "checkpoint_best.pth"), 0.35
     both = ("--enable-sparse-api", "--token_reduce", "--pretrained", best, "--p", str(p))
     run(task, world, tmp_path / "both", *both, distill="true", max_epoch=1)
-    result = read(tmp_path / "both", "result.json")
-    gflops, params = result["gflops"], result["params"]
-    assert gflops["measured"] == pytest.approx(gflops["target"], rel=0.01)
-    assert gflops["measured"] < min(gflops["tokens"], gflops["weights"]) < gflops["uncompressed"]
-    assert params["sparse_total"] == 2 * params["sparse_nonzero"] > 0
+    runs.assert_tokens_weights_and_teacher(tmp_path / "both")
     assert "not fitted" not in caplog.text  # every layer was given something
-    losses = log_of(tmp_path / "both")[0]["loss"]
-    assert {"distill_vision", "distill_answers"} < set(losses) and all(losses.values())
 
 
 @pytest.fixture(scope="module")
