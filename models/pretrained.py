@@ -236,8 +236,8 @@ def load_weights(
     refused = [name for name in unknown if not any(part in name for part in may_ignore)]
     if refused:
         raise UserError(f"{source}: holds {_first(refused)}, which this model does not have; is 'method' or 'vit' another?")
-    if missing:
-        logger.info("%s lacks %s: new weights there", source, _first(sorted(missing, key=is_read, reverse=True)))
+    if new := [name for name in missing if is_read(name)]:
+        logger.info("%s lacks %s: new weights there", source, _first(new))
     model.load_state_dict({name: tensor for name, tensor in weights.items() if name in expected}, strict=False)
     return missing
 
