@@ -69,11 +69,7 @@ def main() -> None:
             question = answer.read(model, batch, setting)
             best = [answers[0] for answers in answer.answer(model, question)[0]]
             texts = [found["answer"] for found in best]
-            tokens = (
-                encode_answers(tokenizer, texts, config.bert_sizes.max_position_embeddings)["attention_mask"]
-                .sum(dim=1)
-                .to(run.device)
-            )
+            tokens = encode_answers(tokenizer, texts)["attention_mask"].sum(dim=1).to(run.device)
             costs = sum(model.gflops_by_module(question, tokens, torch.ones_like(tokens), setting).values()).tolist()
             kept = (question.vision.leaving[-1] + question.language.leaving[-1]).tolist()
             for sample, found, left, cost, given in zip(batch["ids"], best, kept, costs, batch["answers"], strict=True):
