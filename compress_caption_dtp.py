@@ -22,7 +22,7 @@ from madtp.pruning import PruneSetting
 from metrics.caption import caption_scores
 from models.build import caption_from_config
 from models.decoder import predicting
-from models.pretrained import load_caption_weights
+from models.pretrained import load_decoder_weights
 from models.start import start
 from options import parse_command_line
 from utils import gather_dicts, init_run, logger, on_main, run_main
@@ -38,10 +38,10 @@ def main() -> None:
     write = Captioner(config, tokenizer)
     words = {"vocab_size": len(tokenizer), "end": tokenizer.sep_token_id, "padding": tokenizer.pad_token_id}
     build = partial(caption_from_config, prompt=write.prompt, **words)
-    model, checkpoint, teacher = start(config, run.device, build, load_caption_weights)
+    model, checkpoint, teacher = start(config, run.device, build, load_decoder_weights)
 
     align = not config.uncompressed
-    packed = config.variant == "paper"  # the authors' masks do not follow their tokens: they need padding
+    packed = config.packed
     packed_training = packed and run.device.type == "cpu"  # there it was measured to be faster
 
     def losses(model: torch.nn.Module, batch: dict, setting: PruneSetting) -> dict[str, torch.Tensor]:

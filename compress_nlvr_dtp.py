@@ -50,7 +50,7 @@ def main() -> None:
     model, checkpoint, teacher = start(config, run.device, build, load_nlvr_weights)
 
     align = not config.uncompressed
-    packed = config.variant == "paper"  # the authors' masks do not follow their tokens: they need padding
+    packed = config.packed
     packed_training = packed and run.device.type == "cpu"  # there it was measured to be faster
 
     def losses(model: torch.nn.Module, batch: dict, setting: PruneSetting) -> dict[str, torch.Tensor]:

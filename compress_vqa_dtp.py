@@ -23,7 +23,7 @@ from metrics.vqa import accuracy
 from models.blip_vqa import one_sample, single_answers, weighted_loss
 from models.build import vqa_from_config
 from models.decoder import predicting
-from models.pretrained import load_vqa_weights
+from models.pretrained import load_decoder_weights
 from models.start import start
 from options import parse_command_line
 from utils import gather_dicts, init_run, run_main
@@ -37,10 +37,10 @@ def main() -> None:
     answer = Answerer(config, tokenizer, run.device)
     words = {"start": dec_token_id(tokenizer), "end": tokenizer.sep_token_id, "padding": tokenizer.pad_token_id}
     build = partial(vqa_from_config, vocab_size=len(tokenizer), **words)
-    model, checkpoint, teacher = start(config, run.device, build, load_vqa_weights)
+    model, checkpoint, teacher = start(config, run.device, build, load_decoder_weights)
 
     align = not config.uncompressed
-    packed = config.variant == "paper"  # the authors' masks do not follow their tokens: they need padding
+    packed = config.packed
     packed_training = packed and run.device.type == "cpu"  # there it was measured to be faster
 
     def inputs(batch: dict) -> tuple[torch.Tensor, ...]:

@@ -12,6 +12,8 @@ from pydantic import Field, field_validator, model_validator
 
 from sizes import BERT_SIZES, VIT_SIZES, Bert, BertSizes, ClipSizes, Section, Vit, VitSizes, require
 
+TASK = "which of the scripts the file is for; tools that take any file need it"
+
 
 class Augment(Section):
     """What training does to a picture."""
@@ -33,7 +35,7 @@ class Config(Section):
     script: ClassVar[str] = ""
     image_keys: ClassVar[tuple[str, ...]] = ("image_root",)  # of the folders with the pictures
 
-    task: str = Field("", description="which of the scripts the file is for; tools that take any file need it")
+    task: str = Field("", description=TASK)
 
     # data
     image_root: Path = Field(Path("datasets/images"), description="the folder that the annotations' image paths start from")
@@ -56,7 +58,9 @@ class Config(Section):
     drop_path: float = Field(0.0, ge=0, lt=1, description="stochastic depth of the last block, rising from 0: more regularises")
 
     # the method
-    method: Literal["dtp", "random", "none"] = Field("dtp", description="what prunes; random: a baseline; none: dense")
+    method: Literal["dtp", "random", "none"] = Field(
+        "dtp", description="what prunes; random: a baseline; none: dense, p is 0 but for sparse weights"
+    )
     p: float = Field(0.5, ge=0, lt=1, description="share of the GFLOPs to remove; 0 trains or evaluates uncompressed")
     variant: Literal["paper", "released"] = Field("paper", description="released: the formulas of the authors' checkpoints")
     keep: Literal["max", "mean", "instance"] = Field("max", description="what the counts of a batch become")
@@ -133,6 +137,12 @@ class Config(Section):
             raise ValueError(f"{value!r} is no N:M pattern; write 2:4, 1:4 or 4:8")
         return value
 
+    @model_validator(mode="before")
+    @classmethod
+    def _nothing_removes_nothing(cls, values: Any) -> Any:
+        nothing = isinstance(values, dict) and values.get("method") == "none" and not values.get("sparsity_type")
+        return {**values, "p": 0.0} if nothing else values
+
     @field_validator("mag_projection", mode="before")
     @classmethod
     def _yaml_switch(cls, value: Any) -> Any:
@@ -144,18 +154,20 @@ class Config(Section):
         return [value] if isinstance(value, str) else value
 
     @model_validator(mode="after")
-    def _patches_tile_the_image(self) -> "Config":
-        patch = self.patch_size
-        return require(self, self.image_size % patch == 0, f"image_size must be a multiple of the patch size, {patch}")
-
-    @model_validator(mode="after")
-    def _adaptive_masks_stay(self) -> "Config":
-        both = self.order == "adaptive" and self.mask_schedule == "refresh"
-        return require(self, not both, "order: adaptive chooses its masks once; mask_schedule must be once")
+    def _keys_fit_one_another(self) -> "Config":
+        patch, both = self.patch_size, self.order == "adaptive" and self.mask_schedule == "refresh"
+        require(self, self.image_size % patch == 0, f"image_size must be a multiple of the patch size, {patch}")
+        require(self, not both, "order: adaptive chooses its masks once; mask_schedule must be once")
+        return require(self, self.prune_from < self.depth, f"prune_from must be below the number of blocks, {self.depth}")
 
     @property
     def patch_size(self) -> int:
         return self.vit_sizes.patch_size
+
+    @property
+    def depth(self) -> int:
+        """Blocks of the deeper tower."""
+        return max(self.vit_sizes.depth, self.bert_sizes.num_hidden_layers)
 
     @property
     def vit_sizes(self) -> VitSizes:
@@ -169,6 +181,11 @@ class Config(Section):
     def uncompressed(self) -> bool:
         """Whether the model is dense: no pruner, no learnable tokens."""
         return self.p == 0 or self.method == "none"
+
+    @property
+    def packed(self) -> bool:
+        """Whether batches go without padding; the authors' masks do not follow their tokens, and need it."""
+        return self.variant == "paper"
 
     @property
     def pattern(self) -> tuple[int, int] | None:
@@ -205,7 +222,7 @@ class NlvrConfig(Config):
 
     script: ClassVar[str] = "compress_nlvr_dtp.py"
 
-    task: Literal["nlvr"] = Field("nlvr", description="which of the scripts the file is for; tools that take any file need it")
+    task: Literal["nlvr"] = Field("nlvr", description=TASK)
     train_files: list[str] = Field(["nlvr_train"], min_length=1, description="annotation files to train on, without .json")
     val_file: str = Field("nlvr_dev", description="annotation file that selects the checkpoint")
     test_file: str = Field("nlvr_test", description="annotation file that is evaluated once, at the end")
@@ -224,9 +241,7 @@ class RetrievalConfig(Config):
 
     script: ClassVar[str] = "compress_retrieval_dtp.py"
 
-    task: Literal["retrieval"] = Field(
-        "retrieval", description="which of the scripts the file is for; tools that take any file need it"
-    )
+    task: Literal["retrieval"] = Field("retrieval", description=TASK)
     dataset: Literal["coco", "flickr"] = Field("coco", description="whose annotation files are read; flickr is Flickr30k")
     train_files: list[str] = Field([], description="annotation files to train on, without .json; none: the data set's")
     val_file: str = Field("", description="annotation file that selects the checkpoint; none: the data set's")
@@ -265,9 +280,7 @@ class ClipRetrievalConfig(RetrievalConfig):
 
     script: ClassVar[str] = "compress_retrieval_clip_dtp.py"
 
-    task: Literal["retrieval_clip"] = Field(
-        "retrieval_clip", description="which of the scripts the file is for; tools that take any file need it"
-    )
+    task: Literal["retrieval_clip"] = Field("retrieval_clip", description=TASK)
     output_dir: Path = Field(Path("output/retrieval_clip"), description="the folder that the run writes to")
     tokenizer: str = Field("clip", description="clip: OpenAI's vocabulary, or the path of a list of words")
     image_size: int = Field(336, ge=1, description="pixels along one side; more costs GFLOPs by the square and helps details")
@@ -291,15 +304,17 @@ class ClipRetrievalConfig(RetrievalConfig):
     def patch_size(self) -> int:
         return self.clip.patch_size
 
+    @property
+    def depth(self) -> int:
+        return max(self.clip.vision_layers, self.clip.text_layers)
+
 
 class CaptionConfig(Config):
     """Captioning: what is in the picture?"""
 
     script: ClassVar[str] = "compress_caption_dtp.py"
 
-    task: Literal["caption"] = Field(
-        "caption", description="which of the scripts the file is for; tools that take any file need it"
-    )
+    task: Literal["caption"] = Field("caption", description=TASK)
     train_files: list[str] = Field(["coco_karpathy_train"], min_length=1, description="annotation files to train on, without .json")
     val_file: str = Field("coco_karpathy_val", description="annotation file that selects the checkpoint")
     test_file: str = Field("coco_karpathy_test", description="annotation file that is evaluated once, at the end")
@@ -307,7 +322,7 @@ class CaptionConfig(Config):
         None, description="the folder of COCO's ground truth, FILE_gt.json; none: the annotation files' own captions"
     )
     output_dir: Path = Field(Path("output/caption"), description="the folder that the run writes to")
-    batch_size: int | None = Field(None, ge=1, description="sets batch_size_train and batch_size_test, as published files do")
+    batch_size: int | None = Field(None, ge=1, exclude=True, description="sets both batch sizes, as published files do")
     label_smoothing: float = Field(0.1, ge=0, lt=1, description="share of the target spread over the wrong words")
     prompt: str = Field("a picture of ", description="what every caption begins with; it is no part of the loss or of the result")
     max_text_tokens: int = Field(40, ge=3, description="the longest training caption in tokens; longer ones are cut")
@@ -322,7 +337,10 @@ class CaptionConfig(Config):
     def _one_batch_size(cls, values: Any) -> Any:
         if not isinstance(values, dict) or values.get("batch_size") is None:
             return values
-        return {"batch_size_train": values["batch_size"], "batch_size_test": values["batch_size"], **values}
+        both = dict.fromkeys(("batch_size_train", "batch_size_test"), values["batch_size"])
+        if other := [key for key, value in both.items() if values.get(key, value) != value]:
+            raise ValueError(f"batch_size is {values['batch_size']} and {other[0]} {values[other[0]]}")
+        return {**values, **both}
 
     @field_validator("prompt")
     @classmethod
@@ -339,6 +357,10 @@ class CaptionConfig(Config):
         return self
 
     @property
+    def depth(self) -> int:
+        return self.vit_sizes.depth  # the decoder does not prune
+
+    @property
     def writing(self) -> dict[str, Any]:
         """How `BlipCaption.generate` is to write: its keyword arguments."""
         how = {"num_beams": 1, "top_p": self.top_p} if self.sample else {"num_beams": self.num_beams, "top_p": None}
@@ -351,7 +373,7 @@ class VqaConfig(Config):
     script: ClassVar[str] = "compress_vqa_dtp.py"
     image_keys: ClassVar[tuple[str, ...]] = ("vqa_root", "vg_root")
 
-    task: Literal["vqa"] = Field("vqa", description="which of the scripts the file is for; tools that take any file need it")
+    task: Literal["vqa"] = Field("vqa", description=TASK)
     vqa_root: Path = Field(Path("datasets/coco"), description="the folder that the image paths of VQAv2 start from")
     vg_root: Path = Field(Path("datasets/visual_genome"), description="the folder that those of Visual Genome start from")
     train_files: list[str] = Field(

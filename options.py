@@ -78,6 +78,8 @@ def parse_command_line(description: str, cls: type[ConfigT], argv: list[str] | N
     path, settings = arguments.pop("config"), arguments.pop("settings")
     overrides = dict(_parse_setting(setting) for setting in settings)
     sparse, pattern, tokens = (arguments.pop(key) for key in ("enable_sparse_api", "weight_sparse_pattern", "token_reduce"))
+    if (pattern or tokens) and not sparse:
+        raise UserError("--weight-sparse-pattern and --token_reduce belong to --enable-sparse-api; add it, or leave them out")
     if sparse:
         overrides = {**({} if tokens else {"method": "none"}), **overrides}
         if pattern or not _read_yaml(Path(path)).get("sparsity_type"):

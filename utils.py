@@ -1,5 +1,6 @@
 """What belongs to the process: its rank, its device, its seed, its logger, and errors that are the user's to mend."""
 
+import argparse
 import logging
 import os
 import random
@@ -40,21 +41,35 @@ class Run:
 def init_run(device: str | None = None, seed: int = 42) -> Run:
     """Join the process group that torchrun announces (nccl on CUDA, gloo elsewhere), seed, and set up the logger.
 
+    Args:
+        device: "cpu", "cuda" (of several processes each its own) or "cuda:N"; None: CUDA when there is some.
     Raises:
-        UserError: when `device` asks for CUDA and there is none.
+        UserError: for a GPU that is not there, and for one GPU to several processes.
     """
-    device_type = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if device_type.startswith("cuda") and not torch.cuda.is_available():
-        raise UserError("--device cuda: this machine has no usable CUDA device; pass --device cpu")
     rank, world_size, local_rank = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
-    if device_type == "cuda":
-        torch.cuda.set_device(local_rank)
-        device_type = f"cuda:{local_rank}"
+    try:
+        chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError:
+        raise UserError(f"--device {device}: there is no such kind of device; pass cpu or cuda") from None
+    if chosen.type == "cuda":
+        chosen = _gpu(chosen, world_size, local_rank)
+        torch.cuda.set_device(chosen)
     if "RANK" in os.environ and not dist.is_initialized():
-        dist.init_process_group("nccl" if device_type.startswith("cuda") else "gloo", timeout=PATIENCE)
+        dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", timeout=PATIENCE)
     seed_everything(seed)  # the same weights on every rank; training gives each rank random numbers of its own
     logging.basicConfig(level=logging.INFO if rank == 0 else logging.WARNING, format="%(message)s", stream=sys.stdout)
-    return Run(torch.device(device_type), rank, world_size)
+    return Run(chosen, rank, world_size)
+
+
+def _gpu(device: torch.device, world_size: int, local_rank: int) -> torch.device:
+    if not torch.cuda.is_available():
+        raise UserError("--device cuda: this machine has no usable CUDA device; pass --device cpu")
+    if device.index is not None and world_size > 1:
+        raise UserError(f"--device {device}: {world_size} processes cannot share a GPU; pass --device cuda, and each takes its own")
+    index, number = local_rank if device.index is None else device.index, torch.cuda.device_count()
+    if index >= number:
+        raise UserError(f"GPU {index} is not there, this machine has {number}; start fewer processes or pass another --device")
+    return torch.device("cuda", index)
 
 
 def seed_everything(seed: int) -> None:
@@ -129,6 +144,14 @@ def gather_padded(values: torch.Tensor) -> torch.Tensor:
 def barrier() -> None:
     if dist.is_initialized():
         dist.barrier()
+
+
+def at_least_one(text: str) -> int:
+    """An argparse type."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {number}")
+    return number
 
 
 def run_main(main: Callable[[], None]) -> None:

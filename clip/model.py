@@ -134,7 +134,7 @@ class VisionTower(nn.Module):
         """images (B, 3, H, W) -> what the blocks are given, the class token first, (B, N, C)."""
         patches = self.conv1(images).flatten(2).transpose(1, 2)
         x = torch.cat([self.class_embedding.to(patches.dtype).expand(len(images), 1, -1), patches], dim=1)
-        return self.ln_pre(x + self.positional_embedding.to(x.dtype))
+        return self.ln_pre(x + self.positional_embedding)  # float32 from here on, whatever the convolution gives
 
     def read(
         self,

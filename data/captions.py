@@ -45,8 +45,6 @@ class CaptionPairs(Dataset):
         annotation_files: Sequence[str | Path],
         image_root: str | Path,
         transform: ImageTransform,
-        *,
-        max_words: int = MAX_WORDS,
         prompt: str = "",
     ) -> None:
         self.entries = [entry for file in annotation_files for entry in read_entries(Path(file), _pair_problem)]
@@ -54,7 +52,6 @@ class CaptionPairs(Dataset):
         self.image_ids = [numbers.setdefault(entry["image_id"], len(numbers)) for entry in self.entries]
         self.image_root = Path(image_root)
         self.transform = transform
-        self.max_words = max_words
         self.prompt = prompt
         check_images(self.image_root, (entry["image"] for entry in self.entries[:CHECKED]))
 
@@ -63,7 +60,7 @@ class CaptionPairs(Dataset):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         entry = self.entries[index]
-        caption = clean_sentence(entry["caption"], "caption", self.max_words)
+        caption = clean_sentence(entry["caption"], "caption", MAX_WORDS)
         return {
             "image": self.transform(load_image(self.image_root / entry["image"]), keeps_truth(caption)),
             "caption": self.prompt + caption,
@@ -101,22 +98,17 @@ class CaptionImages(Dataset):
 
 
 class CaptionTexts(Dataset):
-    """The captions of `entries`: an item is caption (cleaned), id, its index, and image, the index of its picture.
+    """The captions of `entries`: an item is caption (cleaned). `image_of_text` holds the index of each one's picture."""
 
-    `image_of_text` holds the latter for all captions.
-    """
-
-    def __init__(self, entries: list[dict[str, Any]], max_words: int = MAX_WORDS) -> None:
+    def __init__(self, entries: list[dict[str, Any]]) -> None:
         self.captions = [caption for entry in entries for caption in entry["caption"]]
         self.image_of_text = [image for image, entry in enumerate(entries) for _ in entry["caption"]]
-        self.max_words = max_words
 
     def __len__(self) -> int:
         return len(self.captions)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        caption = clean_sentence(self.captions[index], "caption", self.max_words)
-        return {"caption": caption, "id": index, "image": self.image_of_text[index]}
+        return {"caption": clean_sentence(self.captions[index], "caption", MAX_WORDS)}
 
 
 class FirstPairs(Dataset):
@@ -163,7 +155,7 @@ class Split(NamedTuple):
 
 
 class TextCollate:
-    """Items of CaptionTexts to a batch: input_ids and attention_mask (B, L), as data.text.encode; ids (B,)."""
+    """Items of CaptionTexts to a batch: input_ids and attention_mask (B, L), as data.text.encode."""
 
     def __init__(self, tokenizer: Tokenizer, max_tokens: int, first_token_id: int | None = None) -> None:
         self.tokenizer = tokenizer
@@ -171,9 +163,6 @@ class TextCollate:
         self.first_token_id = first_token_id
 
     def __call__(self, items: list[dict[str, Any]]) -> dict[str, Any]:
-        return {**self.encode(items), "ids": torch.tensor([item["id"] for item in items])}
-
-    def encode(self, items: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         return encode(self.tokenizer, [item["caption"] for item in items], self.max_tokens, self.first_token_id)
 
 
@@ -183,7 +172,7 @@ class PairCollate(TextCollate):
     def __call__(self, items: list[dict[str, Any]]) -> dict[str, Any]:
         return {
             "image": _stack(items),
-            **self.encode(items),
+            **super().__call__(items),
             "image_ids": torch.tensor([item["image_id"] for item in items]),
         }
 
@@ -217,8 +206,8 @@ def build_loaders(
 
     `prompt` stands in front of the captions of pairs; `first_token_id` is as in data.text.encode.
     """
-    collates = (kind(tokenizer, config.max_text_tokens, first_token_id) for kind in (PairCollate, TextCollate))
-    pair_collate, text_collate = collates
+    pair_collate = PairCollate(tokenizer, config.max_text_tokens, first_token_id)
+    text_collate = TextCollate(tokenizer, config.max_text_tokens, first_token_id)
     shared = {"run": run, "num_workers": config.num_workers, "seed": config.seed}
     evaluation = {"batch_size": config.batch_size_test, "train": False, **shared}
     datasets = build_datasets(config, prompt)

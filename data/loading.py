@@ -128,7 +128,7 @@ def build_loader(
     if train and len(dataset) // run.world_size < batch_size:
         raise UserError(
             f"{len(dataset)} training samples do not fill a batch of {batch_size} on each of {run.world_size} processes;"
-            " lower 'batch_size_train'"
+            " lower 'batch_size_train', or for NLVR2 'statements_per_pair'"
         )
     workers = min(num_workers, os.cpu_count() or 1)
     return Loader(

@@ -1,6 +1,7 @@
 """NLVR2: two pictures and a sentence that is true of them or not."""
 
 import re
+from itertools import chain
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
@@ -143,11 +144,11 @@ def find_image(image_root: Path, name: str) -> Path:
         return image_root / name
     parts = [part for part in PurePosixPath(name).parts if part != "images" and not part.isdigit()]
     folder, file = "/".join(parts[:-1]), parts[-1]
-    for base in (image_root / folder, image_root / "images" / folder):
-        numbered = (inner / file for inner in sorted(base.glob("[0-9]*")))
-        for path in (base / file, *numbered):
-            if path.exists():
-                return path
+    bases = image_root / folder, image_root / "images" / folder
+    numbered = (inner / file for base in bases for inner in sorted(base.glob("[0-9]*")))  # a folder is listed as a last resort
+    for path in chain((base / file for base in bases), numbered):
+        if path.exists():
+            return path
     raise no_such_picture(image_root / name)
 
 

@@ -19,7 +19,7 @@ def rng_state() -> dict:
         "python": random.getstate(),
         "numpy": [numpy_state["key"].tolist(), int(numpy_state["pos"])],
         "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "cuda": [torch.cuda.get_rng_state()] if torch.cuda.is_available() else [],  # of the process's own device
     }
 
 
@@ -30,7 +30,7 @@ def set_rng_state(state: dict) -> None:
     np.random.set_state(("MT19937", np.array(key, dtype=np.uint32), position))
     torch.set_rng_state(state["torch"].cpu())
     if state["cuda"] and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all([s.cpu() for s in state["cuda"]])
+        torch.cuda.set_rng_state(state["cuda"][0].cpu())
 
 
 def save_atomic(content: dict, path: Path) -> None:
@@ -70,9 +70,9 @@ def load_run(path: Path, trainer: Trainer, model: torch.nn.Module, run: Run) -> 
     try:
         model.load_state_dict(saved["model"])
         trainer.optimizer.load_state_dict(saved["optimizer"])
+        trainer.scaler.load_state_dict(saved["scaler"])
     except (RuntimeError, ValueError):
-        raise UserError(f"{path}: a run of another model; resume it with its own config.yaml") from None
-    trainer.scaler.load_state_dict(saved["scaler"])
+        raise UserError(f"{path}: a run of another model or precision; resume it with its own config.yaml") from None
     trainer.step = saved["step"]
     if trainer.sparse and saved["sparse"]:
         trainer.sparse.load_state_dict(saved["sparse"])

@@ -18,7 +18,7 @@ from engine.checkpoint import load_run, save_atomic, save_run
 from engine.experiment import Evaluation, Experiment
 from engine.flop_table import flop_table
 from engine.results import RunLog, count_parameters, write_json
-from engine.saved import RULE, is_authors, mask_as_saved, saved_setting
+from engine.saved import is_authors, mask_as_saved, other_rule, rule_of, saved_setting
 from engine.train import CosineSchedule, Trainer, move, train_epoch
 from engine.weights import WeightPlan
 from madtp.budget import UnreachableTarget, calibrate
@@ -37,8 +37,7 @@ def run_experiment(experiment: Experiment) -> dict:
     if config.evaluate:
         _check_pattern(config, experiment.checkpoint)
     if run.is_main:
-        folder.mkdir(parents=True, exist_ok=True)
-        save_config(config, folder / "config.yaml")
+        _prepare(config, folder)
     barrier()
     started = time.time()
     dense = experiment.measure(OFF)
@@ -87,13 +86,18 @@ def compress(experiment: Experiment, dense: float) -> tuple[PruneSetting, int]:
     setting, best_score, first_epoch = OFF, float("-inf"), 0
     if config.resume:
         saved = load_run(config.resume_path, trainer, experiment.model, run)
+        if key := other_rule(config, saved):
+            raise UserError(
+                f"{config.resume_path}: a run with {key} {saved.get(key)!r} cannot go on with {getattr(config, key)!r}; resume it"
+                " with its own config.yaml, or start anew in another --output_dir"
+            )
         setting = PruneSetting(saved["temperature"], saved["prune_from"])
         best_score, first_epoch = saved["best_score"], saved["epoch"] + 1
-        best = config.resume_path.with_name("checkpoint_best.pth")
-        if run.is_main and best.is_file() and best.parent.resolve() != folder.resolve():
-            shutil.copy(best, folder)  # the run goes on in another folder
-    elif run.is_main:
+    best = config.resume_path.with_name("checkpoint_best.pth") if config.resume else None
+    if run.is_main and (best is None or best.parent.resolve() != folder.resolve()):
         (folder / "checkpoint_best.pth").unlink(missing_ok=True)  # an earlier run's must not be taken for this one's
+        if best is not None and best.is_file():
+            shutil.copy(best, folder)  # the run goes on in another folder
     log = RunLog(folder if run.is_main else None, keep=first_epoch > 0)
     for epoch in range(first_epoch, config.max_epoch):
         started = time.time()
@@ -136,6 +140,16 @@ def compress(experiment: Experiment, dense: float) -> tuple[PruneSetting, int]:
             "off" if setting.temperature is None else f"{setting.temperature:.4g}", entry["seconds"]["all"],
         )  # fmt: skip
     return _selected(experiment, folder)
+
+
+def _prepare(config: Config, folder: Path) -> None:
+    """The folder with config.yaml, which starts the run anew; an evaluation leaves that of a training run as it is."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not (config.evaluate and (folder / "checkpoint_last.pth").is_file()):
+            save_config(config.model_copy(update={"resume": ""}), folder / "config.yaml")
+    except OSError as error:
+        raise UserError(f"{folder}: {error.strerror or error}; give another folder with --output_dir") from None
 
 
 def _check_pattern(config: Config, saved: dict) -> None:
@@ -230,15 +244,11 @@ def _trainer(experiment: Experiment) -> Trainer:
     return Trainer(model, optimizer, experiment.precision.scaler(), schedule, config.clip_grad, sparse=experiment.sparse)
 
 
-def _rule(config: Config) -> dict:
-    """What a setting was made for, and means little without."""
-    return {**{key: getattr(config, key) for key in RULE}, "batch_size": config.batch_size_test}
-
-
 def _run_state(experiment: Experiment, setting: PruneSetting, epoch: int, best_score: float) -> dict:
     """What is saved beside the weights."""
-    masked = sorted(experiment.sparse.masks) if experiment.sparse else None
-    return {**asdict(setting), "epoch": epoch, "best_score": best_score, "masked": masked, **_rule(experiment.config)}
+    config, masked = experiment.config, sorted(experiment.sparse.masks) if experiment.sparse else None
+    rule = {**rule_of(config), "batch_size": config.batch_size_test}
+    return {**asdict(setting), "epoch": epoch, "best_score": best_score, "masked": masked, **rule}
 
 
 def _selected(experiment: Experiment, folder: Path) -> tuple[PruneSetting, int]:
@@ -258,11 +268,8 @@ def _setting_of_checkpoint(experiment: Experiment, target: float) -> PruneSettin
     """The setting that the loaded weights came with, when it was made for this rule and p; else one calibrated for `target`."""
     config, saved = experiment.config, experiment.checkpoint
     setting = saved_setting(config, saved)
-    here = _rule(config)
-    if config.keep == "instance":
-        here.pop("batch_size")
-    saved = {"sparsity_type": "", "sparse_layers": config.sparse_layers, **saved}  # what older checkpoints do not say
-    same = all(saved.get(key) == value for key, value in here.items())
+    same_batch = config.keep == "instance" or saved.get("batch_size") == config.batch_size_test
+    same = same_batch and other_rule(config, saved) is None
     if setting is not None and (config.uncompressed or is_authors(config, saved) or same):
         return setting
     logger.info("no temperature was saved for this rule, p and batch size: calibrating")

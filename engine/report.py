@@ -43,7 +43,7 @@ class ReportedRun:
 
     @property
     def compressed(self) -> bool:
-        return self.result["method"] != "none"
+        return self.result["reduce_ratio"] > 0
 
     @property
     def label(self) -> str:

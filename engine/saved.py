@@ -16,17 +16,17 @@ from models.linears import sparse_weights
 from models.pretrained import (
     StateDict,
     is_read,
-    load_caption_weights,
+    load_decoder_weights,
     load_nlvr_weights,
     load_retrieval_weights,
-    load_vqa_weights,
     read_checkpoint,
 )
 from models.pretrained_clip import load_clip_weights
 from options import load_any_config
 from utils import Run, UserError, init_run
 
-RULE = ("method", "variant", "keep", "p", "sparsity_type", "sparse_layers")
+RULE = ("method", "variant", "keep", "p", "sparsity_type", "sparse_layers", "tis", "merge", "image_size")
+LATER = ("sparse_layers", "tis", "merge", "image_size")  # older checkpoints do not have these keys of the rule
 SAVED = (*RULE, "batch_size", "temperature", "prune_from", "epoch", "masked")  # beside weights; what using them takes
 
 BUILD: dict[str, Callable[[Config, Tokenizer], nn.Module]] = {
@@ -42,8 +42,8 @@ LOAD: dict[str, Callable[[nn.Module, StateDict, str], list[str]]] = {
     "nlvr": load_nlvr_weights,
     "retrieval": load_retrieval_weights,
     "retrieval_clip": load_clip_weights,
-    "caption": load_caption_weights,
-    "vqa": load_vqa_weights,
+    "caption": load_decoder_weights,
+    "vqa": load_decoder_weights,
 }
 
 
@@ -80,8 +80,19 @@ def restore(config: Config, saved: dict, source: str, setting: PruneSetting, dev
     return Opened(config, model, setting, tokenizer, run, sparse), missing
 
 
+def rule_of(config: Config) -> dict:
+    """What a temperature was made for, and means little without."""
+    return {key: getattr(config, key) for key in RULE}
+
+
+def other_rule(config: Config, saved: dict) -> str | None:
+    """The first key of the rule that a run's checkpoint was saved with another value of; None where all agree."""
+    older = {"sparsity_type": ""} | {key: getattr(config, key) for key in LATER}
+    return next((key for key, value in rule_of(config).items() if {**older, **saved}.get(key) != value), None)
+
+
 def saved_rule(saved: dict) -> dict:
-    """The keys of a config that a checkpoint carries: its temperature was made for them."""
+    """The keys of a config that a checkpoint carries."""
     return {key: saved[key] for key in RULE if key in saved}
 
 
@@ -96,6 +107,8 @@ def saved_setting(config: Config, saved: dict) -> PruneSetting | None:
         return OFF
     if is_authors(config, saved):
         return PruneSetting(saved["temperature"]) if saved["temperature"] > 0 else OFF
+    if saved.get("variant") != config.variant:
+        return None  # a temperature of the one multiplies, of the other it divides
     if saved.get("temperature") is None:
         return OFF if saved.get("masked") else None
     return PruneSetting(saved["temperature"], saved.get("prune_from", config.prune_from))

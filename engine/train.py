@@ -28,7 +28,7 @@ class Precision:
 
     @property
     def dtype(self) -> torch.dtype:
-        has_bfloat16 = self.device.type == "cpu" or torch.cuda.is_bf16_supported()
+        has_bfloat16 = self.device.type == "cpu" or torch.cuda.is_bf16_supported(including_emulation=False)
         return torch.bfloat16 if has_bfloat16 else torch.float16
 
     def autocast(self) -> torch.autocast:

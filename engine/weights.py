@@ -59,17 +59,23 @@ class WeightPlan:
                 self.removed_by_weights = 1 - measure(OFF) / dense
             for name in sparse.left_dense:
                 logger.info("%s stays dense: its input is no multiple of %d", name, sparse.pattern.group)
-            self._check()
+        self._check_epochs()
+        if sparse is not None:
+            self._check_reach()
 
-    def _check(self) -> None:
-        alone, p, epochs = self.removed_by_weights, self.config.p, self.config.max_epoch
-        settled = self._start + (self.ramp if self.config.mask_schedule == "refresh" else 0)
+    def _check_epochs(self) -> None:
+        p, epochs = self.config.p, self.config.max_epoch
+        settled = self._settled_from if self.sparse else 0
         needed = max(1 + settled, next(epoch for epoch in count(1) if self.removal(epoch - 1) >= p))
         if needed > epochs:
+            order = f"order: {self.config.order}, mask_schedule: {self.config.mask_schedule}: " if self.sparse else ""
             raise UserError(
-                f"order: {self.config.order}, mask_schedule: {self.config.mask_schedule}: with ramp_epochs: {self.ramp} all is in"
-                f" place in epoch {needed}, and max_epoch is {epochs}; raise max_epoch or lower ramp_epochs"
+                f"{order}with ramp_epochs: {self.ramp} all is in place in epoch {needed}, and max_epoch is {epochs}; raise"
+                " max_epoch or lower ramp_epochs"
             )
+
+    def _check_reach(self) -> None:
+        alone, p = self.removed_by_weights, self.config.p
         if alone >= p:
             logger.info("the weights alone remove %.3f of the GFLOPs, p = %g: token pruning is off", alone, p)
         elif self.config.method == "none":
@@ -99,7 +105,7 @@ class WeightPlan:
             refreshed = self.config.mask_schedule == "refresh" and epoch < self._start + self.ramp
             if new := not self.sparse.masks or refreshed:
                 self.mask(self.sparse.weights, setting)
-        if self.sparse.masks and epoch >= self._start + (self.ramp if self.config.mask_schedule == "refresh" else 0):
+        if self.sparse.masks and epoch >= self._settled_from:
             self.sparse.fix()
         return new
 
@@ -115,6 +121,11 @@ class WeightPlan:
     def _start(self) -> int:
         """The first epoch with masks; of `adaptive` the first in which none is new."""
         return self.ramp if self.config.order in ("tokens_first", "adaptive") else 0
+
+    @property
+    def _settled_from(self) -> int:
+        """The first epoch with the masks that stay."""
+        return self._start + (self.ramp if self.config.mask_schedule == "refresh" else 0)
 
     def counting(self, epoch: int) -> AbstractContextManager:
         """Inside, the GFLOPs are those that count: with all weights masked, if tokens go first and leave that to them."""

@@ -35,7 +35,7 @@ class Captioner:
     ) -> tuple[list[str], TowerRecord, Callable[[TowerRecord, PruneSetting], Tensor]]:
         """As a call; and what GFLOPs, (B,), the same captions cost with a record and a setting."""
         writing = self.config.writing
-        ids, record = model.generate(images, setting, self.config.variant == "paper", **writing)
+        ids, record = model.generate(images, setting, self.config.packed, **writing)
         texts = as_texts(self.tokenizer, ids[:, len(self.prompt) :])
         return texts, record, lambda record, setting: model.generation_gflops(record, ids, writing["num_beams"], setting)
 
@@ -62,7 +62,7 @@ class Answerer:
         return texts, question, model.reading_gflops(question, setting) + cost(question.valid.sum(dim=1))
 
     def read(self, model: BlipVqa, batch: dict, setting: PruneSetting) -> Question:
-        packed = self.config.variant == "paper"
+        packed = self.config.packed
         return model.read(batch["images"], batch["question_ids"], batch["question_mask"], setting, packed=packed)
 
     def answer(self, model: BlipVqa, question: Question, number: int = 1) -> tuple[list[list[dict]], Callable[[Tensor], Tensor]]:

@@ -54,32 +54,28 @@ def attend_in_chunks(query: Tensor, key: Tensor, value: Tensor, valid: Valid) ->
     return out, row, columns
 
 
-def column_statistics(query: Tensor, key: Tensor, log_norm: Tensor, valid: Valid, summed: bool) -> Tensor:
-    """One figure for each column of the attention map from a second product, in memory that grows with N alone.
+def column_statistics(query: Tensor, key: Tensor, log_norm: Tensor, valid: Valid) -> Tensor:
+    """The largest entry of each column of the attention map over queries and heads (Eq. 5), from a second product, in memory that
+    grows with N alone.
 
     Args:
         query, key: (B, H, N, D).
         log_norm: (B, H, N) log-sum-exp of each row of q k / sqrt(D) over the valid keys.
         valid: (B, N). Queries that are padding are left out; the figures of keys that are padding mean nothing.
-        summed: False: the largest entry of a column over queries and heads (Eq. 5); True: the sum over queries of the largest
-            over heads, as the authors' code has it.
     Returns:
         (B, N - 1) float32.
     """
     norm = (log_norm if valid is None else log_norm.masked_fill(~valid[:, None], float("inf"))).unsqueeze(-1)
     figures = []
     for part in zip(query[:, :, 1:], key[:, :, 1:], norm[:, :, 1:], strict=True):
-        chunks = (logits.amax(dim=0).float() for logits in _logits(*part, CHUNK[query.device.type]))
-        if summed:
-            figures.append(sum(largest.exp().sum(dim=0) for largest in chunks))
-        else:
-            figures.append(torch.stack([largest.amax(dim=0) for largest in chunks]).amax(dim=0).exp())
+        largest = [logits.amax(dim=0).amax(dim=0) for logits in _logits(*part, CHUNK[query.device.type])]
+        figures.append(torch.stack(largest).amax(dim=0).exp())
     return torch.stack(figures)
 
 
 def _logits(query: Tensor, key: Tensor, norm: Tensor, chunk: int) -> Iterator[Tensor]:
-    """log A (H, R, N) of R queries at a time. query, key (H, N, D), norm (H, N, 1)."""
-    query, key = query * query.shape[-1] ** -0.5, key.transpose(1, 2)
+    """log A (H, R, N) of R queries at a time, float32. query, key (H, N, D), norm (H, N, 1)."""
+    query, key = query.float() * query.shape[-1] ** -0.5, key.float().transpose(1, 2)
     step = max(1, chunk // max(1, len(query) * key.shape[2]))
     for queries, norms in zip(query.split(step, dim=1), norm.split(step, dim=1), strict=True):
         yield (queries @ key).sub_(norms)
@@ -87,5 +83,5 @@ def _logits(query: Tensor, key: Tensor, norm: Tensor, chunk: int) -> Iterator[Te
 
 def class_row(query: Tensor, key: Tensor, log_norm: Tensor) -> Tensor:
     """The class token's attention to each token, (B, H, N - 1) float32."""
-    logits = key[:, :, 1:] @ (query[:, :, :1] * query.shape[-1] ** -0.5).transpose(-2, -1)
-    return (logits.float().squeeze(3) - log_norm[:, :, :1]).exp()
+    logits = key[:, :, 1:].float() @ (query[:, :, :1].float() * query.shape[-1] ** -0.5).transpose(-2, -1)
+    return (logits.squeeze(3) - log_norm[:, :, :1]).exp()

@@ -18,7 +18,7 @@ BLOCK_KEYS = 64
 def _columns(
     query, key, log_norm, offsets, result,
     scale, heads, query_row, query_head, key_row, key_head, norm_row, norm_head, result_row,
-    WIDTH: tl.constexpr, WIDTH_BLOCK: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, SUMMED: tl.constexpr,
+    WIDTH: tl.constexpr, WIDTH_BLOCK: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
     """One block of columns of one sample: a pass over its queries, all heads of a block of them before the next."""
     sample = tl.program_id(1)
@@ -28,7 +28,7 @@ def _columns(
     width = tl.arange(0, WIDTH_BLOCK)
     keys = key + (first + columns)[None, :] * key_row + width[:, None]
     keys_inside = (columns < tokens)[None, :] & (width < WIDTH)[:, None]
-    figure = tl.full((KEYS,), 0.0 if SUMMED else float("-inf"), tl.float32)
+    figure = tl.full((KEYS,), float("-inf"), tl.float32)
     for start in range(0, tokens, QUERIES):
         rows = start + tl.arange(0, QUERIES)
         queries = query + (first + rows)[:, None] * query_row + width[None, :]
@@ -39,17 +39,12 @@ def _columns(
             k = tl.load(keys + head * key_head, mask=keys_inside, other=0.0)
             norm = tl.load(log_norm + (first + rows) * norm_row + head * norm_head, mask=rows < tokens, other=float("inf"))
             top = tl.maximum(top, tl.dot(q, k, input_precision="ieee") * scale - norm[:, None])
-        if SUMMED:
-            figure += tl.sum(tl.exp(top), axis=0)
-        else:
-            figure = tl.maximum(figure, tl.max(top, axis=0))
-    if not SUMMED:
-        figure = tl.exp(figure)
-    tl.store(result + sample * result_row + columns, figure, mask=columns < tokens)
+        figure = tl.maximum(figure, tl.max(top, axis=0))
+    tl.store(result + sample * result_row + columns, tl.exp(figure), mask=columns < tokens)
 
 
-def packed_column_statistics(query: Tensor, key: Tensor, log_norm: Tensor, layout: Packed, summed: bool) -> Tensor:
-    """One figure for each column of each sample's map, as `columns.column_statistics` gives them.
+def packed_column_statistics(query: Tensor, key: Tensor, log_norm: Tensor, layout: Packed) -> Tensor:
+    """The largest entry of each column of each sample's map, as `columns.column_statistics` gives them.
 
     query, key: (T, H, D), rows of D neighbouring numbers; log_norm: (T, H) -> (B, N - 1) float32, 0 for padding
     """
@@ -62,6 +57,6 @@ def packed_column_statistics(query: Tensor, key: Tensor, log_norm: Tensor, layou
         query, key, log_norm, layout.offsets, result, width**-0.5, heads,
         query.stride(0), query.stride(1), key.stride(0), key.stride(1), log_norm.stride(0), log_norm.stride(1), result.stride(0),
         WIDTH=width, WIDTH_BLOCK=max(16, triton.next_power_of_2(width)),
-        QUERIES=BLOCK_QUERIES, KEYS=BLOCK_KEYS, SUMMED=summed,
+        QUERIES=BLOCK_QUERIES, KEYS=BLOCK_KEYS,
     )  # fmt: skip
     return result

@@ -16,7 +16,7 @@ from torch import Tensor
 class Packed:
     """Where the samples of a flat (T, ...) tensor lie. `lengths` is known to the host: whoever packs waits for the device once.
 
-    readers: how many texts of those that are read with these samples belong to each, neighbours; None: equally many
+    readers: where texts read these samples, how many neighbouring texts read each; None: equally many
     """
 
     lengths: tuple[int, ...]
@@ -82,7 +82,8 @@ class Packed:
         return x[self.offsets[:-1]]
 
     def joined(self, source: "Packed") -> "Packed":
-        """The same rows as samples that are as many as `source` has: those become one that read the same sample of it."""
+        """The same rows in fewer samples: neighbours that read the same sample of `source` become one, as long as they together, so
+        that attention sees one sequence of queries a source."""
         each = len(self.lengths) // len(source.lengths)
         ends = list(accumulate(source.readers or [each] * len(source.lengths), initial=0))
         return Packed.of((self.starts[last] - self.starts[first] for first, last in pairwise(ends)), self.device)

@@ -88,7 +88,7 @@ class Execution(NamedTuple):
 def sparsemax(z: Tensor, valid: Valid = None) -> Tensor:
     """Euclidean projection of each row of z onto the probability simplex (Eq. 8; Martins and Astudillo, 2016).
 
-    z: (..., N); valid: broadcastable to z -> (..., N), zero outside `valid` (a row without valid entries is uniform)
+    z: (..., N); valid: broadcastable to z -> (..., N), zero outside `valid` (a row without valid entries means nothing)
     """
     if valid is not None:
         z = z.masked_fill(~valid, float("-inf"))
@@ -179,12 +179,12 @@ def gather_and_merge(x: Tensor, valid: Valid, importance: Tensor, kept: Tensor, 
 def packed_gather_and_merge(x: Tensor, layout: Packed, importance: Tensor, kept: Tensor, merge: bool) -> tuple[Tensor, Packed]:
     """The same for packed tokens, class tokens included: x (T, C) -> (T', C), T' known after one look at the counts.
 
-    importance, kept: (B, N - 1), of the tokens behind the class token
+    importance, kept: (B, N)
     """
     tokens = layout.valid[:, 1:]
     pruned = tokens & ~kept
     merged = pruned.any(dim=1, keepdim=True) if merge else torch.zeros_like(kept[:, :1])
-    stay = torch.cat([torch.ones_like(merged), kept, merged], dim=1)  # (B, N + 1), the last place for the merged token
+    stay = torch.cat([torch.ones_like(merged), kept, merged], dim=1)  # (B, 1 + N + 1): the class token first, the merged one last
     after = Packed.of(stay.sum(dim=1).tolist(), x.device)
     source = torch.cat([layout.rows, layout.rows[:, :1]], dim=1)
     places = torch.nonzero_static(stay.flatten(), size=after.total).flatten()  # of known size: a GPU need not wait again
@@ -246,7 +246,7 @@ class TokenPruner(nn.Module):
         self, query: Tensor, key: Tensor, head_outputs: Tensor, log_norm: Tensor, layout: Packed
     ) -> AttentionStatistics:
         """The same of packed tokens on a GPU: queries, keys and outputs (T, H, D), log_norm (T, H)."""
-        importance, columns, summed = None, None, self.rule.variant == "released"
+        importance, columns = None, None
         queries, keys, outputs, norms = (layout.pad(part).transpose(1, 2) for part in (query, key, head_outputs, log_norm))
         if "cls" in self.rule.terms:
             importance = class_attention(class_row(queries, keys, norms), outputs[:, :, 1:])
@@ -254,9 +254,9 @@ class TokenPruner(nn.Module):
             try:
                 from madtp.kernels import packed_column_statistics
             except ImportError:  # no Triton
-                columns = column_statistics(queries, keys, norms, layout.valid, summed)
+                columns = column_statistics(queries, keys, norms, layout.valid)
             else:
-                columns = packed_column_statistics(query, key, log_norm, layout, summed)
+                columns = packed_column_statistics(query, key, log_norm, layout)
         return AttentionStatistics(importance, columns)
 
     def align(
@@ -301,7 +301,16 @@ class TokenPruner(nn.Module):
     def prune(
         self, x: Tensor, layout: Layout, products: Tensor | None, statistics: AttentionStatistics | None, temperature: float
     ) -> tuple[Tensor, Layout, Tensor]:
-        """x after self-attention, (B, 1 + N, C) or packed -> the fewer tokens, where they lie, kept (B, N) bool."""
+        """x after self-attention, (B, 1 + N, C) or packed -> the fewer tokens, where they lie, kept (B, N) bool.
+
+        In the precision of what it is given: rounded to 16 bits, a threshold would part tokens at random.
+        """
+        with torch.autocast(x.device.type, enabled=False):
+            return self._prune(x, layout, products, statistics, temperature)
+
+    def _prune(
+        self, x: Tensor, layout: Layout, products: Tensor | None, statistics: AttentionStatistics | None, temperature: float
+    ) -> tuple[Tensor, Layout, Tensor]:
         if self.rule.variant == "released":
             return self._prune_released(x, layout, products, statistics, temperature)
         if isinstance(layout, Packed):

@@ -1,8 +1,9 @@
 """`variant: released`: what the authors' published code computes where it differs from the paper.
 
-It exists so that their checkpoints give their numbers. Everything odd about it lives in this file: the raw inner products as a
-score that may be negative, the unnormalised class attention, the temperature that divides, padding that takes part in scores,
-and masks that do not follow their tokens.
+It exists so that their checkpoints give their numbers. Its formulas live in this file: the raw inner products as a score that may
+be negative, the unnormalised class attention, the temperature that divides, padding that takes part in scores, and masks that do
+not follow their tokens. `pruning` calls them and gathers in their order; what models do for it is switched by `mask_follows` (a
+pruner), `reads_padding` (VQA) and `text_order` (CLIP, to compare unpruned texts).
 """
 
 import torch

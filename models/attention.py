@@ -49,9 +49,9 @@ def attend(
     return merge_heads(out), statistics
 
 
-def scored_again(x: Tensor, layout: Layout, causal: Causal = None) -> bool:
+def scored_again(x: Tensor, layout: Layout) -> bool:
     """Whether scores cost `attend` on x a second Q K^T: one kernel for all samples shows nothing of its map."""
-    return isinstance(layout, Packed) and causal is None and varlen.usable(x)
+    return isinstance(layout, Packed) and varlen.usable(x)
 
 
 def split_heads(x: Tensor, num_heads: int) -> Tensor:

@@ -49,10 +49,10 @@ class Heads(nn.Module):
         Neighbouring texts share a source, whose keys and values are then computed once: S / B of them, or packed its `readers`.
         """
         query, key, value = self.query(x), self.key(source), self.value(source)
-        if isinstance(layout, Packed):
-            layout = layout.joined(source_layout)
-        else:
+        if not isinstance(layout, Packed):
             query = query.reshape(len(source), -1, query.shape[-1])
+        elif layout is not source_layout:
+            layout = layout.joined(source_layout)
         dropout = self.dropout if self.training else 0.0
         out, statistics = attend(query, key, value, self.num_heads, layout, source_layout, dropout, pruner)
         return out.reshape(x.shape), statistics

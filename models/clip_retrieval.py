@@ -8,7 +8,6 @@ from torch import Tensor
 
 from clip.model import Clip, ClipSize, MakePruner
 from madtp.pruning import OFF, PruneSetting
-from models.attention import Causal
 from models.momentum import MomentumModel, PairPasses, dense_encoded
 from models.tower import Encoded
 
@@ -25,10 +24,9 @@ class ClipRetrieval(Clip, MomentumModel):
         momentum: float = 0.995,
         make_pruner: MakePruner = lambda dim: None,
         learnable_tokens: tuple[int, int, float] | None = None,
-        text_order: Causal = "class_last",
         checkpoint_blocks: int = 0,
     ):
-        super().__init__(size, make_pruner, learnable_tokens, text_order, checkpoint_blocks)
+        super().__init__(size, make_pruner, learnable_tokens, checkpoint_blocks=checkpoint_blocks)
         self.init_momentum(MOMENTUM_PARTS, size.embed_dim, queue_size, momentum)
 
     def pair_logits(self, vision: Tensor, language: Tensor) -> Tensor:

@@ -68,8 +68,8 @@ def predicting(mask: Tensor, given: int = 1) -> Tensor:
 def log_likelihoods(
     decoder: BlipTextLMHeadModel, ids: Tensor, lengths: Tensor, source: Tensor, valid: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Of the K texts about each of B sources, all at a time; and, for label smoothing, the mean over all words in place of the one
-    that follows, summed over each text alike. (B, K) float32 each
+    """Of the K texts about each of B sources, all at a time: log p of each text, the sum over its tokens of log p(token); and, for
+    label smoothing, the sum over its tokens of the mean of log p over all words. (B, K) float32 each
 
     The texts of a source are one sequence: what they begin with stands there once and is seen by all, a text's other tokens see
     only what stands before them in that text, and a last token, after which nothing is to be said, is left out.

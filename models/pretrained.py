@@ -136,21 +136,12 @@ def _blip_name(name: str) -> str:
     return name
 
 
-def load_caption_weights(model: nn.Module, weights: StateDict, source: str) -> list[str]:
-    """Load BLIP weights into a `BlipCaption`; position embeddings are interpolated.
+def load_decoder_weights(model: nn.Module, weights: StateDict, source: str) -> list[str]:
+    """Load BLIP weights into a `BlipCaption` or a `BlipVqa`; position embeddings are interpolated.
 
     Raises:
         UserError: naming weights that do not fit, are missing, or are not known.
     """
-    return _load_decoder_model(model, weights, source)
-
-
-def load_vqa_weights(model: nn.Module, weights: StateDict, source: str) -> list[str]:
-    """Load BLIP weights into a `BlipVqa`; position embeddings are interpolated. Raises as `load_caption_weights`."""
-    return _load_decoder_model(model, weights, source)
-
-
-def _load_decoder_model(model: nn.Module, weights: StateDict, source: str) -> list[str]:
     weights = {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in weights.items()}
     position = "visual_encoder.pos_embed"
     if position in weights:

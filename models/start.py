@@ -37,7 +37,7 @@ def start(config: ConfigT, device: torch.device, build: Build, load: Load) -> tu
     if not path:
         raise UserError("distill: there is no model to learn from; set the key 'teacher' or 'pretrained'")
     teacher = build(config.model_copy(update=UNCOMPRESSED))
-    load(teacher, read_checkpoint(path)["model"], path)
+    check_readable(load(teacher, read_checkpoint(path)["model"], path), path)  # else it teaches what chance gave its heads
     if isinstance(teacher, MomentumModel):
         teacher.forget_momentum()
     return model, checkpoint, Distillation(teacher.to(device), model, config.distill_temperature)

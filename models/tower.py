@@ -65,7 +65,7 @@ def count_tokens(x: Tensor, layout: Layout) -> Tensor:
     """(B,) number of valid tokens of x (B, N, C), or packed (T, C)."""
     if isinstance(layout, Packed):
         return torch.tensor(layout.lengths)
-    return x.new_full((x.shape[0],), x.shape[1]).long() if layout is None else layout.sum(dim=1)
+    return torch.full(x.shape[:1], x.shape[1], device=x.device) if layout is None else layout.sum(dim=1)
 
 
 def padded(x: Tensor, layout: Layout) -> tuple[Tensor, Valid]:

@@ -210,6 +210,7 @@ def test_an_unknown_key_is_answered_with_the_nearest(tmp_path: Path) -> None:
         ("keep: most", "key 'keep' must be one of 'max', 'mean', 'instance', got 'most'"),
         ("vit: huge", "key 'vit' must be one of 'base', 'large', got 'huge'"),
         ("vit: {patch_size: 8}", "key 'vit.embed_dim' is missing; add it"),
+        ("prune_from: 12", "prune_from must be below the number of blocks, 12"),
         ("image_size: 100", "image_size must be a multiple of the patch size, 16"),
         ("a: b: c", "x.yaml:1: not valid YAML"),
         ("p: 0.5\nvit: [1", "x.yaml:2: not valid YAML"),
@@ -228,6 +229,25 @@ def test_a_mistake_on_the_command_line_is_named_as_such(tmp_path: Path) -> None:
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="none.yaml: No such file"):
         load_config(NlvrConfig, tmp_path / "none.yaml")
+
+
+def test_sparse_flags_alone_are_refused(tmp_path: Path) -> None:
+    for flags in (["--token_reduce"], ["--weight-sparse-pattern", "m4n2_1d"]):
+        assert "belong to --enable-sparse-api; add it" in refusal(tmp_path, "", *flags)
+
+
+def test_without_a_method_and_sparse_weights_nothing_is_to_be_removed() -> None:
+    assert NlvrConfig(method="none", p=0.5).p == 0
+    assert NlvrConfig(method="none", p=0.3, sparsity_type="2:4").p == 0.3
+
+
+def test_one_batch_size_for_both_and_none_beside_others(tmp_path: Path) -> None:
+    config = CaptionConfig(batch_size=8)
+    assert (config.batch_size_train, config.batch_size_test) == (8, 8)
+    save_config(config, tmp_path / "config.yaml")
+    assert load_config(CaptionConfig, tmp_path / "config.yaml", {"batch_size_train": 4}).batch_size_test == 8
+    with pytest.raises(UserError, match="batch_size is 4 and batch_size_train 8; change one of them"):
+        load_config(CaptionConfig, tmp_path / "config.yaml", {"batch_size": 4})
 
 
 @pytest.mark.parametrize(("prompt", "joined"), [("a picture of", "a picture of "), (" so ", "so "), ("", "")])

@@ -136,6 +136,15 @@ def test_both_layouts_of_the_pictures_are_found(world: Path, name: str) -> None:
         assert find_image(root, name).name == "0-img0.png"
 
 
+def test_a_picture_is_found_before_any_folder_is_listed(world: Path, monkeypatch) -> None:
+    """NLVR2 has folders of a hundred thousand pictures."""
+    flat = world / "flat" / "images" / "train"
+    flat.mkdir(parents=True)
+    Image.new("RGB", (SIZE, SIZE)).save(flat / "0-img0.png")
+    monkeypatch.setattr(Path, "glob", lambda *_: pytest.fail("listed a folder"))
+    assert find_image(world / "flat", "train/0/0-img0.png") == flat / "0-img0.png"
+
+
 def test_missing_files_are_the_users_to_mend(world: Path) -> None:
     with pytest.raises(UserError, match="0-img0.png: no such picture; set the key 'image_root'"):
         NlvrDataset(read_statements(world / "nlvr_train.json"), world / "nowhere", eval_transform(SIZE))

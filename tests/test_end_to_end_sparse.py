@@ -174,6 +174,15 @@ def test_a_p_out_of_reach_names_the_range_beside_the_uncompressed_model(flags, t
     assert 0.28 < low < high < 0.97
 
 
+def test_a_teacher_without_its_head_is_refused(world, dense, tmp_path, capsys):
+    """It would teach what chance gave it."""
+    weights = {name: weight for name, weight in read_checkpoint(dense)["model"].items() if not name.startswith("cls_head.")}
+    torch.save({"model": weights}, tmp_path / "headless.pth")
+    teacher = str(tmp_path / "headless.pth")
+    said = runs.refusal(capsys, lambda: run_here(dense_flags(world, tmp_path / "out", distill="true", teacher=teacher)))
+    assert "headless.pth: lacks cls_head." in said
+
+
 def test_distilling_from_nothing_is_refused(world, tmp_path, capsys):
     said = runs.refusal(capsys, lambda: run_here(dense_flags(world, tmp_path, distill="true")))
     assert "set the key 'teacher' or 'pretrained'" in said

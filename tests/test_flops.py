@@ -31,7 +31,7 @@ REFERENCE = {
 def test_the_papers_models_cost_what_the_paper_says(name):
     config = load_any_config(f"configs/{name}.yaml", {"p": 0})
     with torch.device("meta"):  # counting needs no weights
-        model, _, _ = flops.BUILD[config.task](config)
+        model, _ = flops.BUILD[config.task](config)
     if config.task == "nlvr":
         gflops = reference_gflops(model)
     else:
@@ -95,14 +95,14 @@ def test_the_tool_reports_both_counts(report, task, temperature):
 def test_deployment_is_what_an_evaluation_would_count(report, inference, tmp_path):
     """Of a caption as long as it may become, and of a question with its answer."""
     text = TINY["caption"] + "max_length: 9\nnum_beams: 2\n"
-    model, _, (images, *_) = flops.BUILD["caption"](load_any_config(written(tmp_path, text), {"p": 0}))
+    model, (images, *_) = flops.BUILD["caption"](load_any_config(written(tmp_path, text), {"p": 0}))
     longest = torch.full((1, 9), flops.END + 1)
     expected = model.eval().generation_gflops(model.encode(images, OFF, False, False)[2], longest, 2)
     found = report(text)["gflops"]
     assert found["deployment"] == pytest.approx(float(expected)) and found["deployment"] != found["closed_form"]
 
     text = TINY["vqa"] + f"k_test: 7\ninference: {inference}\n"
-    model, _, inputs = flops.BUILD["vqa"](load_any_config(written(tmp_path, text), {"p": 0}))
+    model, inputs = flops.BUILD["vqa"](load_any_config(written(tmp_path, text), {"p": 0}))
     question = model.eval().read(inputs[0], *(part[:1] for part in inputs[1:3]))
     found, read = report(text)["gflops"], float(model.reading_gflops(question))
     tokens = torch.full((1, 7), flops.ANSWER_TOKENS)
@@ -121,7 +121,7 @@ def written(folder: Path, text: str) -> Path:
 def test_the_meter_counts_what_fvcore_does_with_sparse_layers_halved(task, tmp_path):
     """Momentum encoders share the masks of those that they follow."""
     (tmp_path / "tiny.yaml").write_text(TINY[task])
-    model, _, inputs = flops.BUILD[task](load_any_config(tmp_path / "tiny.yaml", {"p": 0}))
+    model, inputs = flops.BUILD[task](load_any_config(tmp_path / "tiny.yaml", {"p": 0}))
     model.eval()
     counted = analyse(model, inputs).by_module_and_operator()
     sparse = sparse_weights(model, (2, 4), "all")

@@ -208,6 +208,14 @@ def test_pruned_weights_without_their_temperature_are_refused(ask_weights, capsy
     assert "pruned weights without their temperature" in runs.refusal(capsys, lambda: ask_weights("nlvr", "cls_head.0.bias"))
 
 
+def test_an_authors_temperature_is_not_taken_for_one_of_the_papers_formula(ask, evaluated, world, tmp_path, capsys) -> None:
+    """Theirs divides, the paper's multiplies."""
+    weights = torch.load(evaluated("nlvr") / "checkpoint_best.pth")["model"]
+    torch.save({"model": weights, "temperature": 500.0, "epoch": 3}, file := tmp_path / "authors.pth")
+    asked = ("nlvr", *one_sample("nlvr", world), "--config", evaluated("nlvr") / "config.yaml", "--checkpoint", file)
+    assert "pruned weights without their temperature" in runs.refusal(capsys, lambda: ask(*asked))
+
+
 @pytest.mark.parametrize("task", CONFIGS)
 def test_what_survives_is_drawn_beside_the_same_answer(ask, world, tmp_path, task) -> None:
     sample, out = one_sample(task, world), tmp_path / "kept" / "out.png"

@@ -24,6 +24,8 @@ from data.shapes.statements import (
 from data.shapes.tasks import ask, caption, vocabulary
 from data.shapes.world import FEWEST, FULLNESS, KINDS, MOST, PICTURE, Kind, Thing, draw, encode, random_scene
 from data.shapes.write import make_shapes
+from tools import make_shapes as make_shapes_tool
+from utils import UserError
 
 STATEMENTS_PER_PAIR = 4
 
@@ -253,6 +255,12 @@ def test_bad_arguments_are_named(tmp_path):
         make_shapes(tmp_path, seed=0, size=4, tasks=("nlvr2",))
     with pytest.raises(ValueError, match="size"):
         make_shapes(tmp_path, seed=0, size=0)
+
+
+def test_the_tool_refuses_them_in_one_line(tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["make_shapes.py", "--out", str(tmp_path), "--seed", "1", "--size", "4", "--tasks", "nlvr2"])
+    with pytest.raises(UserError, match="tasks must be some of"):
+        make_shapes_tool.main()
 
 
 def test_pictures_are_small():

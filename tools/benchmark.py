@@ -52,7 +52,7 @@ from engine.train import Precision  # noqa: E402
 from tools.contenders import PRUNED, TASKS, build_methods, random_inputs  # noqa: E402
 from tools.sparse_shapes import shapes_table, time_shapes  # noqa: E402
 from tools.workloads import Forward  # noqa: E402
-from utils import run_main  # noqa: E402
+from utils import at_least_one, init_run, run_main  # noqa: E402
 
 MIB = 2**20
 
@@ -83,8 +83,8 @@ def main() -> None:
     parser.add_argument("--p", type=numbers(float), default=PRUNED, help="shares of the GFLOPs to remove, 0.5,0.8")
     parser.add_argument("--keep-schedule", type=numbers(float), help="the share of its tokens that each block keeps")
     parser.add_argument("--temperature", type=float, help="prune at this temperature, instead of --p")
-    parser.add_argument("--batch-sizes", type=numbers(int), default=(8,))
-    parser.add_argument("--candidates", type=int, help="that rerank and rank_answers score for each image or question; k_test")
+    parser.add_argument("--batch-sizes", type=numbers(at_least_one), default=(8,))
+    parser.add_argument("--candidates", type=at_least_one, help="of each image or question, for rerank and rank_answers; k_test")
     parser.add_argument("--against", default="dense", help="of dense, compiled, timm, transformers")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--train", action="store_true", help="forward and backward, as training runs them")
@@ -92,13 +92,13 @@ def main() -> None:
     parser.add_argument("--sparse", action="store_true", help="also models with 2:4 weights")
     parser.add_argument("--shapes", action="store_true", help="the time of each product of 2:4 weights instead, dense and sparse")
     parser.add_argument("--amp", action="store_true", help="bf16 under autocast")
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=at_least_one, default=7)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, help="write the rows here")
     parser.add_argument("--out", type=Path, help="a folder for a CSV and a plot, named by task, device and PyTorch version")
     args = parser.parse_args()
     args.config = args.config or TASKS[args.task].path
-    torch.manual_seed(args.seed)
+    init_run(args.device, args.seed)
     rows = time_shapes(args) if args.shapes else benchmark(args)
     print(shapes_table(rows) if args.shapes else table(rows))
     if args.json:

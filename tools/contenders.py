@@ -10,6 +10,7 @@ from torch import nn
 
 from clip.model import MLP_RATIO
 from config import Config
+from engine.saved import LOAD
 from engine.sparse_kernels import sparse_kernels
 from madtp.pruning import OFF, PruneSetting
 from madtp.semi_structured import PATTERN
@@ -53,7 +54,7 @@ def build_methods(args: argparse.Namespace, device: torch.device) -> list[Method
 
 def strengths(args: argparse.Namespace) -> list[float | None]:
     """The shares of the GFLOPs to remove; None where something else says what is pruned."""
-    return [None] if args.keep_schedule or args.temperature else [p for p in args.p if p > 0]
+    return [None] if args.keep_schedule or args.temperature is not None else [p for p in args.p if p > 0]
 
 
 def ranking_methods(args: argparse.Namespace, device: torch.device) -> list[Method]:
@@ -71,9 +72,9 @@ def loaded(args: argparse.Namespace, config: Config) -> nn.Module:
         if args.pretrained:
             raise UserError("--pretrained: task retrieval_clip is timed with random weights; leave it out")
         return ClipImage.built(config)
-    model, load, _ = BUILD[config.task](config)
+    model, _ = BUILD[config.task](config)
     if args.pretrained:
-        load(model, read_checkpoint(args.pretrained)["model"], args.pretrained)
+        LOAD[config.task](model, read_checkpoint(args.pretrained)["model"], args.pretrained)
     return model
 
 
@@ -198,7 +199,7 @@ def prune(args: argparse.Namespace, model: nn.Module, p: float | None, dense: fl
         if len(schedule) != blocks:
             raise UserError(f"--keep-schedule: {len(schedule)} shares for {blocks} blocks; give one a block")
         impose(args, model, *schedule)
-    return PruneSetting(args.temperature or 1.0)
+    return PruneSetting(1.0 if args.temperature is None else args.temperature)
 
 
 def check_sparse(args: argparse.Namespace) -> None:

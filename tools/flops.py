@@ -36,6 +36,7 @@ from config import (  # noqa: E402
 from data.text import load_tokenizer  # noqa: E402
 from engine.flop_table import flop_table, fvcore_gflops  # noqa: E402
 from engine.results import count_parameters  # noqa: E402
+from engine.saved import LOAD  # noqa: E402
 from madtp.budget import UnreachableTarget, calibrate  # noqa: E402
 from madtp.pruning import OFF, PruneSetting  # noqa: E402
 from models.blip_caption import REFERENCE_TEXT_TOKENS as CAPTION_TOKENS  # noqa: E402
@@ -50,14 +51,7 @@ from models.build import (  # noqa: E402
     vqa_from_config,
 )
 from models.linears import sparse_weights  # noqa: E402
-from models.pretrained import (  # noqa: E402
-    load_caption_weights,
-    load_nlvr_weights,
-    load_retrieval_weights,
-    load_vqa_weights,
-    read_checkpoint,
-)
-from models.pretrained_clip import load_clip_weights  # noqa: E402
+from models.pretrained import read_checkpoint  # noqa: E402
 from options import load_any_config  # noqa: E402
 from utils import UserError, run_main  # noqa: E402
 
@@ -81,10 +75,10 @@ def main() -> None:
     pruned = args.temperature is not None or bool(args.p)
     config = load_any_config(args.config, {"p": args.p or (0.5 if pruned else 0.0)}, args.task)
     torch.manual_seed(config.seed)
-    model, load, inputs = BUILD[config.task](config)
+    model, inputs = BUILD[config.task](config)
     model.eval()
     if args.pretrained:
-        load(model, read_checkpoint(args.pretrained)["model"], args.pretrained)
+        LOAD[config.task](model, read_checkpoint(args.pretrained)["model"], args.pretrained)
     setting, dense = OFF, total(model, inputs, OFF)
     sparse = sparse_weights(model, config.pattern, config.sparse_layers) if config.pattern else None
     with sparse.counted(sparse.weights) if sparse else nullcontext():
@@ -119,47 +113,47 @@ def clip_vocabulary(config: ClipRetrievalConfig) -> int:
         return CLIP_VOCABULARY
 
 
-def build_nlvr(config: NlvrConfig) -> tuple[torch.nn.Module, Callable, Inputs]:
-    """The model, the loader of its weights and the reference case: a random image twice, so that `keep: instance` pads neither,
+def build_nlvr(config: NlvrConfig) -> tuple[torch.nn.Module, Inputs]:
+    """The model and the reference case: a random image twice, so that `keep: instance` pads neither,
     and a text of the reference length (or the longest possible)."""
     tokens = min(REFERENCE_TEXT_TOKENS, config.bert_sizes.max_position_embeddings)
     images = torch.randn(1, 1, 3, config.image_size, config.image_size).expand(1, 2, -1, -1, -1)
     text = torch.randint(5, 30, (1, tokens))
-    return nlvr_from_config(config, bert_vocabulary(config)), load_nlvr_weights, (images, text, torch.ones_like(text))
+    return nlvr_from_config(config, bert_vocabulary(config)), (images, text, torch.ones_like(text))
 
 
-def build_retrieval(config: RetrievalConfig) -> tuple[torch.nn.Module, Callable, Inputs]:
+def build_retrieval(config: RetrievalConfig) -> tuple[torch.nn.Module, Inputs]:
     """The reference case: one image and a text of the longest length."""
     vocabulary = bert_vocabulary(config)
     text = torch.randint(5, 30, (1, config.max_text_tokens))
     inputs = torch.randn(1, 3, config.image_size, config.image_size), text, torch.ones_like(text)
-    return retrieval_from_config(config, vocabulary, vocabulary - 1), load_retrieval_weights, inputs
+    return retrieval_from_config(config, vocabulary, vocabulary - 1), inputs
 
 
-def build_clip(config: ClipRetrievalConfig) -> tuple[torch.nn.Module, Callable, Inputs]:
+def build_clip(config: ClipRetrievalConfig) -> tuple[torch.nn.Module, Inputs]:
     """The reference case: one image and a text that ends in the last place."""
     vocabulary = clip_vocabulary(config)
     text = torch.randint(1, vocabulary - 1, (1, config.max_text_tokens))
     text[:, -1] = vocabulary - 1
     inputs = torch.randn(1, 3, config.image_size, config.image_size), text, torch.ones_like(text)
-    return clip_from_config(config, vocabulary), load_clip_weights, inputs
+    return clip_from_config(config, vocabulary), inputs
 
 
-def build_caption(config: CaptionConfig) -> tuple[torch.nn.Module, Callable, Inputs]:
+def build_caption(config: CaptionConfig) -> tuple[torch.nn.Module, Inputs]:
     """The reference case: an image and a caption of the reference length."""
     model = caption_from_config(config, bert_vocabulary(config), PROMPT, END, 0)
     text = torch.randint(5, 30, (1, CAPTION_TOKENS))
     inputs = torch.randn(1, 3, config.image_size, config.image_size), text, torch.ones_like(text)
-    return model, load_caption_weights, inputs
+    return model, inputs
 
 
-def build_vqa(config: VqaConfig) -> tuple[torch.nn.Module, Callable, Inputs]:
+def build_vqa(config: VqaConfig) -> tuple[torch.nn.Module, Inputs]:
     """The reference case: an image, questions that all read it, and answers that all belong to the first."""
     vocabulary = bert_vocabulary(config)
     questions, answers = torch.randint(5, 30, (QUESTIONS, QUESTION_TOKENS)), torch.randint(5, 30, (ANSWERS, ANSWER_TOKENS))
     image = torch.randn(1, 3, config.image_size, config.image_size)
     inputs = image, questions, torch.ones_like(questions), answers, torch.ones_like(answers), torch.tensor([ANSWERS])
-    return vqa_from_config(config, vocabulary, vocabulary - 2, END, 0), load_vqa_weights, inputs
+    return vqa_from_config(config, vocabulary, vocabulary - 2, END, 0), inputs
 
 
 BUILD = {"nlvr": build_nlvr, "retrieval": build_retrieval, "retrieval_clip": build_clip}

@@ -14,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from data.shapes.search import FULL, Level  # noqa: E402
 from data.shapes.write import TASKS, make_shapes  # noqa: E402
+from utils import UserError, at_least_one, run_main  # noqa: E402
 
 
 def show_progress(results: Iterable, total: int, label: str) -> Iterable:
@@ -30,23 +31,26 @@ def main() -> None:
     parser.add_argument("--statements-per-pair", type=int, default=1, help="in training (NLVR2)")
     parser.add_argument("--eval-size", type=int, default=4000, help="pairs, and pictures, a split")
     parser.add_argument("--val-size", type=int, help="of the validation split, where it is another")
-    parser.add_argument("--workers", type=int, help="processes; all cores by default")
+    parser.add_argument("--workers", type=at_least_one, help="processes; all cores by default")
     parser.add_argument("--most-things", type=int, default=FULL.most, help="in a picture; fewer is easier")
     parser.add_argument("--templates", default=",".join(FULL.templates), help="some of " + ",".join(FULL.templates))
     args = parser.parse_args()
-    make_shapes(
-        args.out,
-        args.seed,
-        args.size,
-        args.tasks.split(","),
-        args.statements_per_pair,
-        args.eval_size,
-        args.workers,
-        Level(args.most_things, tuple(args.templates.split(","))),
-        show_progress,
-        args.val_size,
-    )
+    try:
+        make_shapes(
+            args.out,
+            args.seed,
+            args.size,
+            args.tasks.split(","),
+            args.statements_per_pair,
+            args.eval_size,
+            args.workers,
+            Level(args.most_things, tuple(args.templates.split(","))),
+            show_progress,
+            args.val_size,
+        )
+    except (ValueError, OSError) as error:
+        raise UserError(f"{args.out}: {error}") from None
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -83,7 +83,7 @@ class Predictor:
     def __init__(self, opened: Opened, images: Sequence[str], texts: Sequence[str]):
         self.opened, self.images, self.texts = opened, images, texts
         self.config, self.model, self.setting = opened.config, opened.model, opened.setting
-        self.packed = self.config.variant == "paper"
+        self.packed = self.config.packed
         self.transform = eval_transform(self.config.image_size, self.config.text_only)
         if not self.fits():
             raise UserError(f"task {self.config.task!r} wants {self.wants}; got {len(images)} --image and {len(texts)} --text")

@@ -28,7 +28,7 @@ from config import CONFIGS  # noqa: E402
 from engine.report import METRICS  # noqa: E402
 from engine.results import write_json  # noqa: E402
 from tools.demo import SHAPES, TASKS, config_of, make_data  # noqa: E402
-from utils import UserError, run_main  # noqa: E402
+from utils import UserError, at_least_one, run_main  # noqa: E402
 
 OUTPUT, RESULTS = Path("output/study"), Path("results")
 STUDY_SHAPES = Path("datasets/shapes_study")  # of tasks that want more data than their demo
@@ -72,7 +72,7 @@ class Job:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--task", default="nlvr", choices=TASKS)
-    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, which share the processor's cores")
+    parser.add_argument("--jobs", type=at_least_one, default=1, help="runs at a time, which share the processor's cores")
     instead = parser.add_mutually_exclusive_group()
     instead.add_argument("--arms", action="store_true", help=f"instead: what weights and distillation add at p = {ARMS_P:g}")
     instead.add_argument("--orders", action="store_true", help="instead: what the order of weights and tokens makes of it")

@@ -66,7 +66,7 @@ class View:
         self.config, self.model, self.setting, self.tokenizer, self.run, _ = opened
         self.dataset, self.ids, self.collate = samples
         self.precision = Precision(self.run.device, self.config.amp)
-        self.packed = self.config.variant == "paper"
+        self.packed = self.config.packed
 
     @staticmethod
     def test_samples(config: Config, tokenizer: Tokenizer) -> Samples:
@@ -149,7 +149,8 @@ class View:
         texts = self._texts(batch, records["text"]) if "text" in records else [[] for _ in names]
         images = batch[self.image_key]
         images = images.reshape(len(names), len(self.labels), *images.shape[-3:])
-        strength = "uncompressed" if self.setting == OFF else f"p = {self.config.p:g} (T = {self.setting.temperature:.4g})"
+        strength = "uncompressed" if self.config.p == 0 else f"p = {self.config.p:g}"
+        strength += "" if self.setting == OFF else f" (T = {self.setting.temperature:.4g})"
         costs = zip(self.tokens_left(output).tolist(), gflops.tolist(), strict=True)
         return [
             Sample(

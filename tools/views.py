@@ -188,7 +188,8 @@ def open_view(config: Config, checkpoint: Path | str, device: str | None = None,
         UserError: when the model prunes and there is no temperature.
     """
     saved = read_checkpoint(checkpoint)
-    setting = saved_setting(config, saved if temperature is None else {**saved, "temperature": temperature})
+    given = {} if temperature is None else {"temperature": temperature, "variant": config.variant}
+    setting = saved_setting(config, {**saved, **given})
     if setting is None:
         raise UserError(f"{checkpoint}: holds no temperature; give one with --temperature, or a run's checkpoint")
     opened, _ = restore(config, saved, str(checkpoint), setting, device)

@@ -129,3 +129,9 @@ def test_packed_alone_and_padded_agree(setting):
         for i in range(4):
             alone = encode(inputs[i : i + 1], setting, packed=True)
             torch.testing.assert_close(alone.feature[0], packed.feature[i], atol=1e-5, rtol=1e-5)
+
+
+def test_in_mixed_precision_the_residual_stream_stays_exact():
+    tower = Clip(ClipSize(image_size=16, patch_size=8, vision_width=32, vision_layers=1, vision_heads=2, vocab_size=9)).visual
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        assert tower.embed(torch.randn(2, 3, 16, 16)).dtype == torch.float32

@@ -12,6 +12,7 @@ from config import NlvrConfig
 from engine.compress import run_experiment
 from engine.experiment import Evaluation, Experiment
 from madtp.pruning import OFF
+from options import load_config
 from utils import Run, UserError
 
 DENSE = 10.0
@@ -155,6 +156,46 @@ def test_a_run_goes_on_in_another_folder(tmp_path):
     assert run_experiment(task)["epoch"] == 0
 
 
+def test_a_run_under_another_rule_does_not_go_on(tmp_path):
+    """Its weights and its best score are another task's."""
+    run_experiment(experiment(tmp_path, [70.0, 60.0])[0])
+    with pytest.raises(UserError, match=r"checkpoint_last.pth: a run with p 0.5 cannot go on with 0.3"):
+        run_experiment(experiment(tmp_path, [70.0, 60.0, 50.0], p=0.3, resume="last")[0])
+
+
+def test_what_another_run_selected_is_not_taken_for_this_ones(tmp_path):
+    run_experiment(experiment(tmp_path / "first", [70.0, 60.0])[0])
+    (tmp_path / "first" / "checkpoint_best.pth").unlink()
+    run_experiment(experiment(tmp_path / "second", [90.0])[0])
+    task, _ = experiment(tmp_path / "second", [70.0, 60.0, 50.0], resume=str(tmp_path / "first" / "checkpoint_last.pth"))
+    with pytest.raises(UserError, match="no epoch came within"):  # the third scores lower than the first did
+        run_experiment(task)
+
+
+def test_the_config_of_a_run_starts_it_anew(tmp_path):
+    """Whatever it went on from, and though it was evaluated in its own folder."""
+    run_experiment(experiment(tmp_path, [70.0, 60.0])[0])
+    run_experiment(experiment(tmp_path, [70.0, 60.0], resume="last")[0])
+    task, _ = experiment(tmp_path, [70.0, 60.0], evaluate=True)
+    task.checkpoint = SAVED
+    run_experiment(task)
+    config = load_config(NlvrConfig, tmp_path / "config.yaml")
+    assert not config.evaluate and not config.resume
+
+
+def test_a_folder_that_cannot_be_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="give another folder with --output_dir"):
+        run_experiment(experiment(tmp_path / "file", [50.0])[0])
+
+
+def test_a_ramp_that_does_not_end_is_refused_before_any_epoch(tmp_path):
+    task, evaluated = experiment(tmp_path, [50.0], ramp_epochs=2)
+    with pytest.raises(UserError, match="^with ramp_epochs: 2 all is in place in epoch 2, and max_epoch is 1"):
+        run_experiment(task)
+    assert not evaluated
+
+
 def test_no_epoch_within_the_budget_is_reported(tmp_path):
     task, _ = experiment(tmp_path, [50.0])
     task.model.gflops = lambda setting: DENSE * (1 if setting.temperature is None else 0.3 if setting.temperature < 5 else 0.7)
@@ -187,6 +228,9 @@ SAVED = {
         ({"keep": "max"}, False),
         ({"p": 0.4}, False),
         ({"variant": "released"}, False),
+        ({"tis": ["self"]}, False),
+        ({"merge": False}, False),
+        ({"image_size": 224}, False),
         ({"temperature": None}, False),
     ],
 )

@@ -11,7 +11,6 @@ from madtp.columns import CHUNK, attend_in_chunks, class_row, column_statistics
 from madtp.importance import paper_columns
 from madtp.packing import pack
 from madtp.pruning import gather_and_merge, packed_gather_and_merge
-from madtp.released import released_columns
 
 quick = settings(max_examples=40, deadline=None, derandomize=True, database=None)
 lengths = st.lists(st.integers(1, 7), min_size=1, max_size=5)
@@ -76,20 +75,18 @@ class Attention:
         logits = (self.query @ self.key.transpose(-2, -1) / width**0.5).masked_fill(~self.valid[:, None, None], float("-inf"))
         self.log_norm, self.map = logits.logsumexp(dim=-1), logits.softmax(dim=-1)
 
-    def expected(self, summed: bool) -> torch.Tensor:
-        inside = self.valid[:, 1:]
-        tokens = self.map[:, :, 1:, 1:]
-        return released_columns(tokens * inside[:, None, :, None]) if summed else paper_columns(tokens, inside)
+    @property
+    def columns(self) -> torch.Tensor:
+        return paper_columns(self.map[:, :, 1:, 1:], self.valid[:, 1:])
 
 
 @pytest.mark.parametrize("chunk", [1, 40, 10**6])
-@pytest.mark.parametrize("summed", [False, True], ids=["largest", "summed"])
-def test_columns_without_the_map_are_those_of_the_map(summed, chunk, monkeypatch):
+def test_columns_without_the_map_are_those_of_the_map(chunk, monkeypatch):
     monkeypatch.setitem(CHUNK, "cpu", chunk)
     case = Attention([7, 4, 2])
-    found = column_statistics(case.query, case.key, case.log_norm, case.valid, summed)
+    found = column_statistics(case.query, case.key, case.log_norm, case.valid)
     inside = case.valid[:, 1:]
-    torch.testing.assert_close(found[inside], case.expected(summed)[inside], atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(found[inside], case.columns[inside], atol=1e-6, rtol=1e-5)
     row = class_row(case.query, case.key, case.log_norm).transpose(1, 2)
     torch.testing.assert_close(row[inside], case.map[:, :, 0, 1:].transpose(1, 2)[inside], atol=1e-6, rtol=1e-5)
 
@@ -106,11 +103,10 @@ def test_attention_in_chunks_is_that_of_the_map(lengths, chunk, monkeypatch):
         torch.testing.assert_close(out.transpose(1, 2)[case.valid], expected, atol=1e-6, rtol=1e-5)
         expected = case.map[:, :, 0, 1:].transpose(1, 2)[inside]
         torch.testing.assert_close(row.transpose(1, 2)[inside], expected, atol=1e-6, rtol=1e-5)
-        torch.testing.assert_close(columns[inside], case.expected(False)[inside], atol=1e-6, rtol=1e-5)
+        torch.testing.assert_close(columns[inside], case.columns[inside], atol=1e-6, rtol=1e-5)
 
 
-@pytest.mark.parametrize("summed", [False, True], ids=["largest", "summed"])
-def test_the_kernel_computes_what_the_plain_formula_does(summed, monkeypatch):
+def test_the_kernel_computes_what_the_plain_formula_does(monkeypatch):
     pytest.importorskip("triton", reason="Triton comes with PyTorch for NVIDIA GPUs")
     from madtp import kernels
 
@@ -120,7 +116,7 @@ def test_the_kernel_computes_what_the_plain_formula_does(summed, monkeypatch):
     (query, layout), (key, _), (norm, _) = (
         pack(part.transpose(1, 2), case.valid) for part in (case.query, case.key, case.log_norm)
     )
-    found = kernels.packed_column_statistics(query, key, norm, layout, summed)
+    found = kernels.packed_column_statistics(query, key, norm, layout)
     inside = case.valid[:, 1:]
-    torch.testing.assert_close(found[inside], case.expected(summed)[inside], atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(found[inside], case.columns[inside], atol=1e-5, rtol=1e-4)
     assert not found[~inside].any()

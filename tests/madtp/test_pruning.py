@@ -11,6 +11,7 @@ from torch import Tensor
 
 from madtp.alignment import token_attention
 from madtp.importance import AttentionStatistics, normalise, token_importance
+from madtp.packing import pack
 from madtp.pruning import (
     PruneSetting,
     PruningRule,
@@ -52,6 +53,21 @@ def test_sparsemax_is_the_projection_onto_the_simplex(row):
     assert not result[~valid].any()
     assert result[valid].tolist() == pytest.approx(exact_sparsemax(z[valid].tolist()), abs=2e-5)
     assert torch.equal(sparsemax(z[valid]), result[valid])
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+def test_mixed_precision_rounds_neither_the_threshold_nor_the_merged_token(packed):
+    torch.manual_seed(0)
+    pruner = TokenPruner(WIDTH, LEARNABLE, WIDTH, PruningRule(keep="instance"))
+    x, products = torch.randn(5, 41, WIDTH), torch.randn(5, LEARNABLE, 40)
+    layout = None
+    if packed:
+        x, layout = pack(x, None)
+    statistics = AttentionStatistics(torch.rand(5, 40), torch.rand(5, 40))
+    expected, _, kept = pruner.prune(x, layout, products, statistics, 300.0)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found, _, kept_too = pruner.prune(x, layout, products, statistics, 300.0)
+    assert torch.equal(kept, kept_too) and torch.equal(found, expected)
 
 
 @quick

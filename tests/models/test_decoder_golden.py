@@ -7,7 +7,7 @@ from madtp.pruning import OFF, PruneSetting, PruningRule, TokenPruner
 from models.bert import BertSize, CrossAttention, TextEncoder
 from models.blip_caption import BlipCaption
 from models.blip_vqa import BlipVqa, weighted_loss
-from models.pretrained import load_caption_weights, load_vqa_weights
+from models.pretrained import load_decoder_weights
 from models.vit import VisionTransformer
 from tests import golden
 
@@ -39,7 +39,7 @@ def test_caption(path):
     prompt = t["input_ids"][0, : info["prompt_length"]].tolist()
     end = info["vocab"].index("[SEP]")
     model = BlipCaption(vision, size, prompt, end, 0, SMOOTHING, (*weights["space_dict"].shape, 1.0)).eval()
-    load_caption_weights(model, weights, path.name)
+    load_decoder_weights(model, weights, path.name)
     for temperature in info["config"]["temperatures"]:
         name = f"T{temperature}"
         output = model(t["image"], t["input_ids"], t["attention_mask"], setting(temperature))
@@ -58,7 +58,7 @@ def test_vqa(path):
     start, end = int(t["answer_input_ids"][0, 0]), info["vocab"].index("[SEP]")
     learnable = (*weights["space_dict"].shape, 1.0)
     model = BlipVqa(vision, text, size, start, end, 0, SMOOTHING, learnable, reads_padding=True).eval()
-    load_vqa_weights(model, weights, path.name)
+    load_decoder_weights(model, weights, path.name)
     question = t["image"], t["question_input_ids"], t["question_attention_mask"]
     for temperature in info["config"]["temperatures"]:
         name, here = f"T{temperature}", setting(temperature)

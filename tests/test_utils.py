@@ -1,0 +1,45 @@
+"""Devices that are asked for, and numbers on a command line."""
+
+import argparse
+
+import pytest
+import torch
+
+import utils
+from utils import UserError, at_least_one, init_run
+
+
+@pytest.mark.parametrize(
+    ("device", "processes", "rank", "said"),
+    [
+        ("cuda:2", 1, 0, "GPU 2 is not there, this machine has 2"),
+        ("cuda", 3, 2, "GPU 2 is not there, this machine has 2; start fewer processes"),
+        ("cuda:1", 2, 0, "2 processes cannot share a GPU; pass --device cuda"),
+        ("gpu", 1, 0, "there is no such kind of device"),
+    ],
+)
+def test_a_gpu_that_cannot_be_had_is_refused(monkeypatch, device, processes, rank, said):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    for name, value in (("WORLD_SIZE", processes), ("LOCAL_RANK", rank)):
+        monkeypatch.setenv(name, str(value))
+    with pytest.raises(UserError, match=said):
+        init_run(device)
+
+
+@pytest.mark.parametrize(("device", "rank", "own"), [("cuda", 1, 1), ("cuda:1", 0, 1), ("cuda", 0, 0)])
+def test_a_gpu_becomes_the_processs_own(monkeypatch, device, rank, own):
+    """What is made without a device's name, a kernel's stream say, belongs to it too."""
+    current = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    monkeypatch.setattr(utils, "seed_everything", lambda seed: None)
+    monkeypatch.setenv("LOCAL_RANK", str(rank))
+    assert init_run(device).device == torch.device("cuda", own) and current == [torch.device("cuda", own)]
+
+
+def test_a_count_is_at_least_one():
+    assert at_least_one("3") == 3
+    with pytest.raises(argparse.ArgumentTypeError, match="must be at least 1, got 0"):
+        at_least_one("0")
