@@ -58,7 +58,7 @@ def main() -> None:
         task = F.cross_entropy(output.logits.float(), batch["targets"], label_smoothing=config.label_smoothing)
         named = {"task": task}
         if align:
-            named["similarity"] = bare(model).similarity(output)
+            named["similarity"] = output.similarity
         if teacher is not None:
             inputs = batch["images"], batch["input_ids"], batch["attention_mask"]
             named |= teacher.losses(lambda teacher: teacher(*inputs, packed=packed))
@@ -93,11 +93,6 @@ def main() -> None:
             checkpoint=checkpoint,
         )
     )  # fmt: skip
-
-
-def bare(model: torch.nn.Module) -> torch.nn.Module:
-    """The model itself, out of its DistributedDataParallel wrapper."""
-    return getattr(model, "module", model)
 
 
 if __name__ == "__main__":

@@ -18,12 +18,13 @@ from models.vit import VisionTransformer
 
 @dataclass
 class NlvrOutput:
-    """logits (S, 2), class 1 is True; text (S, L', C) or packed, the last layer; one record a tower (images: 2 * B, left first)."""
+    """logits (S, 2), class 1 is True; one record a tower (images: 2 * B, left first); similarity: L_sim, None without alignment
+    features."""
 
     logits: Tensor
-    text: Tensor
     vision: TowerRecord
     language: TowerRecord
+    similarity: Tensor | None = None
 
 
 class BlipNlvr(AlignedModel):
@@ -67,7 +68,7 @@ class BlipNlvr(AlignedModel):
             images: (B, 2, 3, H, W), left and right.
             input_ids, attention_mask: (S, L), [ENC] first.
             setting: how hard to prune.
-            align: whether to collect the alignment features that `similarity` compares.
+            align: whether to collect the alignment features that L_sim compares.
             packed: without padding and attention maps, for inference; the same answer, sooner.
         """
         tokens, layout, vision = self.visual_encoder(
@@ -76,14 +77,11 @@ class BlipNlvr(AlignedModel):
         text, layout, language = self.text_encoder(
             input_ids, attention_mask, halves(tokens, layout), self.learnable_tokens, setting, align, packed
         )
-        return NlvrOutput(self.cls_head(class_tokens(text, layout)), text, vision, language)
-
-    def similarity(self, output: NlvrOutput) -> Tensor:
-        """L_sim between the mean of the two images' alignment features and the sentence's."""
-        left, right = output.vision.features.chunk(2)
-        language = output.language.features
-        vision = per_sentence((left + right) / 2, len(language))
-        return similarity_loss(vision, language)
+        similarity = None
+        if vision.features is not None:  # the mean of the two images' with the sentence's
+            left, right = vision.features.chunk(2)
+            similarity = similarity_loss(per_sentence((left + right) / 2, len(language.features)), language.features)
+        return NlvrOutput(self.cls_head(class_tokens(text, layout)), vision, language, similarity)
 
     def tokens_kept(self, output: NlvrOutput) -> Tensor:
         """Tokens of both images and the sentence after the last block, (S,)."""
@@ -128,4 +126,4 @@ def reference_gflops(model: BlipNlvr) -> float:
     """GFLOPs of the uncompressed model by the paper's convention: two whole images, 36 text tokens. No data needed."""
     vision = dense_record(model.visual_encoder.depth, model.visual_encoder.pos_embed.shape[1], samples=2)
     language = dense_record(model.text_encoder.depth, REFERENCE_TEXT_TOKENS, samples=1)
-    return float(model.gflops(NlvrOutput(torch.empty(0), torch.empty(0), vision, language)))
+    return float(model.gflops(NlvrOutput(torch.empty(0), vision, language)))

@@ -69,7 +69,7 @@ class Nlvr:
     @staticmethod
     def loss(model: BlipNlvr, output) -> Tensor:
         task = output.logits.float().square().mean()
-        return task if output.vision.features is None else task + model.similarity(output)
+        return task if output.similarity is None else task + output.similarity
 
     @staticmethod
     def gflops(model: BlipNlvr, output, setting: PruneSetting) -> Tensor:

@@ -46,7 +46,7 @@ def test_statements_about_one_pair_share_its_pictures(setting):
     shared = model(images, ids, mask, setting, align=True)
     repeated = model(images.repeat_interleave(3, dim=0), ids, mask, setting, align=True)
     torch.testing.assert_close(shared.logits, repeated.logits, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(model.similarity(shared), model.similarity(repeated))
+    torch.testing.assert_close(shared.similarity, repeated.similarity)
     assert torch.equal(model.tokens_kept(shared), model.tokens_kept(repeated))
     assert torch.equal(model.gflops(shared, setting), model.gflops(repeated, setting))
     assert len(shared.vision.entering[0]) == 4 and len(repeated.vision.entering[0]) == 12
@@ -72,7 +72,7 @@ def test_the_similarity_compares_the_mean_of_both_pictures_with_the_text():
             vision = (out.vision.features[i, k] + out.vision.features[4 + i, k]) / 2
             language = out.language.features[i, k]
             values.append(1 - float(vision @ language / (vision.norm() * language.norm())))
-    assert float(model.similarity(out)) == pytest.approx(sum(values) / len(values), abs=1e-6)
+    assert float(out.similarity) == pytest.approx(sum(values) / len(values), abs=1e-6)
 
 
 def twice_one_picture() -> tuple[torch.Tensor, ...]:
@@ -166,7 +166,7 @@ def train_step(model, setting=SETTING, dtype=None):
     inputs = tiny.images(4), *tiny.text([5, 9, 7, 6])
     with torch.autocast("cpu", dtype=dtype or torch.bfloat16, enabled=dtype is not None):
         out = model.train()(*inputs, setting, align=True)
-        losses = {"task": cross_entropy(out.logits.float(), TARGETS), "similarity": model.similarity(out)}
+        losses = {"task": cross_entropy(out.logits.float(), TARGETS), "similarity": out.similarity}
     return losses
 
 
@@ -219,7 +219,7 @@ def test_gradients_survive_distributed_training(checkpoint_blocks):
         model = tiny.nlvr(rule, checkpoint_blocks=checkpoint_blocks).train()
         wrapped = torch.nn.parallel.DistributedDataParallel(model)
         out = wrapped(tiny.images(4), *tiny.text([5, 9, 7, 6]), SETTING, align=True)
-        (cross_entropy(out.logits, TARGETS) + model.similarity(out)).backward()
+        (cross_entropy(out.logits, TARGETS) + out.similarity).backward()
     finally:
         torch.distributed.destroy_process_group()
     for (name, expected), parameter in zip(plain.named_parameters(), model.parameters(), strict=True):
