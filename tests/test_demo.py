@@ -1,6 +1,7 @@
 """The demo around the runs: its data, its report, and how it stops."""
 
 import json
+import shlex
 from pathlib import Path
 
 import pytest
@@ -87,6 +88,19 @@ def test_the_demo_ends_with_the_exit_code_of_what_failed(capfd) -> None:
     assert stopped.value.code == 3
     printed = capfd.readouterr()
     assert "working" in printed.out and printed.out.startswith("$ ") and "exit code 3" in printed.err
+
+
+def test_programs_side_by_side_have_their_names_on_what_they_print(capfd) -> None:
+    programs = {name: ["-c", f"print('working for', {number})"] for number, name in enumerate("ab")}
+    assert demo.execute_side_by_side(programs) == [shlex.join(["python", *arguments]) for arguments in programs.values()]
+    assert {"a | working for 0", "b | working for 1"} <= set(capfd.readouterr().out.splitlines())
+
+
+def test_when_one_of_them_fails_the_others_are_stopped(capfd) -> None:
+    programs = {"a": ["-c", "import time; time.sleep(600)"], "b": ["-c", "import sys; print('oh', file=sys.stderr); sys.exit(3)"]}
+    with pytest.raises(SystemExit) as stopped:
+        demo.execute_side_by_side(programs)
+    assert stopped.value.code == 3 and "b | oh" in capfd.readouterr().out
 
 
 @pytest.mark.parametrize("name", demo.TASKS)

@@ -18,7 +18,8 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -139,17 +140,20 @@ def main() -> None:
     task, script = TASKS[name], CONFIGS[name].script
     os.chdir(ROOT)
     started = time.time()
-    reductions = (0.0, *task.reductions)
-    steps = 2 + len(reductions)
-    headline(f"1/{steps} data")
+    headline("1/4 data")
     commands = make_data(task, SHAPES, task.demo_size)
-    folders = [OUTPUT / f"{name}_p{p:g}" for p in reductions]
-    for number, (p, folder) in enumerate(zip(reductions, folders, strict=True), 2):
-        headline(f"{number}/{steps} " + (f"compression at p = {p:g}" if p else "uncompressed evaluation"))
-        shutil.rmtree(folder, ignore_errors=True)  # an earlier demo's
-        command = [script, "--config", str(config_of(name)), "--p", f"{p:g}", "--output_dir", str(folder)]
-        commands.append(execute(command + (SHORT if p else ["--evaluate"])))
-    headline(f"{steps}/{steps} report")
+    folders, programs = [], {}
+    for p in (0.0, *task.reductions):
+        folders.append(OUTPUT / f"{name}_p{p:g}")
+        shutil.rmtree(folders[-1], ignore_errors=True)  # an earlier demo's
+        command = [script, "--config", str(config_of(name)), "--p", f"{p:g}", "--output_dir", str(folders[-1])]
+        programs[f"p = {p:g}"] = command + (SHORT if p else ["--evaluate"])
+    headline("2/4 uncompressed evaluation")
+    commands.append(execute(programs.pop("p = 0")))
+    headline(f"3/4 compression at {' and '.join(programs)}")
+    # Models this small gain nothing from a second core, but another run does.
+    commands += map(execute, programs.values()) if torch.cuda.is_available() else execute_side_by_side(programs)
+    headline("4/4 report")
     runs, report = gather(task, folders, commands)
     columns = zip(*table(runs), strict=True)  # a column a run: it fits a terminal
     print(f"\n{text_table(list(columns))}\n\n{report} ({minutes(time.time() - started)})")
@@ -192,16 +196,55 @@ def execute(arguments: Sequence[str]) -> str:
 
     Returns the command line.
     """
-    python = os.path.relpath(sys.executable) if Path(sys.executable).is_relative_to(ROOT) else sys.executable
-    print(f"$ {shlex.join([python, *arguments])}", flush=True)
+    announce(arguments)
     try:
         code = subprocess.run([sys.executable, *arguments]).returncode
     except KeyboardInterrupt:
         code = 130
+    leave_if_failed(arguments, code)
+    return shlex.join(["python", *arguments])
+
+
+def execute_side_by_side(programs: Mapping[str, Sequence[str]]) -> list[str]:
+    """The same of several at a time, each on its share of the processor. A line of output begins with the name of its program; of
+    progress bars there is the first program's. When one fails the others are stopped.
+    """
+    share = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // len(programs)))}
+    running: dict[str, subprocess.Popen] = {}
+
+    def relay(name: str) -> tuple[str, int]:
+        for line in running[name].stdout:
+            print(f"{name} | {line}", end="", flush=True)
+        return name, running[name].wait()
+
+    for name, arguments in programs.items():
+        announce(arguments)
+        errors = subprocess.STDOUT if running else None
+        running[name] = subprocess.Popen(
+            [sys.executable, *arguments], stdout=subprocess.PIPE, stderr=errors, text=True, env={**os.environ, **share}
+        )
+    with ThreadPoolExecutor(len(running)) as pool:
+        try:
+            for ended in as_completed([pool.submit(relay, name) for name in running]):
+                name, code = ended.result()
+                leave_if_failed(programs[name], code)
+        except KeyboardInterrupt:
+            leave_if_failed(next(iter(programs.values())), 130)
+        finally:
+            for process in running.values():
+                process.terminate()
+    return [shlex.join(["python", *arguments]) for arguments in programs.values()]
+
+
+def announce(arguments: Sequence[str]) -> None:
+    python = os.path.relpath(sys.executable) if Path(sys.executable).is_relative_to(ROOT) else sys.executable
+    print(f"$ {shlex.join([python, *arguments])}", flush=True)
+
+
+def leave_if_failed(arguments: Sequence[str], code: int) -> None:
     if code:
         print(f"error: the demo stopped: {arguments[0]} ended with exit code {code}", file=sys.stderr)
         sys.exit(code if code > 0 else 128 - code)  # below 0: the number of a signal
-    return shlex.join(["python", *arguments])
 
 
 def gather(task: Task, folders: Sequence[Path], commands: Sequence[str]) -> tuple[list[ReportedRun], Path]:
