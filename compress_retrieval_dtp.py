@@ -17,7 +17,7 @@ from engine.compress import run_experiment
 from engine.experiment import Evaluation, Experiment, mean_cost
 from engine.ranking import predictions, rank
 from madtp.pruning import PruneSetting
-from metrics.retrieval import candidate_recalls
+from metrics.retrieval import recalls
 from models.build import retrieval_from_config
 from models.pretrained import load_retrieval_weights
 from models.start import start
@@ -53,7 +53,7 @@ def main() -> None:
 
     def evaluate(model: torch.nn.Module, split: Split, setting: PruneSetting) -> Evaluation:
         by_image, by_text = rank(model, split, setting, packed, run, config.k_test, matching=True)
-        metrics = candidate_recalls(by_image.candidates, by_text.candidates, torch.tensor(split.image_of_text))
+        metrics = recalls(by_image.candidates, by_text.candidates, torch.tensor(split.image_of_text))
         cost = mean_cost(model, split.pairs, gflops, setting, run)
         return Evaluation(metrics, cost, predictions(by_image, by_text, split.names))
 
