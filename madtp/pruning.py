@@ -245,7 +245,14 @@ class TokenPruner(nn.Module):
     def packed_statistics(
         self, query: Tensor, key: Tensor, head_outputs: Tensor, log_norm: Tensor, layout: Packed
     ) -> AttentionStatistics:
-        """The same of packed tokens on a GPU: queries, keys and outputs (T, H, D), log_norm (T, H)."""
+        """The same of packed tokens on a GPU: queries, keys and outputs (T, H, D), log_norm (T, H). In full precision: what is
+        left of a product of 16 bits after its norm is subtracted is mostly rounding."""
+        with torch.autocast(query.device.type, enabled=False):
+            return self._packed_statistics(query, key, head_outputs, log_norm, layout)
+
+    def _packed_statistics(
+        self, query: Tensor, key: Tensor, head_outputs: Tensor, log_norm: Tensor, layout: Packed
+    ) -> AttentionStatistics:
         importance, columns = None, None
         queries, keys, outputs, norms = (layout.pad(part).transpose(1, 2) for part in (query, key, head_outputs, log_norm))
         if "cls" in self.rule.terms:

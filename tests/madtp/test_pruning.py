@@ -11,7 +11,7 @@ from torch import Tensor
 
 from madtp.alignment import token_attention
 from madtp.importance import AttentionStatistics, normalise, token_importance
-from madtp.packing import pack
+from madtp.packing import Packed, pack
 from madtp.pruning import (
     PruneSetting,
     PruningRule,
@@ -68,6 +68,18 @@ def test_mixed_precision_rounds_neither_the_threshold_nor_the_merged_token(packe
     with torch.autocast("cpu", dtype=torch.bfloat16):
         found, _, kept_too = pruner.prune(x, layout, products, statistics, 300.0)
     assert torch.equal(kept, kept_too) and torch.equal(found, expected)
+
+
+def test_mixed_precision_does_not_round_the_class_tokens_attention():
+    """Its logits are products from which a norm is subtracted."""
+    torch.manual_seed(0)
+    pruner = TokenPruner(WIDTH, LEARNABLE, WIDTH, PruningRule(terms=("cls",)))
+    layout = Packed.of([7, 5], torch.device("cpu"))
+    query, key, out = (4 * torch.randn(12, HEADS, 8) for _ in range(3))
+    expected = pruner.packed_statistics(query, key, out, torch.zeros(12, HEADS), layout)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = pruner.packed_statistics(query, key, out, torch.zeros(12, HEADS), layout)
+    assert torch.equal(found.class_attention, expected.class_attention)
 
 
 @quick
