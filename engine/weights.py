@@ -5,8 +5,8 @@
 together       all weights are masked at first, and the tokens' share rises in equal steps, from w to p
 weights_first  the same, but R epochs with masked weights and whole tokens go before
 tokens_first   tokens first, as many as p leaves them beside masked weights; after R epochs all weights are masked
-adaptive       p rises in equal steps; each is taken by tokens or by a group of weights, the attention or the MLPs of a tower,
-               whichever loses least validation score per GFLOP, as often as it takes
+adaptive       p rises in equal steps; each is taken by tokens and by weights, those of a block's attention or MLP at a time,
+               those first that lose least validation score per GFLOP
 """
 
 from collections.abc import Callable, Iterable
@@ -26,20 +26,19 @@ Score = Callable[[PruneSetting], float]
 Meet = Callable[[float], tuple[PruneSetting, float]]  # GFLOPs -> the setting that comes nearest, and its GFLOPs
 
 NEAR = 0.01  # relative: no further step for less
-LEAST = 0.002  # of the GFLOPs; what saves less, or costs more because scores move and more tokens stay, is no option
+TOKENS = "tokens"  # among the options
 
 
 class Option(NamedTuple):
-    """A step that `adaptive` may take: where it leads."""
+    """What `adaptive` may do next: the GFLOPs that it saves, and the validation score that it loses."""
 
-    gflops: float
-    score: float
-    setting: PruneSetting
+    saved: float
+    lost: float
 
-    def price(self, gflops: float, score: float) -> tuple[float, float]:
-        """What it loses of the score per GFLOP that it saves, seen from here; of free ones what saves most is cheapest."""
-        saved = gflops - self.gflops
-        return max(0.0, score - self.score) / saved, -saved
+    @property
+    def price(self) -> tuple[float, float]:
+        """Score per GFLOP; of those that lose nothing what saves most is cheapest."""
+        return max(0.0, self.lost) / self.saved, -self.saved
 
 
 class WeightPlan:
@@ -134,27 +133,40 @@ class WeightPlan:
         return self.sparse.counted(self.sparse.weights)
 
     def choose(self, target: float, setting: PruneSetting, measure: Measure, meet: Meet, score: Score) -> PruneSetting:
-        """`adaptive`: bring the GFLOPs down to `target`, each time by what loses the least score per GFLOP that it saves."""
-        now, best = measure(setting), score(setting)
-        while now > target * (1 + NEAR):
-            options: dict[str, Option] = {}
-            for name, weights in self._groups_left().items():
-                self.mask(weights, setting)
-                options[name] = Option(measure(setting), score(setting), setting)
-                self.sparse.restore(weights)
-            if self.removed_by_weights < self.config.p:
-                fewer, cost = meet(target)
-                options["tokens"] = Option(cost, score(fewer), fewer)
-            options = {name: option for name, option in options.items() if option.gflops <= (1 - LEAST) * now}
-            if not options:
-                break
-            chosen = min(options, key=lambda name: options[name].price(now, best))
-            if chosen != "tokens":
-                self.mask(self._groups_left()[chosen], setting)
-            logger.info("%s: %.4f -> %.4f GFLOPs, score %.2f -> %.2f", chosen, now, options[chosen][0], best, options[chosen][1])
-            now, best, setting = options[chosen]
+        """`adaptive`: bring the GFLOPs down to `target`, first by what loses the least score per GFLOP that it saves.
+
+        Each option is tried alone, from where the step begins; tokens as if they took the whole step. What weights save is counted
+        with the tokens that stay before they are masked: afterwards scores differ, and others stay.
+        """
+        now = measure(setting)
+        if now > target * (1 + NEAR):
+            options = self._options(target, setting, measure, meet, score)
+            for name in sorted(options, key=lambda name: options[name].price):
+                before = now
+                if name == TOKENS:
+                    setting, now = meet(target)
+                else:
+                    self.mask(self._groups_left()[name], setting)
+                    now = measure(setting)
+                logger.info("%s: %.4f -> %.4f GFLOPs, %.3f points lost alone", name, before, now, options[name].lost)
+                if now <= target * (1 + NEAR):
+                    break
         self.sparse.fix()
         return setting
 
+    def _options(self, target: float, setting: PruneSetting, measure: Measure, meet: Meet, score: Score) -> dict[str, Option]:
+        """By name; the model is as before."""
+        now, best, options = measure(setting), score(setting), {}
+        for name, weights in self._groups_left().items():
+            with self.sparse.counted([*self.sparse.masks, *weights]):
+                saved = now - measure(setting)
+            self.mask(weights, setting)
+            options[name] = Option(saved, best - score(setting))
+            self.sparse.restore(weights)
+        if self.removed_by_weights < self.config.p:
+            fewer, cost = meet(target)
+            options[TOKENS] = Option(now - cost, best - score(fewer))
+        return {name: option for name, option in options.items() if option.saved > 0}
+
     def _groups_left(self) -> dict[str, list[str]]:
-        return groups(name for name in self.sparse.weights if name not in self.sparse.masks)
+        return groups((name for name in self.sparse.weights if name not in self.sparse.masks), self.config.sparse_unit)

@@ -13,6 +13,7 @@ from madtp.sparsity import Pattern, SparseWeights
 from models.momentum import MomentumModel
 
 Layers = Literal["mlp", "attention", "all"]
+Unit = Literal["block", "tower"]
 
 BLOCK = re.compile(r"(^|\.)(blocks|layer|resblocks)\.\d+\.")
 ATTENTION = re.compile(r"\.(attn|attention|crossattention)\.")
@@ -36,12 +37,13 @@ def wanted(name: str, layers: Layers) -> bool:
     return layers == "all" or (layers == "attention") == bool(ATTENTION.search(name))
 
 
-def groups(names: Iterable[str]) -> dict[str, list[str]]:
-    """Weights that are masked together: those of one tower's attention, and of its MLPs."""
+def groups(names: Iterable[str], unit: Unit) -> dict[str, list[str]]:
+    """Weights that are masked together: those of the attention, and of the MLP, of one block or of a whole tower."""
     found: dict[str, list[str]] = {}
     for name in names:
         kind = "attention" if ATTENTION.search(name) else "mlp"
-        found.setdefault(f"{name.split('.')[0]} {kind}", []).append(name)
+        place = name[: BLOCK.search(name).end() - 1] if unit == "block" else name.split(".")[0]
+        found.setdefault(f"{place} {kind}", []).append(name)
     return found
 
 

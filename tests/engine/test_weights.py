@@ -112,27 +112,36 @@ def test_adaptive_takes_each_step_by_what_loses_least_per_gflop():
     assert torch.equal(sparse.weights[ATTENTION], before)  # tried, and taken back
 
 
-def test_adaptive_takes_no_step_that_makes_the_model_dearer():
-    """Masked attention moves the scores: more tokens stay, and cost more than its weights save."""
+def test_adaptive_meets_the_step_with_tokens_when_masked_weights_save_less_than_was_counted():
+    """Masks move the scores: more tokens stay than before."""
     sparse = sparse_model()
 
     def dearer(setting: PruneSetting) -> float:
-        return cost(sparse, setting) + 1.5 * (ATTENTION in sparse.masks)
+        return cost(sparse, setting) + 0.5 * len(sparse.masks)
 
     def score(setting: PruneSetting) -> float:
-        return 90 - 50 * (ATTENTION in sparse.masks) - len(sparse.masks) - (0 if setting.temperature is None else 5)
+        return 90 - (0 if setting.temperature is None else 5)
 
     def meet(target: float) -> tuple[PruneSetting, float]:
-        return (found := PruneSetting(target / dearer(OFF))), dearer(found)
+        return PruneSetting(target / dearer(OFF)), target
 
-    planned = plan(sparse=sparse, order="adaptive")
-    planned.choose(7.9, OFF, dearer, meet, score)
-    assert set(sparse.masks) == {MLP} and not sparse.changing
+    setting = plan(sparse=sparse, order="adaptive").choose(7.0, OFF, dearer, meet, score)
+    assert set(sparse.masks) == {ATTENTION, MLP} and not sparse.changing
+    assert setting == PruneSetting(7.0 / 8.0)
 
 
-def test_of_steps_that_lose_nothing_the_largest_is_cheapest():
-    small, large, losing = (Option(*each, OFF) for each in ((9.0, 91.0), (7.0, 90.5), (5.0, 89.0)))
-    assert sorted([small, losing, large], key=lambda option: option.price(10.0, 90.0)) == [large, small, losing]
+def test_adaptive_scores_nothing_where_the_target_is_met_already():
+    planned = plan(sparse=sparse_model(), order="adaptive")
+
+    def never(*_) -> None:
+        raise AssertionError("was validated")
+
+    assert planned.choose(10.0, OFF, lambda setting: cost(planned.sparse, setting), never, never) is OFF
+
+
+def test_of_options_that_lose_nothing_the_largest_is_cheapest():
+    small, large, losing = Option(1.0, -1.0), Option(3.0, -0.5), Option(5.0, 1.0)
+    assert sorted([small, losing, large], key=lambda option: option.price) == [large, small, losing]
 
 
 def test_weights_are_masked_under_the_setting_that_prunes_then():

@@ -1,5 +1,7 @@
 """Which weights become sparse, and what they cost then, for every model."""
 
+import re
+
 import pytest
 import torch
 
@@ -45,9 +47,16 @@ def test_momentum_encoders_get_the_same_masks(kind):
         assert torch.equal(parameters[f"{top}_m.{rest}"] != 0, mask)
 
 
+@pytest.mark.parametrize("kind", MODELS)
+def test_weights_fall_into_the_attention_and_the_mlp_of_each_block(kind):
+    names = sparse_weights(MODELS[kind](), (2, 4), "all").weights
+    found = groups(names, "block")
+    assert sorted(sum(found.values(), [])) == sorted(names)
+    blocks = [{re.search(r"^(.*?\.(?:blocks|layer|resblocks)\.\d+)\.", name)[1] for name in each} for each in found.values()]
+    assert all(len(each) == 1 for each in blocks) and len(found) == 2 * len(set.union(*blocks))
+
+
 def test_weights_fall_into_the_attention_and_the_mlps_of_each_tower():
     names = sparse_weights(tiny.nlvr(), (2, 4), "all").weights
-    found = groups(names)
     towers = ("visual_encoder", "text_encoder")
-    assert set(found) == {f"{tower} {kind}" for tower in towers for kind in ("attention", "mlp")}
-    assert sorted(sum(found.values(), [])) == sorted(names)
+    assert set(groups(names, "tower")) == {f"{tower} {kind}" for tower in towers for kind in ("attention", "mlp")}
