@@ -81,9 +81,12 @@ def parse_command_line(description: str, cls: type[ConfigT], argv: list[str] | N
     if (pattern or tokens) and not sparse:
         raise UserError("--weight-sparse-pattern and --token_reduce belong to --enable-sparse-api; add it, or leave them out")
     if sparse:
-        overrides = {**({} if tokens else {"method": "none"}), **overrides}
-        if pattern or not _read_yaml(Path(path)).get("sparsity_type"):
-            overrides.setdefault("sparsity_type", pattern or "2:4")
+        given = {**_read_yaml(Path(path)), **overrides}
+        if not tokens:
+            overrides["method"] = "none"
+        elif given.get("method") == "none":
+            overrides["method"] = "dtp"
+        overrides["sparsity_type"] = pattern or given.get("sparsity_type") or "2:4"
     overrides.update({key: value for key, value in arguments.items() if value is not None})
     return load_config(cls, path, overrides)
 

@@ -54,8 +54,8 @@ def save_run(path: Path, trainer: Trainer, model: torch.nn.Module, state: dict, 
         save_atomic({**state, **trained}, path)
 
 
-def load_run(path: Path, trainer: Trainer, model: torch.nn.Module, run: Run) -> dict:
-    """Restore what `save_run` saved; returns the rest of its state.
+def read_run(path: Path, run: Run) -> dict:
+    """What `save_run` saved.
 
     Raises:
         UserError: when the file is missing, of another kind, or of another number of processes.
@@ -67,6 +67,15 @@ def load_run(path: Path, trainer: Trainer, model: torch.nn.Module, run: Run) -> 
         raise UserError(f"{path}: holds weights, not a run to resume; give it as --pretrained instead")
     if len(saved["rng"]) != run.world_size:
         raise UserError(f"{path}: a run of {len(saved['rng'])} processes cannot go on with {run.world_size}; start as many")
+    return saved
+
+
+def load_run(saved: dict, path: Path, trainer: Trainer, model: torch.nn.Module, run: Run) -> None:
+    """Restore what was read from `path`.
+
+    Raises:
+        UserError: when it is of another model.
+    """
     try:
         model.load_state_dict(saved["model"])
         trainer.optimizer.load_state_dict(saved["optimizer"])
@@ -74,7 +83,6 @@ def load_run(path: Path, trainer: Trainer, model: torch.nn.Module, run: Run) -> 
     except (RuntimeError, ValueError):
         raise UserError(f"{path}: a run of another model or precision; resume it with its own config.yaml") from None
     trainer.step = saved["step"]
-    if trainer.sparse and saved["sparse"]:
+    if trainer.sparse and saved.get("sparse"):
         trainer.sparse.load_state_dict(saved["sparse"])
     set_rng_state(saved["rng"][run.rank])
-    return saved

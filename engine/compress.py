@@ -14,19 +14,19 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from config import Config
-from engine.checkpoint import load_run, save_atomic, save_run
+from engine.checkpoint import load_run, read_run, save_atomic, save_run
 from engine.experiment import Evaluation, Experiment
 from engine.flop_table import flop_table
 from engine.results import RunLog, count_parameters, write_json
 from engine.saved import is_authors, mask_as_saved, other_rule, rule_of, saved_setting
 from engine.train import CosineSchedule, Trainer, move, train_epoch
-from engine.weights import WeightPlan
+from engine.weights import ROUNDING, WeightPlan, check_reach
 from madtp.budget import UnreachableTarget, calibrate
 from madtp.pruning import OFF, PruneSetting
 from options import save_config
-from utils import UserError, barrier, logger, seed_everything
+from utils import Run, UserError, barrier, logger, seed_everything
 
-ROUNDING = 1e-9  # relative
+PLAN = ("order", "mask_schedule", "sparse_unit", "refit_weights")  # a resumed run goes on with these
 WITHIN_BUDGET = 0.01  # relative distance from the target at which an epoch may be selected
 
 
@@ -36,9 +36,6 @@ def run_experiment(experiment: Experiment) -> dict:
     folder = Path(config.output_dir)
     if config.evaluate:
         _check_pattern(config, experiment.checkpoint)
-    if run.is_main:
-        _prepare(config, folder)
-    barrier()
     started = time.time()
     dense = experiment.measure(OFF)
     target = dense * (1 - config.p)
@@ -49,6 +46,8 @@ def run_experiment(experiment: Experiment) -> dict:
     if config.evaluate:
         if experiment.sparse is not None:
             _mask_for_evaluation(experiment)
+            check_reach(config, 1 - experiment.measure(OFF) / dense)
+        _prepare(config, run)
         setting, epoch = _setting_of_checkpoint(experiment, target), experiment.checkpoint.get("epoch", 0)
     else:
         setting, epoch = compress(experiment, dense)
@@ -62,6 +61,13 @@ def run_experiment(experiment: Experiment) -> dict:
         for name, content in test.submission.items():
             write_json(content, folder / name)
         write_json(result, folder / "result.json")
+    if experiment.sparse:
+        params = result["params"]
+        logger.info(
+            "GFLOPs per sample by pruned tokens alone %.4f, by sparse weights alone %.4f, by both %.4f; %d of %d weights of the"
+            " sparse layers are not zero", *(result["gflops"][key] for key in ("tokens", "weights", "measured")),
+            params["sparse_nonzero"], params["sparse_total"],
+        )  # fmt: skip
     logger.info(
         "test: %s at %.4f GFLOPs per sample (%.1f %% fewer), temperature %s; %s; %.0f s",
         ", ".join(f"{name} {value:.2f}" for name, value in test.metrics.items()),
@@ -85,14 +91,17 @@ def compress(experiment: Experiment, dense: float) -> tuple[PruneSetting, int]:
     trainer = _trainer(experiment)
     setting, best_score, first_epoch = OFF, float("-inf"), 0
     if config.resume:
-        saved = load_run(config.resume_path, trainer, experiment.model, run)
-        if key := other_rule(config, saved):
+        saved = read_run(config.resume_path, run)
+        if key := other_rule(config, saved) or _other_plan(config, saved):
             raise UserError(
                 f"{config.resume_path}: a run with {key} {saved.get(key)!r} cannot go on with {getattr(config, key)!r}; resume it"
                 " with its own config.yaml, or start anew in another --output_dir"
             )
+        load_run(saved, config.resume_path, trainer, experiment.model, run)
         setting = PruneSetting(saved["temperature"], saved["prune_from"])
         best_score, first_epoch = saved["best_score"], saved["epoch"] + 1
+        del saved  # it is as large as the run
+    _prepare(config, run)
     best = config.resume_path.with_name("checkpoint_best.pth") if config.resume else None
     if run.is_main and (best is None or best.parent.resolve() != folder.resolve()):
         (folder / "checkpoint_best.pth").unlink(missing_ok=True)  # an earlier run's must not be taken for this one's
@@ -142,23 +151,34 @@ def compress(experiment: Experiment, dense: float) -> tuple[PruneSetting, int]:
     return _selected(experiment, folder)
 
 
-def _prepare(config: Config, folder: Path) -> None:
-    """The folder with config.yaml, which starts the run anew; an evaluation leaves that of a training run as it is."""
+def _prepare(config: Config, run: Run) -> None:
+    """The folder with config.yaml, which starts the run anew; an evaluation leaves that of a training run as it is.
+
+    Called when nothing of the config is refused any more: the folder may hold an earlier run.
+    """
+    folder = Path(config.output_dir)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if not (config.evaluate and (folder / "checkpoint_last.pth").is_file()):
-            save_config(config.model_copy(update={"resume": ""}), folder / "config.yaml")
+        if run.is_main:
+            folder.mkdir(parents=True, exist_ok=True)
+            if not (config.evaluate and (folder / "checkpoint_last.pth").is_file()):
+                save_config(config.model_copy(update={"resume": ""}), folder / "config.yaml")
     except OSError as error:
         raise UserError(f"{folder}: {error.strerror or error}; give another folder with --output_dir") from None
+    barrier()
+
+
+def _other_plan(config: Config, saved: dict) -> str | None:
+    """The first key of how weights are made sparse that a run was saved with another value of."""
+    return next((key for key in PLAN if key in saved and saved[key] != getattr(config, key)), None) if config.pattern else None
 
 
 def _check_pattern(config: Config, saved: dict) -> None:
     """Sparse weights are evaluated as what they are: without their pattern zeros would count, and another would drop more."""
-    pattern = saved.get("sparsity_type", "")
-    if saved.get("masked") and config.p > 0 and config.sparsity_type != pattern:
+    pattern, ours = saved.get("sparsity_type", ""), config.sparsity_type if config.pattern else ""
+    if saved.get("masked") and ours != pattern:
         raise UserError(
-            f"{config.pretrained}: was saved with sparsity_type {pattern}, and the config has '{config.sparsity_type}'; evaluate"
-            " with the run's config.yaml, or set sparsity_type and sparse_layers as there"
+            f"{config.pretrained}: was saved with sparsity_type {pattern}, and the config has '{ours}' at p {config.p:g}; evaluate"
+            " with the run's config.yaml, or set p, sparsity_type and sparse_layers as there"
         )
 
 
@@ -168,7 +188,7 @@ def _mask_for_evaluation(experiment: Experiment) -> None:
         experiment.mask(experiment.sparse.weights, OFF)
         experiment.sparse.fix()
     else:
-        mask_as_saved(experiment.sparse, experiment.checkpoint)
+        mask_as_saved(experiment.sparse, experiment.checkpoint, str(experiment.config.pretrained))
 
 
 def _within(measured: float, goal: float, setting: PruneSetting) -> bool:
@@ -247,7 +267,7 @@ def _trainer(experiment: Experiment) -> Trainer:
 def _run_state(experiment: Experiment, setting: PruneSetting, epoch: int, best_score: float) -> dict:
     """What is saved beside the weights."""
     config, masked = experiment.config, sorted(experiment.sparse.masks) if experiment.sparse else None
-    rule = {**rule_of(config), "batch_size": config.batch_size_test}
+    rule = {**rule_of(config), "batch_size": config.batch_size_test, **{key: getattr(config, key) for key in PLAN}}
     return {**asdict(setting), "epoch": epoch, "best_score": best_score, "masked": masked, **rule}
 
 

@@ -69,6 +69,8 @@ class Experiment:
     def __post_init__(self):
         pattern = self.config.pattern
         self.sparse = None if pattern is None else sparse_weights(self.model, pattern, self.config.sparse_layers)
+        for name in self.sparse.left_dense if self.sparse else ():
+            logger.info("%s stays dense: its input is no multiple of %d", name, self.sparse.pattern.group)
 
     @property
     def precision(self) -> Precision:
@@ -110,8 +112,8 @@ class Experiment:
                 if not can_be_fitted(moment):
                     logger.info("%s is masked and not fitted: the calibration slice gives it nothing, or no finite numbers", name)
             self.sparse.select(some, moments)
-            for member in (member for name in some for member in self.sparse.members(name)):
-                broadcast(member.data)  # what one process has rounded otherwise would stay so
+            for tensor in (tensor for name in some for tensor in self.sparse.tensors(name)):
+                broadcast(tensor)  # what one process has rounded otherwise would stay so
 
     @torch.no_grad()
     def _moments(self, weights: Mapping[str, torch.Tensor], setting: PruneSetting) -> dict[str, torch.Tensor]:

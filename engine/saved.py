@@ -1,16 +1,16 @@
 """Saved models of any task: the rule and the setting that they prune by, and the whole, ready to predict."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
 
 from clip.tokenizer import load_clip_tokenizer
 from config import Config
 from data.text import Tokenizer, dec_token_id, enc_token_id, load_tokenizer, prompt_ids
 from madtp.pruning import OFF, PruneSetting
-from madtp.sparsity import SparseWeights
+from madtp.sparsity import Pattern, SparseWeights, most_in_a_group
 from models.build import caption_from_config, clip_from_config, nlvr_from_config, retrieval_from_config, vqa_from_config
 from models.linears import sparse_weights
 from models.pretrained import (
@@ -76,7 +76,7 @@ def restore(config: Config, saved: dict, source: str, setting: PruneSetting, dev
     sparse = None
     if config.pattern is not None and saved.get("masked"):
         sparse = sparse_weights(model, config.pattern, config.sparse_layers)
-        mask_as_saved(sparse, saved)
+        mask_as_saved(sparse, saved, source)
     return Opened(config, model, setting, tokenizer, run, sparse), missing
 
 
@@ -114,12 +114,23 @@ def saved_setting(config: Config, saved: dict) -> PruneSetting | None:
     return PruneSetting(saved["temperature"], saved.get("prune_from", config.prune_from))
 
 
-def mask_as_saved(sparse: SparseWeights, saved: dict) -> None:
+def mask_as_saved(sparse: SparseWeights, saved: dict, source: str) -> None:
     """Mask the weights that were masked when they were saved, and so are zero where their masks are."""
     if unknown := set(saved["masked"]) - set(sparse.weights):
         raise UserError(f"{min(unknown)} was saved sparse and is to be dense; set sparse_layers as in the run's config.yaml")
+    check_sparse({name: sparse.weights[name] for name in saved["masked"]}, sparse.pattern, source)
     sparse.select(saved["masked"])
     sparse.fix()
+
+
+def check_sparse(weights: Mapping[str, Tensor], pattern: Pattern, source: str) -> None:
+    """Refuse weights (O, I) that were masked and have more than the pattern allows: another mask would change the model."""
+    for name, weight in weights.items():
+        if (most := most_in_a_group(weight, pattern.group)) > pattern.kept:
+            raise UserError(
+                f"{source}: {name} is masked, but has {most} of {pattern.group} weights that are not zero, {pattern} wanted; give"
+                " the checkpoint as its run left it"
+            )
 
 
 def open_checkpoint(

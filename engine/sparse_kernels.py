@@ -22,17 +22,19 @@ def sparse_kernels(
         wanted: the key `sparse_kernels`.
         forward: a pass such as those inside, whose products are measured.
     """
-    chosen = _choose(sparse, device, forward) if wanted else {}
+    chosen = _choose(wanted, sparse, device, forward) if sparse is not None and sparse.masks else {}
     with on_sparse_kernels(model, chosen):
         yield {"used": len(chosen), "of": len(sparse.masks) if sparse else 0}
 
 
-def _choose(sparse: SparseWeights | None, device: torch.device, forward: Callable[[], object]) -> dict[str, torch.dtype]:
+def _choose(wanted: bool, sparse: SparseWeights, device: torch.device, forward: Callable[[], object]) -> dict[str, torch.dtype]:
     """The names of weights, and the type that their products have."""
-    if sparse is None or not sparse.masks or sparse.pattern != PATTERN:
-        return _dense("no weights are 2:4")
     if device.type != "cuda":
         return _dense("this is no GPU")
+    if not wanted:
+        return _dense("sparse_kernels is false")
+    if sparse.pattern != PATTERN:
+        return _dense("no weights are 2:4")
     products = products_of({name: sparse.weights[name] for name in sparse.masks}, forward)
     if not products:
         return _dense("no 2:4 layer runs in 16 bits; set amp: true")

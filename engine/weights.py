@@ -4,7 +4,7 @@
 
 together       all weights are masked at first, and the tokens' share rises in equal steps, from w to p
 weights_first  the same, but R epochs with masked weights and whole tokens go before
-tokens_first   tokens first, as many as p leaves them beside masked weights; after R epochs all weights are masked
+tokens_first   tokens as in together, but the weights, counted as sparse from the first, are not masked before R epochs
 adaptive       p rises in equal steps; each is taken by tokens and by weights, those of a block's attention or MLP at a time,
                those first that lose least validation score per GFLOP
 """
@@ -25,7 +25,8 @@ Mask = Callable[[Iterable[str], PruneSetting], None]
 Score = Callable[[PruneSetting], float]
 Meet = Callable[[float], tuple[PruneSetting, float]]  # GFLOPs -> the setting that comes nearest, and its GFLOPs
 
-NEAR = 0.01  # relative: no further step for less
+ROUNDING = 1e-9  # relative
+NEAR = 0.01  # relative: no further option for less, where tokens can take the rest
 TOKENS = "tokens"  # among the options
 
 
@@ -41,6 +42,21 @@ class Option(NamedTuple):
         return max(0.0, self.lost) / self.saved, -self.saved
 
 
+def check_reach(config: Config, alone: float) -> None:
+    """Say that token pruning is off where sparse weights, which remove this share of the GFLOPs, meet p alone.
+
+    Raises:
+        UserError: where they do not, and no token may go.
+    """
+    if alone >= config.p - ROUNDING:
+        logger.info("the weights alone remove %.3f of the GFLOPs, p = %g: token pruning is off", alone, config.p)
+    elif config.method == "none":
+        raise UserError(
+            f"p = {config.p:g} is out of reach: the weights alone remove {alone:.3f} of the GFLOPs; choose p up to that, or prune"
+            " tokens too (--token_reduce, method: dtp)"
+        )
+
+
 class WeightPlan:
     """What happens to weights and tokens in each epoch. Without sparse weights: the tokens' ramp alone."""
 
@@ -50,17 +66,15 @@ class WeightPlan:
             mask: masks sparse weights of these names, in a model whose tokens are pruned so.
             dense: GFLOPs of the uncompressed model, as `measure` gives them.
         """
-        self.config, self.sparse, self.mask, self.dense = config, sparse, mask, dense
+        self.config, self.sparse, self.mask = config, sparse, mask
         self.ramp = max(1, round(config.max_epoch / 3) if config.ramp_epochs is None else config.ramp_epochs)
         self.removed_by_weights = 0.0
         if sparse is not None:
             with sparse.counted(sparse.weights):
                 self.removed_by_weights = 1 - measure(OFF) / dense
-            for name in sparse.left_dense:
-                logger.info("%s stays dense: its input is no multiple of %d", name, sparse.pattern.group)
         self._check_epochs()
         if sparse is not None:
-            self._check_reach()
+            check_reach(config, self.removed_by_weights)
 
     def _check_epochs(self) -> None:
         p, epochs = self.config.p, self.config.max_epoch
@@ -73,22 +87,17 @@ class WeightPlan:
                 " max_epoch or lower ramp_epochs"
             )
 
-    def _check_reach(self) -> None:
-        alone, p = self.removed_by_weights, self.config.p
-        if alone >= p:
-            logger.info("the weights alone remove %.3f of the GFLOPs, p = %g: token pruning is off", alone, p)
-        elif self.config.method == "none":
-            raise UserError(
-                f"p = {p:g} is out of reach: the weights alone remove {alone:.3f} of the GFLOPs; choose p up to that, or prune"
-                " tokens too (--token_reduce, method: dtp)"
-            )
+    @property
+    def prunes_tokens(self) -> bool:
+        """Whether weights alone do not meet p."""
+        return self.removed_by_weights < self.config.p - ROUNDING
 
     def removal(self, epoch: int) -> float:
         """The share of GFLOPs that is to be gone in an epoch."""
         p, alone = self.config.p, self.removed_by_weights
-        if alone >= p:
+        if not self.prunes_tokens:
             return p
-        if self.sparse is None or self.config.order in ("tokens_first", "adaptive"):
+        if self.sparse is None or self.config.order == "adaptive":
             return p * min(1.0, (epoch + 1) / self.ramp)
         late = self.ramp if self.config.order == "weights_first" else 0
         share = max(0.0, (epoch - late + 1) / self.ramp)
@@ -138,8 +147,8 @@ class WeightPlan:
         Each option is tried alone, from where the step begins; tokens as if they took the whole step. What weights save is counted
         with the tokens that stay before they are masked: afterwards scores differ, and others stay.
         """
-        now = measure(setting)
-        if now > target * (1 + NEAR):
+        now, near = measure(setting), NEAR if self.prunes_tokens else ROUNDING
+        if now > target * (1 + near):
             options = self._options(target, setting, measure, meet, score)
             for name in sorted(options, key=lambda name: options[name].price):
                 before = now
@@ -149,7 +158,7 @@ class WeightPlan:
                     self.mask(self._groups_left()[name], setting)
                     now = measure(setting)
                 logger.info("%s: %.4f -> %.4f GFLOPs, %.3f points lost alone", name, before, now, options[name].lost)
-                if now <= target * (1 + NEAR):
+                if now <= target * (1 + near):
                     break
         self.sparse.fix()
         return setting
@@ -160,10 +169,10 @@ class WeightPlan:
         for name, weights in self._groups_left().items():
             with self.sparse.counted([*self.sparse.masks, *weights]):
                 saved = now - measure(setting)
-            self.mask(weights, setting)
-            options[name] = Option(saved, best - score(setting))
-            self.sparse.restore(weights)
-        if self.removed_by_weights < self.config.p:
+            with self.sparse.tried(weights):
+                self.mask(weights, setting)
+                options[name] = Option(saved, best - score(setting))
+        if self.prunes_tokens:
             fewer, cost = meet(target)
             options[TOKENS] = Option(now - cost, best - score(fewer))
         return {name: option for name, option in options.items() if option.saved > 0}

@@ -110,13 +110,18 @@ class SparseWeights:
         """No mask changes from here on: what was there before is forgotten."""
         self._taken = {}
 
-    @torch.no_grad()
-    def restore(self, names: Iterable[str]) -> None:
-        """Take these masks off again, with what they did."""
-        for name in names:
-            self._give_back(name)
-            del self.masks[name], self._taken[name]
-        self._mark(self.masks)
+    @contextmanager
+    def tried(self, names: Iterable[str]) -> Iterator[None]:
+        """Inside, these weights, not masked so far, may be; afterwards they are as before to the bit."""
+        before = {name: [weight.detach().clone() for weight in self.members(name)] for name in names}
+        try:
+            yield
+        finally:
+            for name, values in before.items():
+                for weight, old in zip(self.members(name), values, strict=True):
+                    weight.data.copy_(old)
+                del self.masks[name], self._taken[name]
+            self._mark(self.masks)
 
     @torch.no_grad()
     def apply(self) -> None:
@@ -137,6 +142,10 @@ class SparseWeights:
     def members(self, name: str) -> list[nn.Parameter]:
         """The weight of this name and its followers."""
         return [self.weights[name], *self._followers.get(name, [])]
+
+    def tensors(self, name: str) -> list[Tensor]:
+        """All that masking has made of a weight: it and its followers, its mask, what was taken; to be written to."""
+        return [*(weight.data for weight in self.members(name)), self.masks[name], *self._taken[name]]
 
     @property
     def changing(self) -> bool:

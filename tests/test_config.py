@@ -161,6 +161,11 @@ def test_flags_go_before_set_and_set_before_the_file(tmp_path: Path) -> None:
         ([], None, "dtp"),
         (["--enable-sparse-api", "--token_reduce"], (2, 4), "dtp"),
         (["--enable-sparse-api"], (2, 4), "none"),
+        (["--enable-sparse-api", "--set", "method=random"], (2, 4), "none"),
+        (["--enable-sparse-api", "--token_reduce", "--set", "method=none"], (2, 4), "dtp"),
+        (["--enable-sparse-api", "--token_reduce", "--set", "method=random"], (2, 4), "random"),
+        (["--enable-sparse-api", "--token_reduce", "--set", "sparsity_type=1:4"], (1, 4), "dtp"),
+        (["--enable-sparse-api", "--token_reduce", "--weight-sparse-pattern", "4:8", "--set", "sparsity_type=1:4"], (4, 8), "dtp"),
         (["--enable-sparse-api", "--weight-sparse-pattern", "m8n4_1d", "--token_reduce"], (4, 8), "dtp"),
         (["--set", "sparsity_type=1:4"], (1, 4), "dtp"),
         (["--set", "sparsity_type=2:4", "--p", "0"], None, "dtp"),  # uncompressed is uncompressed

@@ -15,7 +15,8 @@ from tests.test_end_to_end import flags as dense_flags
 
 P = 0.6  # weights alone remove 0.28
 BOTH = ("--enable-sparse-api", "--token_reduce", "--p", str(P))
-LEARNING = {"distill": "true", "mask_schedule": "refresh", "max_epoch": 3, "ramp_epochs": 1}
+WEIGHTS = {"distill_vision": 3, "distill_language": 5, "distill_answers": 7}
+LEARNING = {"distill": "true", **WEIGHTS, "mask_schedule": "refresh", "max_epoch": 3, "ramp_epochs": 1}
 
 run_here = partial(runs.run_here, "compress_nlvr_dtp")
 
@@ -73,9 +74,11 @@ def test_every_sparse_layer_is_fitted(flags, tmp_path, caplog):
     assert "not fitted" not in caplog.text
 
 
-def test_the_teacher_is_heard_in_every_epoch(trained):
+def test_the_teacher_is_heard_in_every_epoch_as_loudly_as_the_config_says(trained):
+    weights = {"task": 1, "similarity": 0.1, **WEIGHTS}
     for entry in log_of(trained):
-        assert {"task", "similarity", "distill_vision", "distill_language", "distill_answers", "total"} == set(entry["loss"])
+        assert {*weights, "total"} == set(entry["loss"])
+        assert entry["loss"]["total"] == pytest.approx(sum(weight * entry["loss"][name] for name, weight in weights.items()))
 
 
 def test_a_resumed_run_is_the_same_to_the_bit(trained, flags, tmp_path):
@@ -108,6 +111,13 @@ def test_evaluating_the_checkpoint_gives_its_result_and_on_a_cpu_by_dense_kernel
         and caplog.text.count("dense ones run everywhere: this is no GPU") == 1
     )
     assert ours["gflops"]["test"] == theirs["gflops"]["test"]
+
+
+def test_a_layer_that_stays_dense_is_named(flags, tmp_path, caplog):
+    caplog.set_level("INFO")
+    run_here(flags(tmp_path, "--evaluate", "--weight-sparse-pattern", "m24n12_1d", "--p", "0.45"))
+    assert "visual_encoder.blocks.0.attn.qkv.weight stays dense: its input is no multiple of 24" in caplog.text
+    assert read(tmp_path, "result.json")["params"]["sparse_total"] == 0
 
 
 def test_sparse_weights_are_not_evaluated_as_others(world, trained, flags, tmp_path, capsys):
@@ -162,9 +172,35 @@ def test_weights_alone_that_meet_p_leave_the_tokens_alone(flags, tmp_path, caplo
     assert result["gflops"]["measured"] == result["gflops"]["weights"] <= result["gflops"]["target"]
 
 
-def test_what_weights_alone_cannot_reach_is_refused(world, dense, tmp_path, capsys):
-    arguments = dense_flags(world, tmp_path, "--pretrained", str(dense), "--enable-sparse-api", "--p", "0.9")
+def test_sparse_weights_without_pruned_tokens_are_not_evaluated_as_dense(world, dense, tmp_path, capsys):
+    run_here(dense_flags(world, tmp_path, "--pretrained", str(dense), "--enable-sparse-api", "--p", "0.2", "--epoch", "1"))
+    again = ("--evaluate", "--pretrained", str(tmp_path / "checkpoint_best.pth"), "--p", "0")
+    said = runs.refusal(capsys, lambda: run_here(dense_flags(world, tmp_path / "dense", *again)))
+    assert "was saved with sparsity_type 2:4, and the config has '' at p 0" in said
+
+
+@pytest.mark.parametrize("evaluate", [(), ("--evaluate",)])
+def test_what_weights_alone_cannot_reach_is_refused(world, dense, evaluate, tmp_path, capsys):
+    arguments = dense_flags(world, tmp_path, "--pretrained", str(dense), "--enable-sparse-api", "--p", "0.9", *evaluate)
     assert "the weights alone remove" in runs.refusal(capsys, lambda: run_here(arguments))
+
+
+@pytest.mark.parametrize(
+    "changed", [{"sparse_layers": "mlp"}, {"order": "adaptive", "mask_schedule": "once"}, {"mask_schedule": "once"}]
+)
+def test_a_run_goes_on_under_its_own_plan_alone_and_a_refusal_leaves_its_config(trained, flags, changed, capsys):
+    before = (trained / "config.yaml").read_text()
+    arguments = flags(trained, "--resume", **{**LEARNING, **changed})
+    assert f"a run with {next(iter(changed))} " in runs.refusal(capsys, lambda: run_here(arguments))
+    assert (trained / "config.yaml").read_text() == before
+
+
+def test_sparse_weights_that_were_trained_on_without_their_masks_are_refused(trained, flags, tmp_path, capsys):
+    saved = read_checkpoint(trained / "checkpoint_best.pth")
+    saved["model"][saved["masked"][0]] += 1
+    torch.save(saved, tmp_path / "x.pth")
+    said = runs.refusal(capsys, lambda: run_here(flags(tmp_path / "out", "--evaluate", "--pretrained", str(tmp_path / "x.pth"))))
+    assert f"{saved['masked'][0]} is masked, but has 4 of 4 weights that are not zero" in said
 
 
 def test_a_p_out_of_reach_names_the_range_beside_the_uncompressed_model(flags, tmp_path, capsys):
@@ -181,6 +217,11 @@ def test_a_teacher_without_its_head_is_refused(world, dense, tmp_path, capsys):
     teacher = str(tmp_path / "headless.pth")
     said = runs.refusal(capsys, lambda: run_here(dense_flags(world, tmp_path / "out", distill="true", teacher=teacher)))
     assert "headless.pth: lacks cls_head." in said
+
+
+def test_a_sparse_teacher_is_refused(trained, flags, tmp_path, capsys):
+    sparse = str(trained / "checkpoint_best.pth")
+    assert "its weights are sparse" in runs.refusal(capsys, lambda: run_here(flags(tmp_path, distill="true", teacher=sparse)))
 
 
 def test_distilling_from_nothing_is_refused(world, tmp_path, capsys):

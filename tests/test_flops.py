@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from engine.flop_table import analyse
-from madtp.pruning import OFF
+from madtp.pruning import OFF, PruneSetting
 from models.blip_nlvr import reference_gflops
 from models.linears import sparse_weights
 from models.momentum import MomentumModel
@@ -116,27 +116,34 @@ def written(folder: Path, text: str) -> Path:
     return folder / "x.yaml"
 
 
-@TASKS
 @torch.no_grad()
-def test_the_meter_counts_what_fvcore_does_with_sparse_layers_halved(task, tmp_path):
-    """Momentum encoders share the masks of those that they follow."""
+@pytest.mark.parametrize(
+    ("task", "setting"), [(task, OFF) for task in TINY] + [(task, PruneSetting(4.0)) for task in TINY if task != "vqa"]
+)
+@pytest.mark.parametrize("every", [1, 3], ids=["all layers", "some layers"])
+def test_the_meter_counts_what_fvcore_does_with_sparse_layers_halved(task, setting, every, tmp_path):
+    """Momentum encoders share the masks of those that they follow. VQA's input is a batch, whose padding fvcore counts."""
     (tmp_path / "tiny.yaml").write_text(TINY[task])
-    model, inputs = flops.BUILD[task](load_any_config(tmp_path / "tiny.yaml", {"p": 0}))
+    model, inputs = flops.BUILD[task](load_any_config(tmp_path / "tiny.yaml", {"p": 0.5}))
     model.eval()
-    counted = analyse(model, inputs).by_module_and_operator()
+    counted = analyse(model, inputs, setting).by_module_and_operator()
     sparse = sparse_weights(model, (2, 4), "all")
-    names = list(sparse.weights)
+    names = chosen = list(sparse.weights)[::every]
     if isinstance(model, MomentumModel):
-        names += [f"{name.split('.')[0]}_m.{name.partition('.')[2]}" for name in names]
+        names = names + [f"{name.split('.')[0]}_m.{name.partition('.')[2]}" for name in names]
     halves = 0
     for name in names:
         owner, _, kind = f"model.{name}".rpartition(".")
         halves += counted[owner]["linear"] / 2
         if kind == "in_proj_weight":  # a weight of the attention itself, beside its layer out_proj
             halves -= counted[f"{owner}.out_proj"]["linear"] / 2
-    expected = flops.total(model, inputs, OFF) - halves / 1e9
-    sparse.select(sparse.weights)
-    assert flops.total(model, inputs, OFF) == pytest.approx(expected, rel=1e-9)
+    dense = flops.total(model, inputs, setting)
+    with sparse.counted(chosen):
+        assert flops.total(model, inputs, setting) == pytest.approx(dense - halves / 1e9, rel=1e-9)
+    assert halves > 0 and (setting == OFF or dense < flops.total(model, inputs, OFF))
+    sparse.select(chosen)
+    if setting == OFF:  # masked scores prune other tokens
+        assert flops.total(model, inputs, setting) == pytest.approx(dense - halves / 1e9, rel=1e-9)
 
 
 @TASKS

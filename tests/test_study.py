@@ -33,7 +33,7 @@ def study(tmp_path: Path, monkeypatch):
             if not done.returncode:
                 p = float(command.split("--p ")[1].split()[0])
                 folder = Path(command.split("--output_dir ")[1].split()[0])
-                write_json(result_of(task, p), folder / "result.json")
+                write_json(result_of(task, p, "2:4" if "sparsity_type=2:4" in command else ""), folder / "result.json")
             return done
 
         monkeypatch.setattr(study_shapes.subprocess, "run", run)
@@ -93,6 +93,7 @@ def test_the_arms_of_weights_and_distillation_take_the_runs_that_are_there(study
         "| 2:4 alone, not fine-tuned",
         "| 2:4 alone, masked only, not fine-tuned",
     ]
+    assert " | 80.0% | 40.0% | 0.0% | " in rows[1] and " | 80.0% | 40.0% | 40.0% | " in rows[3]  # by both, tokens, weights
     assert len(commands) == 3 * 3 + 3 and sum("sparsity_type=2:4" in each and "distill=true" in each for each in commands) == 3
 
 

@@ -23,8 +23,8 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from config import CONFIGS, Config  # noqa: E402
-from engine.saved import SAVED, saved_rule  # noqa: E402
-from madtp.sparsity import Pattern, most_in_a_group  # noqa: E402
+from engine.saved import SAVED, check_sparse, saved_rule  # noqa: E402
+from madtp.sparsity import Pattern  # noqa: E402
 from models.exported import save_exported  # noqa: E402
 from models.pretrained import is_read, read_checkpoint  # noqa: E402
 from options import load_any_config, save_config  # noqa: E402
@@ -90,11 +90,7 @@ def checked_pattern(config: Config, weights: Mapping[str, Tensor], saved: Mappin
     for name in saved["masked"]:
         if name not in weights:
             raise UserError(f"{source}: lacks {name}, which it calls masked; export a run's checkpoint_best.pth")
-        if (most := most_in_a_group(weights[name], pattern.group)) > pattern.kept:
-            raise UserError(
-                f"{source}: {name} is masked, but has {most} of {pattern.group} weights that are not zero, {pattern} wanted;"
-                " export the checkpoint as its run left it"
-            )
+    check_sparse({name: weights[name] for name in saved["masked"]}, pattern, str(source))
     return pattern
 
 

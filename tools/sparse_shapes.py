@@ -1,6 +1,7 @@
 """The products of a model's 2:4 weights, shape by shape: how long dense and sparse kernels take."""
 
 import argparse
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -14,14 +15,14 @@ from utils import UserError
 
 @dataclass
 class ShapeRow:
-    """rows vectors of `inputs` channels by an (outputs, inputs) weight."""
+    """rows vectors of `inputs` channels by an (outputs, inputs) weight; no sparse_ms where sparse kernels do not serve."""
 
     rows: int
     outputs: int
     inputs: int
     dtype: str
     dense_ms: float
-    sparse_ms: float
+    sparse_ms: float | None
 
 
 def time_shapes(args: argparse.Namespace) -> list[ShapeRow]:
@@ -54,15 +55,18 @@ def products_in(args: argparse.Namespace, device: torch.device) -> list[Product]
 
 
 def timed(products: Sequence[Product], stopwatch: Callable[[Product], Milliseconds]) -> list[ShapeRow]:
-    return [
-        ShapeRow(product.rows, product.outputs, product.inputs, str(product.dtype).removeprefix("torch."), *stopwatch(product))
-        for product in products
-    ]
+    rows = []
+    for product in products:
+        dense, sparse = stopwatch(product)
+        dtype = str(product.dtype).removeprefix("torch.")
+        rows.append(ShapeRow(*product[:3], dtype, dense, sparse if math.isfinite(sparse) else None))
+    return rows
 
 
 def shapes_table(rows: Sequence[ShapeRow]) -> str:
     head = f"{'rows':>8}{'outputs':>9}{'inputs':>8}{'dense ms':>11}{'sparse ms':>11}{'speedup':>9}"
-    lines = [
-        f"{r.rows:8d}{r.outputs:9d}{r.inputs:8d}{r.dense_ms:11.4f}{r.sparse_ms:11.4f}{r.dense_ms / r.sparse_ms:9.2f}" for r in rows
-    ]
+    lines = []
+    for r in rows:
+        sparse = f"{'-':>11}{'-':>9}" if r.sparse_ms is None else f"{r.sparse_ms:11.4f}{r.dense_ms / r.sparse_ms:9.2f}"
+        lines.append(f"{r.rows:8d}{r.outputs:9d}{r.inputs:8d}{r.dense_ms:11.4f}{sparse}")
     return "\n".join([head, *lines])

@@ -181,14 +181,18 @@ def table(name: str, results: Mapping[str, Sequence[dict]]) -> str:
     """Markdown; of several seeds the mean and the standard deviation. The task's main metric stands for it."""
     words, (metric, *_) = next(iter(METRICS[name].items()))
     head = ("model", f"{words} (test)", f"{words} (val)", "GFLOPs (slice)", "fewer", "off target", "seeds")
+    sparse = any(each["sparsity_type"] for found in results.values() for each in found)
+    alone = ("by tokens alone", "by weights alone") if sparse else ()
+    head = (*head[:5], *alone, *head[5:])
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for row, found in results.items():
         test, val = (spread([result["metrics"][split][metric] for result in found]) for split in ("test", "val"))
         gflops = [result["gflops"] for result in found]
         measured = statistics.mean(each["measured"] for each in gflops)
+        parts = [statistics.mean(each[key] for each in gflops) for key in ("tokens", "weights")] if alone else []
         off = max(abs(each["measured"] / each["target"] - 1) for each in gflops)
-        fewer = 1 - measured / gflops[0]["uncompressed"]
-        lines.append(f"| {row} | {test} | {val} | {measured:.4f} | {fewer:.1%} | {off:.2%} | {len(found)} |")
+        shares = [f"{1 - part / gflops[0]['uncompressed']:.1%}" for part in (measured, *parts)]
+        lines.append(f"| {row} | {test} | {val} | {measured:.4f} | {' | '.join(shares)} | {off:.2%} | {len(found)} |")
     return "\n".join(lines)
 
 

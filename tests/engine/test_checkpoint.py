@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from engine.checkpoint import load_run, rng_state, save_atomic, save_run, set_rng_state
+from engine.checkpoint import load_run, read_run, rng_state, save_atomic, save_run, set_rng_state
 from engine.train import CosineSchedule, Trainer
 from utils import Run, UserError
 
@@ -45,7 +45,8 @@ def test_a_loaded_run_goes_on_to_the_bit(tmp_path):
     expected = steps(original, 3)
     other = fresh(1)
     assert steps(other, 3) != expected
-    saved = load_run(path, other, other.model, ONE)
+    saved = read_run(path, ONE)
+    load_run(saved, path, other, other.model, ONE)
     assert {key: saved[key] for key in state} == state
     assert other.step == 5 and other.scaler.get_scale() == 32.0
     assert steps(other, 3) == expected
@@ -86,13 +87,13 @@ def test_other_ranks_write_nothing(tmp_path):
 def test_what_cannot_be_resumed_is_refused(tmp_path):
     trainer, path = fresh(0), tmp_path / "last.pth"
     with pytest.raises(UserError, match="last.pth: no such checkpoint to resume from"):
-        load_run(path, trainer, trainer.model, ONE)
+        read_run(path, ONE)
     save_atomic({"model": trainer.model.state_dict()}, path)
     with pytest.raises(UserError, match="holds weights, not a run to resume"):
-        load_run(path, trainer, trainer.model, ONE)
+        read_run(path, ONE)
     save_run(path, trainer, trainer.model, {}, ONE)
     with pytest.raises(UserError, match="a run of 1 processes cannot go on with 2"):
-        load_run(path, trainer, trainer.model, Run(torch.device("cpu"), world_size=2))
+        read_run(path, Run(torch.device("cpu"), world_size=2))
 
 
 @pytest.mark.parametrize("damage", ["cut off", "another model"])
@@ -104,4 +105,4 @@ def test_a_damaged_or_foreign_run_is_the_users_to_mend(tmp_path, damage):
     else:
         trainer.model = nn.Linear(3, 3)
     with pytest.raises(UserError, match="last.pth: "):
-        load_run(path, trainer, trainer.model, ONE)
+        load_run(read_run(path, ONE), path, trainer, trainer.model, ONE)

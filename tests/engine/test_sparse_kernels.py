@@ -47,17 +47,17 @@ def test_the_faster_ones_are_replaced_and_counted_by_shape(run):
         ({"device": CPU}, "this is no GPU"),
         ({"amp": False}, "no 2:4 layer runs in 16 bits; set amp: true"),
         ({"pattern": Pattern(1, 4)}, "no weights are 2:4"),
-        ({"masked": False}, "no weights are 2:4"),
+        ({"wanted": False}, "sparse_kernels is false"),
     ],
 )
 def test_elsewhere_dense_ones_run_and_one_line_says_why(run, given, said):
     used, types, log = run(**given)
-    assert used == {"used": 0, "of": 2 * given.get("masked", True)} and set(types) == {torch.float32}
+    assert used == {"used": 0, "of": 2} and set(types) == {torch.float32}
     assert said in log and len(log.splitlines()) == 1
 
 
-def test_nothing_is_measured_or_said_unless_wanted(run):
-    assert run(wanted=False) == ({"used": 0, "of": 2}, [torch.float32] * 2, "")
+def test_nothing_is_said_of_weights_that_are_not_masked(run):
+    assert run(masked=False) == ({"used": 0, "of": 0}, [torch.float32] * 2, "")
 
 
 def test_a_model_without_sparse_weights_runs_as_it_is():

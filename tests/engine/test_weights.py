@@ -54,7 +54,7 @@ def test_the_share_to_remove_is_reached_in_equal_steps(epochs, ramp_epochs, shar
     [
         ("together", [0.45, 0.6, 0.6, 0.6], [True, True, True, True]),  # weights alone: 0.3
         ("weights_first", [0.3, 0.3, 0.45, 0.6], [True, True, True, True]),
-        ("tokens_first", [0.3, 0.6, 0.6, 0.6], [False, False, True, True]),
+        ("tokens_first", [0.45, 0.6, 0.6, 0.6], [False, False, True, True]),
     ],
 )
 def test_the_orders_differ_in_what_goes_when(order, shares, masked):
