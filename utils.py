@@ -54,6 +54,8 @@ def init_run(device: str | None = None, seed: int = 42) -> Run:
     if chosen.type == "cuda":
         chosen = _gpu(chosen, world_size, local_rank)
         torch.cuda.set_device(chosen)
+        torch.backends.cudnn.allow_tf32 = False  # of convolutions; products do without by default
+        torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for each shape, and pruned batches have ever new ones
     if "RANK" in os.environ and not dist.is_initialized():
         dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", timeout=PATIENCE)
     seed_everything(seed)  # the same weights on every rank; training gives each rank random numbers of its own
@@ -155,12 +157,15 @@ def at_least_one(text: str) -> int:
 
 
 def run_main(main: Callable[[], None]) -> None:
-    """Call `main`; a UserError becomes one line on stderr and exit code 2, and the process group is always left."""
+    """Call `main`; a UserError becomes one line on stderr and exit code 2.
+
+    The process group is left when all went well: otherwise NCCL would wait there for processes that wait in a collective, and
+    torchrun, which ends them, would not hear of the error.
+    """
     try:
         main()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    if dist.is_initialized():
+        dist.destroy_process_group()

@@ -145,9 +145,9 @@ class VisionTower(nn.Module):
         align: bool = False,
     ) -> Encoded:
         """What `embed` gave, or some of it, through the blocks."""
-        x, layout, record = run_blocks(
-            self.transformer.resblocks, x, layout, learnable_tokens, setting, align, scored_again(x, layout)
-        )
+        blocks = self.transformer.resblocks
+        again = scored_again(x, layout, blocks[0].attn.num_heads)
+        x, layout, record = run_blocks(blocks, x, layout, learnable_tokens, setting, align, again)
         return Encoded(x, layout, self.ln_post(class_tokens(x, layout)) @ self.proj, record)
 
     def flops(self, encoded: Encoded, setting: PruneSetting) -> Tensor:

@@ -29,7 +29,8 @@ def _columns(
     keys = key + (first + columns)[None, :] * key_row + width[:, None]
     keys_inside = (columns < tokens)[None, :] & (width < WIDTH)[:, None]
     figure = tl.full((KEYS,), float("-inf"), tl.float32)
-    for start in range(0, tokens, QUERIES):
+    end = tl.where(tl.program_id(0) * KEYS < tokens, tokens, 0)  # of a short sample some blocks hold no column
+    for start in range(0, end, QUERIES):
         rows = start + tl.arange(0, QUERIES)
         queries = query + (first + rows)[:, None] * query_row + width[None, :]
         queries_inside = (rows < tokens)[:, None] & (width < WIDTH)[None, :]

@@ -47,7 +47,8 @@ class Packed:
     @cached_property
     def offsets(self) -> Tensor:
         """`starts` on the device, (B + 1,) int32."""
-        return torch.tensor(self.starts, dtype=torch.int32, device=self.device)
+        gpu = self.device.type == "cuda"
+        return torch.tensor(self.starts, dtype=torch.int32, pin_memory=gpu).to(self.device, non_blocking=True)
 
     @cached_property
     def valid(self) -> Tensor:
@@ -85,6 +86,8 @@ class Packed:
         """The same rows in fewer samples: neighbours that read the same sample of `source` become one, as long as they together, so
         that attention sees one sequence of queries a source."""
         each = len(self.lengths) // len(source.lengths)
+        if each == 1 and source.readers is None:
+            return self
         ends = list(accumulate(source.readers or [each] * len(source.lengths), initial=0))
         return Packed.of((self.starts[last] - self.starts[first] for first, last in pairwise(ends)), self.device)
 

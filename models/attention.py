@@ -19,7 +19,9 @@ from models import varlen
 # Where the class token of a causal sequence stands in its order; in memory it is the first token in any case.
 Causal = Literal["class_first", "class_last"] | None
 
-GROUP_COST = 2**24  # multiply-adds that take about as long as the calls for one more group of samples
+# Multiply-adds that take about as long as the calls for one more group of samples: on a CPU as measured, on a GPU what one computes
+# in 32 bits while some twenty kernels are launched.
+GROUP_COST = {"cpu": 2**24, "cuda": 2**31}
 
 
 def attend(
@@ -41,7 +43,7 @@ def attend(
     """
     pruner = pruner if pruner is not None and pruner.needs_scores else None
     if isinstance(keys, Packed):
-        if varlen.usable(query) and not dropout and causal is None:
+        if varlen.usable(query, num_heads) and not dropout and causal is None:
             return _attend_varlen(query, key, value, num_heads, queries, keys, pruner)
         return _attend_groups(query, key, value, num_heads, queries, keys, dropout, pruner, causal)
     heads = [split_heads(part, num_heads) for part in (query, key, value)]
@@ -49,9 +51,9 @@ def attend(
     return merge_heads(out), statistics
 
 
-def scored_again(x: Tensor, layout: Layout) -> bool:
+def scored_again(x: Tensor, layout: Layout, num_heads: int) -> bool:
     """Whether scores cost `attend` on x a second Q K^T: one kernel for all samples shows nothing of its map."""
-    return isinstance(layout, Packed) and varlen.usable(x)
+    return isinstance(layout, Packed) and varlen.usable(x, num_heads)
 
 
 def split_heads(x: Tensor, num_heads: int) -> Tensor:
@@ -117,7 +119,7 @@ def _attend_groups(
     causal: Causal,
 ) -> tuple[Tensor, AttentionStatistics | None]:
     """Samples of about equal length are padded to one another and go together, so a short sample costs little more than its due."""
-    members = list(similar(queries.lengths, keys.lengths, query.shape[-1]))
+    members = list(similar(queries.lengths, keys.lengths, query.shape[-1], GROUP_COST[query.device.type]))
     in_queries, in_keys = Groups(queries, members), Groups(keys, members)
     outs, figures = [], query.new_zeros(2, len(keys.lengths), keys.longest - 1, dtype=torch.float32)
     parts = zip(members, in_keys.layouts, in_queries.split(query), in_keys.split(key), in_keys.split(value), strict=True)
@@ -142,7 +144,7 @@ def _attend_group(
     return out, (None, None) if found is None else (found.class_attention, found.columns)
 
 
-def similar(queries: Sequence[int], keys: Sequence[int], width: int) -> Iterator[list[int]]:
+def similar(queries: Sequence[int], keys: Sequence[int], width: int, group_cost: int) -> Iterator[list[int]]:
     """Samples that may be padded to one another, most keys first: a group ends where padding costs more than one more group.
     In a group they stand in their own order, so that a group of all need not be moved.
 
@@ -154,7 +156,7 @@ def similar(queries: Sequence[int], keys: Sequence[int], width: int) -> Iterator
     for sample in order:
         stretched = max(longest, queries[sample])
         wasted = (len(group) + 1) * stretched * keys[(group or [sample])[0]] - area - queries[sample] * keys[sample]
-        if 2 * wasted * width > GROUP_COST:
+        if 2 * wasted * width > group_cost:
             yield sorted(group)
             group, area, stretched = [], 0, queries[sample]
         group.append(sample)

@@ -278,7 +278,8 @@ class TextEncoder(nn.Module):
         x, layout = self.embeddings(input_ids), attention_mask.bool()
         if packed:
             x, layout = pack(x, layout)
-        return run_blocks(self.encoder.layer, x, layout, learnable_tokens, setting, align, scored_again(x, layout), images)
+        again = scored_again(x, layout, self.encoder.layer[0].attention.self.num_heads)
+        return run_blocks(self.encoder.layer, x, layout, learnable_tokens, setting, align, again, images)
 
     def flops(self, record: TowerRecord, images: Sequence[Tensor], setting: PruneSetting, training: bool = False) -> Tensor:
         """Multiply-adds of `forward` per text (S,), with `images` the (S,) image token counts of each cross-attention."""

@@ -11,10 +11,13 @@ except ImportError:  # before PyTorch 2.10
     varlen_attn = None
 
 
-def usable(x: Tensor) -> bool:
-    """The kernel wants a GPU of compute capability 8.0 on, and half precision."""
+def usable(x: Tensor, num_heads: int) -> bool:
+    """Of (T, C). The kernel wants a GPU of compute capability 8.0 on, half precision, and heads of a width that it was made for."""
     dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else x.dtype
     if varlen_attn is None or x.device.type != "cuda" or dtype not in (torch.float16, torch.bfloat16):
+        return False
+    width = x.shape[-1] // num_heads
+    if width % 8 or width > 256:
         return False
     return torch.cuda.get_device_capability(x.device) >= (8, 0)
 

@@ -109,7 +109,8 @@ class VisionTransformer(nn.Module):
         x = self.patch_embed(images)
         x = torch.cat([self.cls_token.expand(len(x), -1, -1).to(x.dtype), x], dim=1) + self.pos_embed
         x, layout = pack(x, None) if packed else (x, None)
-        x, layout, record = run_blocks(self.blocks, x, layout, learnable_tokens, setting, align, scored_again(x, layout))
+        again = scored_again(x, layout, self.blocks[0].attn.num_heads)
+        x, layout, record = run_blocks(self.blocks, x, layout, learnable_tokens, setting, align, again)
         return self.norm(x), layout, record
 
     def flops(self, record: TowerRecord, setting: PruneSetting, training: bool = False) -> Tensor:

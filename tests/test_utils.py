@@ -36,7 +36,11 @@ def test_a_gpu_becomes_the_processs_own(monkeypatch, device, rank, own):
     monkeypatch.setattr(torch.cuda, "set_device", current.append)
     monkeypatch.setattr(utils, "seed_everything", lambda seed: None)
     monkeypatch.setenv("LOCAL_RANK", str(rank))
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    allowed = []
+    monkeypatch.setattr(torch.backends.cuda, "enable_cudnn_sdp", allowed.append)
     assert init_run(device).device == torch.device("cuda", own) and current == [torch.device("cuda", own)]
+    assert allowed == [False] and not torch.backends.cudnn.allow_tf32
 
 
 def test_a_count_is_at_least_one():

@@ -12,6 +12,7 @@ from clip.model import MLP_RATIO
 from config import Config
 from engine.saved import LOAD
 from engine.sparse_kernels import sparse_kernels
+from engine.train import Precision
 from madtp.pruning import OFF, PruneSetting
 from madtp.semi_structured import PATTERN
 from madtp.sparsity import SparseWeights
@@ -20,7 +21,7 @@ from models.pretrained import read_checkpoint
 from options import load_config
 from tools.flops import BUILD
 from tools.rankings import RANKINGS
-from tools.workloads import WORKLOADS, ClipImage, Forward, Inputs, Method
+from tools.workloads import WORKLOADS, ClipImage, Forward, Inputs, Method, Prepare
 from utils import UserError
 
 LIVELY = 0.1  # standard deviation of random learnable tokens: alignment that is not flat
@@ -110,20 +111,41 @@ def forward_of(args: argparse.Namespace, model: nn.Module, setting: PruneSetting
 def cost_of(args: argparse.Namespace, model: nn.Module, setting: PruneSetting, packed: bool) -> tuple[float, tuple[float, ...]]:
     """GFLOPs of a sample and the tokens after each image block, from a batch of one."""
     workload = WORKLOADS[args.task]
-    output = workload.run(model, random_inputs(args, 1, next(model.parameters()).device), setting, packed)
-    tokens = workload.record(output).leaving
-    return float(workload.gflops(model, output, setting).mean()), tuple(float(n.double().mean()) for n in tokens)
+    device = next(model.parameters()).device
+    with Precision(device, args.amp).autocast():  # which kernels run, and so what scores cost, depends on it
+        output = workload.run(model, random_inputs(args, 1, device), setting, packed)
+        gflops = float(workload.gflops(model, output, setting).mean())
+    return gflops, tuple(float(n.double().mean()) for n in workload.record(output).leaving)
 
 
 def dense_method(args: argparse.Namespace, device: torch.device) -> Method:
     model = model_of(args, 0.0).to(device)
-    return Method("dense", 0.0, forward_of(args, model, OFF, False), *cost_of(args, model, OFF, False))
+    return Method("dense", 0.0, of_one_shape(forward_of(args, model, OFF, False)), *cost_of(args, model, OFF, False))
 
 
 def compiled_method(args: argparse.Namespace, device: torch.device) -> Method:
     model = model_of(args, 0.0).to(device)
-    compiled = torch.compile(lambda inputs: WORKLOADS[args.task].run(model, inputs, OFF, False))
-    return Method("compiled", 0.0, lambda inputs: lambda: compiled(inputs), *cost_of(args, model, OFF, False))
+    compiled = torch.compile(lambda inputs: WORKLOADS[args.task].run(model, inputs, OFF, False), dynamic=False)
+    forward_with = of_one_shape(lambda inputs: lambda: compiled(inputs))
+    return Method("compiled", 0.0, forward_with, *cost_of(args, model, OFF, False))
+
+
+def of_one_shape(forward_with: Prepare) -> Prepare:
+    """Passes whose shapes are always the same may use cuDNN's attention, which `init_run` keeps from those that prune."""
+
+    def prepare(inputs: Inputs) -> Forward:
+        forward = forward_with(inputs)
+
+        def run() -> object:
+            torch.backends.cuda.enable_cudnn_sdp(True)
+            try:
+                return forward()
+            finally:
+                torch.backends.cuda.enable_cudnn_sdp(False)
+
+        return run
+
+    return prepare
 
 
 def timm_method(args: argparse.Namespace, device: torch.device) -> Method:
@@ -168,7 +190,7 @@ def transformers_method(args: argparse.Namespace, device: torch.device) -> Metho
 def foreign(name: str, model: nn.Module, device: torch.device) -> Method:
     """Another library's model."""
     model = model.eval().to(device)
-    return Method(name, 0.0, lambda inputs: lambda: model(*inputs))
+    return Method(name, 0.0, of_one_shape(lambda inputs: lambda: model(*inputs)))
 
 
 def pruned_methods(args: argparse.Namespace, device: torch.device, p: float | None, dense: float) -> list[Method]:

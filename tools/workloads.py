@@ -23,6 +23,7 @@ from models.tower import AlignedModel, Encoded, TowerRecord, count_tokens
 
 Inputs = tuple[Tensor, ...]
 Forward = Callable[[], object]
+Prepare = Callable[[Inputs], Forward]
 
 
 @dataclass
@@ -35,7 +36,7 @@ class Method:
 
     name: str
     p: float
-    prepare: Callable[[Inputs], Forward]
+    prepare: Prepare
     gflops: float | None = None
     keep: tuple[float, ...] = ()
     each: int = 1
@@ -155,7 +156,7 @@ class OneBlock(Nlvr):
         x, layout = pack(inputs[0], None) if packed else (inputs[0], None)
         before = count_tokens(x, layout)
         x, layout, kept, features = model.visual_encoder.blocks[0](x, layout, model.learnable_tokens, setting.at(0), align)
-        record = TowerRecord(packed=packed, scored_again=scored_again(x, layout))
+        record = TowerRecord(packed=packed, scored_again=scored_again(x, layout, model.visual_encoder.blocks[0].attn.num_heads))
         record.add(before, count_tokens(x, layout), kept, features)
         return record
 

@@ -112,11 +112,12 @@ def test_the_kernel_computes_what_the_plain_formula_does(monkeypatch):
 
     monkeypatch.setattr(kernels, "BLOCK_QUERIES", 16)
     monkeypatch.setattr(kernels, "BLOCK_KEYS", 16)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     case = Attention([40, 1, 17, 33], width=20)
     (query, layout), (key, _), (norm, _) = (
-        pack(part.transpose(1, 2), case.valid) for part in (case.query, case.key, case.log_norm)
+        pack(part.transpose(1, 2).to(device), case.valid.to(device)) for part in (case.query, case.key, case.log_norm)
     )
-    found = kernels.packed_column_statistics(query, key, norm, layout)
+    found = kernels.packed_column_statistics(query, key, norm, layout).cpu()
     inside = case.valid[:, 1:]
     torch.testing.assert_close(found[inside], case.columns[inside], atol=1e-5, rtol=1e-4)
     assert not found[~inside].any()
