@@ -16,10 +16,10 @@ from torch import Tensor, nn
 
 from madtp import flops
 from madtp.importance import AttentionStatistics
-from madtp.packing import pack
+from madtp.packing import class_tokens, pack
 from madtp.pruning import OFF, Layout, PruneSetting, TokenPruner
 from models.attention import Causal, attend, scored_again
-from models.tower import AlignedModel, Encoded, PreNormBlock, block_flops, checkpoint_last, class_tokens, run_blocks
+from models.tower import AlignedModel, Encoded, PreNormBlock, block_flops, checkpoint_last, run_blocks
 
 MLP_RATIO = 4
 START_SCALE = math.log(1 / 0.07)

@@ -6,7 +6,6 @@ GFLOPs target, epoch by epoch, and selects on the validation split. `run_experim
 
 import shutil
 import time
-from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 
@@ -17,12 +16,13 @@ from config import Config
 from engine.checkpoint import load_run, read_run, save_atomic, save_run
 from engine.experiment import Evaluation, Experiment
 from engine.flop_table import flop_table
-from engine.results import RunLog, count_parameters, write_json
+from engine.results import RunLog, code_version, count_parameters, write_json
 from engine.saved import is_authors, mask_as_saved, other_rule, rule_of, saved_setting
 from engine.train import CosineSchedule, Trainer, move, train_epoch
 from engine.weights import ROUNDING, WeightPlan, check_reach
 from madtp.budget import UnreachableTarget, calibrate
 from madtp.pruning import OFF, PruneSetting
+from madtp.sparsity import counted_dense
 from options import save_config
 from utils import Run, UserError, barrier, logger, seed_everything
 
@@ -238,7 +238,7 @@ def meet(
         if ramping:
             logger.info("%.4f GFLOPs wanted, %.4f is the nearest on the way", target, error.nearest.gflops)
             return error.nearest.setting, error.nearest.gflops
-        with experiment.sparse.counted(()) if experiment.sparse else nullcontext():
+        with counted_dense(experiment.sparse):
             dense = experiment.measure(OFF)  # p is of the uncompressed model, its weights dense too
         low, high = (max(0.0, 1 - gflops / dense) for gflops in (error.high, error.low))
         raise UserError(
@@ -301,7 +301,7 @@ def _result(
 ) -> dict:
     config, sparse = experiment.config, experiment.sparse
     measured = experiment.measure(setting)
-    with sparse.counted(()) if sparse else nullcontext():
+    with counted_dense(sparse):
         tokens_alone = experiment.measure(setting)
     nonzero, masked = sparse.nonzero if sparse else (0, 0)
     return {
@@ -322,5 +322,6 @@ def _result(
         },
         "params": {**count_parameters(experiment.model), "sparse_nonzero": nonzero, "sparse_total": masked},
         "metrics": {"val": val.metrics, "test": test.metrics},
+        "versions": {"code": code_version(), "torch": torch.__version__},
         **({"scoring": test.scoring} if test.scoring else {}),
     }  # fmt: skip

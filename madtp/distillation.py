@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from madtp.packing import Packed
+from madtp.packing import class_tokens
 
 
 class Distilled(Protocol):
@@ -46,10 +46,9 @@ class Listener:
         return heard
 
 
-def class_tokens(output: tuple) -> Tensor:
-    """(B, C) of what a block returns."""
-    x, layout = output[:2]
-    return layout.class_tokens(x) if isinstance(layout, Packed) else x[:, 0]
+def first_tokens(output: tuple) -> Tensor:
+    """(B, C), the class tokens of what a block returns."""
+    return class_tokens(*output[:2])
 
 
 def logits(output: object) -> Tensor:
@@ -62,7 +61,7 @@ class _Heard:
 
     def __init__(self, model: Distilled, training: bool):
         self.model = model
-        self.branches = {name: Listener(blocks, class_tokens, training) for name, blocks in model.branches.items()}
+        self.branches = {name: Listener(blocks, first_tokens, training) for name, blocks in model.branches.items()}
         self.head = Listener([model.answer_head], logits, training) if model.answer_head is not None else None
 
     def take(self) -> tuple[dict[str, list[Tensor]], list[Tensor]]:

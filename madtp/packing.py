@@ -78,10 +78,6 @@ class Packed:
         values = values.flatten(0, 1)
         return values if self.uniform else values.index_select(0, self.places)
 
-    def class_tokens(self, x: Tensor) -> Tensor:
-        """(T, C) -> (B, C)."""
-        return x[self.offsets[:-1]]
-
     def joined(self, source: "Packed") -> "Packed":
         """The same rows in fewer samples: neighbours that read the same sample of `source` become one, as long as they together, so
         that attention sees one sequence of queries a source."""
@@ -104,6 +100,11 @@ class Packed:
         each = len(self.lengths) // parts
         bounds = [(i * each, (i + 1) * each) for i in range(parts)]
         return [(x[self.starts[a] : self.starts[b]], Packed.of(self.lengths[a:b], self.device)) for a, b in bounds]
+
+
+def class_tokens(x: Tensor, layout: "Packed | Tensor | None") -> Tensor:
+    """The first token of each sample, (B, C), of x packed or padded (B, N, C)."""
+    return x[layout.offsets[:-1]] if isinstance(layout, Packed) else x[:, 0]
 
 
 def pack(x: Tensor, valid: Tensor | None) -> tuple[Tensor, Packed]:

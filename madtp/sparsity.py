@@ -6,7 +6,7 @@ and momentum of the time before would move them.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -65,6 +65,11 @@ def unpack_weight(values: Tensor, positions: Tensor, pattern: Pattern) -> Tensor
 def _bits(pattern: Pattern) -> int:
     """Of a place in a group."""
     return (pattern.group - 1).bit_length()
+
+
+def counted_dense(sparse: "SparseWeights | None") -> AbstractContextManager:
+    """Inside, the meter counts all weights as dense."""
+    return nullcontext() if sparse is None else sparse.counted(())
 
 
 class SparseWeights:

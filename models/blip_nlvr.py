@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from madtp.alignment import similarity_loss
 from madtp.flops import GIGA, linear
+from madtp.packing import class_tokens
 from madtp.pruning import OFF, PruneSetting
 from models.bert import TextEncoder
-from models.tower import AlignedModel, TowerRecord, class_tokens, dense_record, halves
+from models.tower import AlignedModel, TowerRecord, dense_record, halves
 from models.vit import VisionTransformer
 
 

@@ -10,14 +10,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from madtp.flops import GIGA, linear
-from madtp.packing import Packed
+from madtp.packing import Packed, class_tokens
 from madtp.pruning import OFF, Layout, PruneSetting
 from models.bert import TextEncoder
 from models.momentum import MomentumModel, PairPasses, dense_encoded, hard_negatives
 from models.tower import (
     Encoded,
     TowerRecord,
-    class_tokens,
     concatenate,
     count_tokens,
     dense_record,

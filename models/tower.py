@@ -75,11 +75,6 @@ def padded(x: Tensor, layout: Layout) -> tuple[Tensor, Valid]:
     return layout.pad(x), None if layout.uniform else layout.valid
 
 
-def class_tokens(x: Tensor, layout: Layout) -> Tensor:
-    """The first token of each sample, (B, C)."""
-    return layout.class_tokens(x) if isinstance(layout, Packed) else x[:, 0]
-
-
 def halves(x: Tensor, layout: Layout) -> list[tuple[Tensor, Layout]]:
     """A batch as two of equally many samples, each with its layout."""
     if isinstance(layout, Packed):

@@ -4,7 +4,6 @@ Shapes: I pictures, T texts. A single sample is a batch of one, so under `keep: 
 """
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
@@ -21,6 +20,7 @@ from engine.train import move
 from engine.writing import Answerer, Captioner
 from madtp.flops import GIGA
 from madtp.pruning import OFF, PruneSetting
+from madtp.sparsity import counted_dense
 from models.tower import Encoded, TowerRecord
 from tools.view import Sample, Samples
 from tools.views import VIEWS
@@ -101,8 +101,7 @@ class Predictor:
 
     def costs(self, cost: Callable[[T, PruneSetting], Tensor], pruned: T, whole: T) -> tuple[Tensor, Tensor]:
         """`cost` of what was computed, and of the same with nothing pruned and all weights."""
-        sparse = self.opened.sparse
-        with sparse.counted(()) if sparse else nullcontext():
+        with counted_dense(self.opened.sparse):
             uncompressed = cost(whole, OFF).sum()
         return cost(pruned, self.setting).sum(), uncompressed
 

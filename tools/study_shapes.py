@@ -172,7 +172,8 @@ def write_results(task: str, jobs: Sequence[Job], name: str) -> str:
             results.setdefault(job.row, []).append(json.loads(job.result.read_text()))
     RESULTS.mkdir(exist_ok=True)
     write_json(results, RESULTS / f"{name}.json")
-    text = f"Made by `python {shlex.join(sys.argv)}`.\n\n{table(task, results)}\n"
+    versions = sorted({each.get("versions", {}).get("code") or "unknown" for found in results.values() for each in found})
+    text = f"Made by `python {shlex.join(sys.argv)}`; commit: {', '.join(versions)}.\n\n{table(task, results)}\n"
     (RESULTS / f"{name}.md").write_text(text, encoding="utf-8")
     return text
 

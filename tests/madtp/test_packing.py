@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from madtp.columns import CHUNK, attend_in_chunks, class_row, column_statistics
 from madtp.importance import paper_columns
-from madtp.packing import pack
+from madtp.packing import class_tokens, pack
 from madtp.pruning import gather_and_merge, packed_gather_and_merge
 
 quick = settings(max_examples=40, deadline=None, derandomize=True, database=None)
@@ -29,7 +29,7 @@ def test_packing_and_padding_again_gives_every_token_back(lengths):
     assert flat.tolist() == [token for sample, n in zip(x.tolist(), lengths, strict=True) for token in sample[:n]]
     assert torch.equal(layout.valid, valid)
     assert torch.equal(layout.pad(flat)[valid], x[valid]) and torch.equal(layout.unpad(x), flat)
-    assert torch.equal(layout.class_tokens(flat), x[:, 0])
+    assert torch.equal(class_tokens(flat, layout), x[:, 0])
 
 
 def test_the_whole_batch_is_packed_as_it_lies():

@@ -15,9 +15,9 @@ from torch.utils.data import DataLoader, IterableDataset
 from tqdm import tqdm
 
 from data.shapes.world import COLOURS, LATTICE, SHAPES, SIZES, Scene, draw, random_scene
-from madtp.packing import Packed, pack
+from madtp.packing import Packed, class_tokens, pack
 from madtp.pruning import OFF
-from models.tower import TowerRecord, class_tokens, run_blocks
+from models.tower import TowerRecord, run_blocks
 from models.vit import VisionTransformer
 from transform.images import ImageTransform, eval_transform
 

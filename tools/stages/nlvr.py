@@ -16,9 +16,9 @@ from data.shapes.search import FULL, PAIRS_PER_CHUNK, Level, make_chunk
 from data.shapes.statements import evidence
 from data.shapes.world import Scene, draw
 from data.text import load_tokenizer
-from madtp.packing import pack
+from madtp.packing import class_tokens, pack
 from models.blip_nlvr import BlipNlvr
-from models.tower import class_tokens, halves
+from models.tower import halves
 from tools.stages.common import THIN, ClassContent, Plan, encode_shown, fit, patch_attributes, shown_patches
 from transform.images import eval_transform
 
