@@ -95,10 +95,10 @@ class Config(Section):
     )
     distill: bool = Field(False, description="learn from the uncompressed model too; better at high p, and slower")
     teacher: str = Field("", description="path of the uncompressed model's weights; empty: those of 'pretrained'")
-    distill_temperature: float = Field(2.0, gt=0, description="softens the answers of teacher and student")
+    distill_temperature: float = Field(2.0, gt=0, description="divides the logits of teacher and student")
     distill_vision: float = Field(1.0, ge=0, description="weight of the images' class tokens")
     distill_language: float = Field(10.0, ge=0, description="weight of the texts' class tokens")
-    distill_answers: float = Field(1.0, ge=0, description="weight of the answers")
+    distill_logits: float = Field(1.0, ge=0, description="weight of the logits")
 
     # optimisation
     batch_size_train: int = Field(16, ge=1, description="samples per process and step")
@@ -204,7 +204,7 @@ class Config(Section):
     @property
     def distill_weights(self) -> dict[str, float]:
         """The weight of each loss of distillation, by name."""
-        return {key: getattr(self, key) for key in ("distill_vision", "distill_language", "distill_answers")}
+        return {key: getattr(self, key) for key in ("distill_vision", "distill_language", "distill_logits")}
 
     @property
     def resume_path(self) -> Path | None:

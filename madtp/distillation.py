@@ -1,6 +1,6 @@
-"""Distillation from the frozen uncompressed model (MADTP++): class-token features of both branches layer by layer, and answers.
+"""Distillation from the frozen uncompressed model (MADTP++): class-token features of both branches layer by layer, and logits.
 
-A model that distils, or is distilled, tells by `branches` the blocks of its branches, and by `answers` what it answers with.
+Teacher and student tell by `branches` the blocks of their branches, and by `answer_head` or `pair_logits` their logits.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -94,10 +94,10 @@ class Distillation:
         """
         with torch.no_grad():
             run(self.teacher)
-        (taught, answers), (learnt, given) = self._teacher.take(), self._student.take()
-        named = {f"distill_{name}": feature_loss(learnt[name], taught[name]) for name in taught}
-        pairs = zip(given, answers, strict=True)
-        return {**named, "distill_answers": sum(answer_loss(*pair, self.temperature, valid) for pair in pairs) / len(given)}
+        (teacher_features, teacher_logits), (student_features, student_logits) = self._teacher.take(), self._student.take()
+        named = {f"distill_{name}": feature_loss(student_features[name], teacher_features[name]) for name in teacher_features}
+        pairs = zip(student_logits, teacher_logits, strict=True)
+        return {**named, "distill_logits": sum(logit_loss(*pair, self.temperature, valid) for pair in pairs) / len(student_logits)}
 
 
 def feature_loss(student: list[Tensor], teacher: list[Tensor]) -> Tensor:
@@ -105,7 +105,7 @@ def feature_loss(student: list[Tensor], teacher: list[Tensor]) -> Tensor:
     return torch.stack([F.mse_loss(a.float(), b.float()) for a, b in zip(student, teacher, strict=True)]).mean()
 
 
-def answer_loss(student: Tensor, teacher: Tensor, temperature: float, valid: Tensor | None = None) -> Tensor:
+def logit_loss(student: Tensor, teacher: Tensor, temperature: float, valid: Tensor | None = None) -> Tensor:
     """T^2 KL(teacher || student) of logits (..., classes), softened by T; mean over those that are `valid` (...)."""
     soft = [F.log_softmax(part.float() / temperature, dim=-1) for part in (student, teacher)]
     divergence = F.kl_div(*soft, reduction="none", log_target=True).sum(dim=-1)

@@ -105,4 +105,4 @@ def assert_tokens_weights_and_teacher(folder: Path) -> None:
     assert gflops["measured"] < min(gflops["tokens"], gflops["weights"]) < gflops["uncompressed"]
     assert params["sparse_total"] == 2 * params["sparse_nonzero"] > 0
     losses = log_of(folder)[0]["loss"]
-    assert {"distill_vision", "distill_answers"} < set(losses) and all(losses.values())
+    assert {"distill_vision", "distill_logits"} < set(losses) and all(losses.values())

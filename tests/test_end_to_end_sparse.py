@@ -15,7 +15,7 @@ from tests.test_end_to_end import flags as dense_flags
 
 P = 0.6  # weights alone remove 0.28
 BOTH = ("--enable-sparse-api", "--token_reduce", "--p", str(P))
-WEIGHTS = {"distill_vision": 3, "distill_language": 5, "distill_answers": 7}
+WEIGHTS = {"distill_vision": 3, "distill_language": 5, "distill_logits": 7}
 LEARNING = {"distill": "true", **WEIGHTS, "mask_schedule": "refresh", "max_epoch": 3, "ramp_epochs": 1}
 
 run_here = partial(runs.run_here, "compress_nlvr_dtp")

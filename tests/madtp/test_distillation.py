@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from madtp.distillation import Distillation, answer_loss
+from madtp.distillation import Distillation, logit_loss
 from madtp.pruning import PruneSetting, PruningRule
 from tests import tiny
 
@@ -21,9 +21,9 @@ def test_answers_are_compared_by_their_divergence_at_a_temperature():
     student, teacher = torch.randn(4, 3), torch.randn(4, 3)
     p, q = (teacher / 2).softmax(dim=-1), (student / 2).softmax(dim=-1)
     expected = 4 * (p * (p / q).log()).sum(dim=-1)
-    torch.testing.assert_close(answer_loss(student, teacher, 2.0), expected.mean())
+    torch.testing.assert_close(logit_loss(student, teacher, 2.0), expected.mean())
     valid = torch.tensor([True, False, True, False])
-    torch.testing.assert_close(answer_loss(student, teacher, 2.0, valid), expected[valid].mean())
+    torch.testing.assert_close(logit_loss(student, teacher, 2.0, valid), expected[valid].mean())
 
 
 @pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
@@ -32,7 +32,7 @@ def test_an_unpruned_student_with_the_teachers_weights_has_nothing_to_learn(pack
     distillation = Distillation(teacher, student, 2.0)
     student(*nlvr_inputs(), packed=packed)
     losses = distillation.losses(lambda teacher: teacher(*nlvr_inputs(), packed=packed))
-    assert set(losses) == {"distill_vision", "distill_language", "distill_answers"}
+    assert set(losses) == {"distill_vision", "distill_language", "distill_logits"}
     assert all(float(loss.detach().abs()) < 1e-6 for loss in losses.values())
 
 
@@ -88,7 +88,7 @@ def test_pairs_are_compared_by_their_similarities_either_way(kind):
     distillation = Distillation(teacher, student, 2.0)
     student(*pairs, ids, 0.4)
     losses = distillation.losses(lambda teacher: teacher.encode_pairs(*pairs))
-    assert set(losses) == {"distill_vision", "distill_language", "distill_answers"}
+    assert set(losses) == {"distill_vision", "distill_language", "distill_logits"}
     assert all(float(loss.detach().abs()) < 1e-5 for loss in losses.values())
     encoded = teacher.encode_pairs(*pairs)
     vision, language = (block_end(teacher, name, pairs) for name in ("vision", "language"))
