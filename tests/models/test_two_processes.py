@@ -7,10 +7,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from config import ClipRetrievalConfig
+from engine.experiment import Experiment
 from madtp.packing import Packed
-from madtp.pruning import PruneSetting, PruningRule
+from madtp.pruning import OFF, PruneSetting, PruningRule
 from models.tower import gather_samples
 from tests import tiny
+from utils import Run
 
 INSTANCE = PruningRule(keep="instance")
 SETTING = PruneSetting(3.0)
@@ -73,6 +76,25 @@ def alone(rank: int) -> int:
     return len(model.passes(*one_pair("blip", rank), torch.tensor([rank])).logits)
 
 
+def mask(rank: int) -> dict[str, list[Tensor]]:
+    """All of masked weights, on processes that have rounded otherwise, so that the masks would differ too."""
+    model = tiny.clip()
+    batch = dict(zip(("images", "ids", "mask"), one_pair("clip", rank), strict=True))
+
+    def forward(model: torch.nn.Module, batch: dict, setting: PruneSetting) -> Tensor:
+        return sum(model.costs(*batch.values(), setting=setting)[0].values())
+
+    task = Experiment(
+        ClipRetrievalConfig(p=0.5, sparsity_type="2:4"), Run(torch.device("cpu"), rank, 2), model, {"calibration": [batch]},
+        losses=None, evaluate=None, gflops=forward, score="r_mean", reference=1.0,
+    )  # fmt: skip
+    torch.manual_seed(rank)
+    for weight in task.sparse.weights.values():
+        weight.data += 1e-2 * torch.randn_like(weight)
+    task.mask(task.sparse.weights, OFF)
+    return {name: [tensor.clone() for tensor in task.sparse.tensors(name)] for name in task.sparse.masks}
+
+
 def gradients(model: torch.nn.Module) -> dict[str, Tensor]:
     return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
 
@@ -85,7 +107,7 @@ def work(rank: int, folder: Path) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     found = {name: gather(rank, name) for name in LAYOUTS}
     found |= {name: step(rank, *form) for name, form in FORMS.items()}
-    torch.save({**found, "alone": alone(rank)}, folder / f"{rank}.pt")
+    torch.save({**found, "alone": alone(rank), "masked": mask(rank)}, folder / f"{rank}.pt")
     dist.destroy_process_group()
 
 
@@ -134,6 +156,13 @@ def test_the_mean_of_their_gradients_is_that_of_one_process_with_both_batches(fo
     for key, gradient in expected.items():
         mean = (found[0][name]["gradients"][key] + found[1][name]["gradients"][key]) / 2
         torch.testing.assert_close(mean, gradient, atol=1e-5, rtol=1e-3, msg=key)
+
+
+def test_masks_and_what_they_took_are_the_same_on_both(found):
+    here, there = (each["masked"] for each in found)
+    assert here.keys() == there.keys() and len(here) > 4
+    for name, tensors in here.items():
+        assert len(tensors) == 5 and all(map(torch.equal, tensors, there[name])), name  # with the momentum encoder's
 
 
 def test_negatives_may_be_drawn_from_the_own_batch_alone(found):
