@@ -145,12 +145,13 @@ def test_two_processes_mask_and_learn_as_one(flags, tmp_path):
         assert torch.equal(one[name] != 0, two[name] != 0), name
 
 
-def test_masks_hold_in_mixed_precision_with_activations_computed_again(flags, tmp_path):
-    recompute = {"vit_grad_ckpt": "true", "vit_ckpt_layer": 2}
-    run_here(flags(tmp_path, **{**LEARNING, "mask_schedule": "once", "max_epoch": 2, "amp": "true", **recompute}))
+@pytest.mark.parametrize(("pattern", "kept", "group"), [("m4n1_1d", 1, 4), ("4:8", 4, 8)])
+def test_masks_of_other_patterns_hold_in_mixed_precision_with_activations_computed_again(pattern, kept, group, flags, tmp_path):
+    settings = {**LEARNING, "max_epoch": 2, "mask_schedule": "once", "amp": "true", "vit_grad_ckpt": "true", "vit_ckpt_layer": 2}
+    run_here(flags(tmp_path, "--weight-sparse-pattern", pattern, **settings))
     weights = read_checkpoint(tmp_path / "checkpoint_best.pth")["model"]
     for name in sparse_names(weights):
-        assert (weights[name].unflatten(1, (-1, 4)).count_nonzero(dim=-1) == 2).all(), name
+        assert (weights[name].unflatten(1, (-1, group)).count_nonzero(dim=-1) == kept).all(), name
 
 
 @pytest.mark.parametrize("order", ["weights_first", "tokens_first", "adaptive"])
