@@ -192,6 +192,17 @@ def test_tokens_and_weights_go_together_and_the_teacher_is_heard(task, world, tm
     assert "not fitted" not in caplog.text  # every layer was given something
 
 
+def test_with_masked_momentum_encoders_a_resumed_run_is_the_same_to_the_bit(world, tmp_path):
+    masks = ("--enable-sparse-api", "--token_reduce", "--p", "0.45")
+    settings = {"max_epoch": 2, "ramp_epochs": 1, "mask_schedule": "refresh"}
+    run("retrieval_clip", world, tmp_path / "whole", *masks, **settings)
+    runs.interrupt_in_the_second_epoch(lambda: run("retrieval_clip", world, tmp_path / "parted", *masks, **settings))
+    run("retrieval_clip", world, tmp_path / "parted", *masks, "--resume", **settings)
+    runs.assert_same_run(tmp_path / "whole", tmp_path / "parted")
+    ours, theirs = (read_checkpoint(tmp_path / name / "checkpoint_last.pth")["model"] for name in ("parted", "whole"))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
 def refusal(capsys, task: str, world: Path, out: Path, *more: str, **settings) -> str:
     return runs.refusal(capsys, lambda: run(task, world, out, *more, **settings))
 
