@@ -89,7 +89,7 @@ class Config(Section):
     order: Literal["weights_first", "tokens_first", "together", "adaptive"] = Field(
         "together", description="in which order weights and tokens go; adaptive: step by step what costs the least accuracy"
     )
-    sparse_unit: Literal["block", "tower"] = Field("block", description="whose attention or MLP order: adaptive masks at a time")
+    sparse_unit: Literal["block", "tower"] = Field("block", description="order: adaptive masks the attention or MLP of one")
     sparse_kernels: bool = Field(
         False, description="on a GPU: run 2:4 layers by its sparse kernels where that is measured to be faster; evaluation only"
     )

@@ -4,6 +4,8 @@ An experiment says how to compute its losses, its metrics and a batch's GFLOPs; 
 GFLOPs target, epoch by epoch, and selects on the validation split. `run_experiment` is what the entry scripts call.
 """
 
+import errno
+import os
 import shutil
 import time
 from dataclasses import asdict
@@ -36,7 +38,7 @@ def run_experiment(experiment: Experiment) -> dict:
     folder = Path(config.output_dir)
     if config.evaluate:
         _check_pattern(config, experiment.checkpoint)
-    started = time.time()
+    started, versions = time.time(), {"code": code_version(), "torch": torch.__version__}
     dense = experiment.measure(OFF)
     target = dense * (1 - config.p)
     if run.is_main and experiment.inputs:
@@ -46,15 +48,16 @@ def run_experiment(experiment: Experiment) -> dict:
     if config.evaluate:
         if experiment.sparse is not None:
             _mask_for_evaluation(experiment)
-            check_reach(config, 1 - experiment.measure(OFF) / dense)
-        _prepare(config, run)
+            if experiment.checkpoint.get("masked") is None:
+                check_reach(config, 1 - experiment.measure(OFF) / dense)
         setting, epoch = _setting_of_checkpoint(experiment, target), experiment.checkpoint.get("epoch", 0)
+        _prepare(config, run)
     else:
         setting, epoch = compress(experiment, dense)
     with experiment.sparse_kernels(setting) as kernels:
         val, test = (experiment.evaluated(split, setting) for split in ("val", "test"))
     result = _result(experiment, setting, epoch, {"uncompressed": dense, "target": target}, val, test)
-    result["sparse_kernels"] = kernels
+    result |= {"sparse_kernels": kernels, "versions": versions}
     if run.is_main:
         write_json(val.predictions, folder / "predictions_val.json")
         write_json(test.predictions, folder / "predictions_test.json")
@@ -154,7 +157,7 @@ def compress(experiment: Experiment, dense: float) -> tuple[PruneSetting, int]:
 def _prepare(config: Config, run: Run) -> None:
     """The folder with config.yaml, which starts the run anew; an evaluation leaves that of a training run as it is.
 
-    Called when nothing of the config is refused any more: the folder may hold an earlier run.
+    Called when the config has been checked, as far as that can be done before training: the folder may hold an earlier run.
     """
     folder = Path(config.output_dir)
     try:
@@ -162,6 +165,8 @@ def _prepare(config: Config, run: Run) -> None:
             folder.mkdir(parents=True, exist_ok=True)
             if not (config.evaluate and (folder / "checkpoint_last.pth").is_file()):
                 save_config(config.model_copy(update={"resume": ""}), folder / "config.yaml")
+            if not os.access(folder, os.W_OK):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
     except OSError as error:
         raise UserError(f"{folder}: {error.strerror or error}; give another folder with --output_dir") from None
     barrier()
@@ -322,6 +327,5 @@ def _result(
         },
         "params": {**count_parameters(experiment.model), "sparse_nonzero": nonzero, "sparse_total": masked},
         "metrics": {"val": val.metrics, "test": test.metrics},
-        "versions": {"code": code_version(), "torch": torch.__version__},
         **({"scoring": test.scoring} if test.scoring else {}),
     }  # fmt: skip

@@ -4,7 +4,7 @@
 
 together       all weights are masked at first, and the tokens' share rises in equal steps, from w to p
 weights_first  the same, but R epochs with masked weights and whole tokens go before
-tokens_first   tokens as in together, but the weights, counted as sparse from the first, are not masked before R epochs
+tokens_first   the tokens' share rises as in together, the weights counted as sparse already; they are masked after R epochs
 adaptive       p rises in equal steps; each is taken by tokens and by weights, those of a block's attention or MLP at a time,
                those first that lose least validation score per GFLOP
 """
@@ -25,7 +25,7 @@ Mask = Callable[[Iterable[str], PruneSetting], None]
 Score = Callable[[PruneSetting], float]
 Meet = Callable[[float], tuple[PruneSetting, float]]  # GFLOPs -> the setting that comes nearest, and its GFLOPs
 
-ROUNDING = 1e-9  # relative
+ROUNDING = 1e-9  # of shares and ratios
 NEAR = 0.01  # relative: no further option for less, where tokens can take the rest
 TOKENS = "tokens"  # among the options
 

@@ -117,7 +117,7 @@ class SparseWeights:
 
     @contextmanager
     def tried(self, names: Iterable[str]) -> Iterator[None]:
-        """Inside, these weights, not masked so far, may be; afterwards they are as before to the bit."""
+        """Inside, these weights, none of them masked yet, may be masked; afterwards they are as they were, to the bit."""
         before = {name: [weight.detach().clone() for weight in self.members(name)] for name in names}
         try:
             yield
@@ -125,7 +125,8 @@ class SparseWeights:
             for name, values in before.items():
                 for weight, old in zip(self.members(name), values, strict=True):
                     weight.data.copy_(old)
-                del self.masks[name], self._taken[name]
+                self.masks.pop(name, None)
+                self._taken.pop(name, None)
             self._mark(self.masks)
 
     @torch.no_grad()

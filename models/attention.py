@@ -19,8 +19,8 @@ from models import varlen
 # Where the class token of a causal sequence stands in its order; in memory it is the first token in any case.
 Causal = Literal["class_first", "class_last"] | None
 
-# Multiply-adds that take about as long as the calls for one more group of samples: on a CPU as measured, on a GPU what one computes
-# in 32 bits while some twenty kernels are launched.
+# Multiply-adds that take about as long as the calls for one more group of samples: measured on a CPU; on a GPU an estimate, what it
+# computes in float32 in the time of some twenty kernel launches.
 GROUP_COST = {"cpu": 2**24, "cuda": 2**31}
 
 

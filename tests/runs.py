@@ -92,7 +92,9 @@ def log_of(folder: Path) -> list[dict]:
 
 
 def assert_same_run(folder: Path, other: Path) -> None:
-    for name in ("result.json", "predictions_val.json", "predictions_test.json"):
+    results = [read(each, "result.json") for each in (folder, other)]
+    assert all(result.pop("versions") for result in results) and results[0] == results[1]
+    for name in ("predictions_val.json", "predictions_test.json"):
         assert read(folder, name) == read(other, name), name
     assert log_of(folder) == log_of(other)
 

@@ -70,7 +70,7 @@ def test_the_result_has_every_key_of_the_contract(trained):
         "task": "nlvr", "method": "dtp", "variant": "paper", "keep": "instance", "reduce_ratio": P, "seed": 42,
     }  # fmt: skip
     assert result["temperature"] > 0 and result["prune_from"] in (0, 1) and result["epoch"] in (0, 1)
-    assert result["versions"]["torch"] == torch.__version__ and isinstance(result["versions"]["code"], str)
+    assert result["versions"]["torch"] == torch.__version__
     gflops = result["gflops"]
     assert set(gflops) == {
         "uncompressed", "target", "measured", "tokens", "weights", "val", "test", "reference", "deployment",

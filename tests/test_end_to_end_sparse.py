@@ -91,12 +91,13 @@ def test_a_resumed_run_is_the_same_to_the_bit(trained, flags, tmp_path):
 
 @pytest.mark.parametrize("order", ["weights_first", "tokens_first", "adaptive"])
 def test_a_resumed_run_of_another_order_is_the_same_to_the_bit(order, flags, tmp_path):
-    """Interrupted before tokens_first masks, after adaptive has."""
-    settings = {"order": order, "max_epoch": 3, "ramp_epochs": 1}
+    """Interrupted before tokens_first masks; in the middle of adaptive's ramp."""
+    settings = {"order": order, "max_epoch": 3, "ramp_epochs": 2 if order == "adaptive" else 1}
     run_here(flags(tmp_path / "whole", **settings))
     runs.interrupt_in_the_second_epoch(lambda: run_here(flags(tmp_path / "parted", **settings)))
     run_here(flags(tmp_path / "parted", "--resume", **settings))
     assert_same_run(tmp_path / "whole", tmp_path / "parted")
+    assert read_checkpoint(tmp_path / "parted" / "checkpoint_best.pth")["masked"]
 
 
 def test_evaluating_the_checkpoint_gives_its_result_and_on_a_cpu_by_dense_kernels(trained, flags, tmp_path, caplog):
@@ -162,7 +163,7 @@ def test_every_order_ends_within_the_budget(flags, order, tmp_path):
     masked = set(weights["masked"])
     for name in masked:
         assert torch.equal(weights["model"][name] != 0, magnitude_mask(weights["model"][name], Pattern(2, 4))), name
-    assert masked == set(sparse_names(weights["model"])) or order == "adaptive"
+    assert masked == set(sparse_names(weights["model"])) or order == "adaptive" and masked
 
 
 def test_weights_alone_that_meet_p_leave_the_tokens_alone(flags, tmp_path, caplog):

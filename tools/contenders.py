@@ -262,6 +262,7 @@ def sparse_method(
     packed = setting.temperature is not None
     gflops, keep = cost_of(args, model, setting, packed)
     forward_with, kernels = forward_of(args, model, setting, packed), ExitStack()
+    forward_with = forward_with if packed else of_one_shape(forward_with)
 
     def prepare(inputs: Inputs) -> Forward:
         kernels.close()

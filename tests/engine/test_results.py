@@ -2,17 +2,29 @@
 
 import json
 import os
+import subprocess
 
+import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
-from engine.results import RunLog, count_parameters, write_json
+from engine import results
+from engine.results import RunLog, code_version, count_parameters, write_json
+from tests.runs import ROOT
 
 ENTRIES = [
     {"epoch": epoch, "loss": {"task": 0.5 + epoch, "total": 0.6}, "temperature": None, "selected": True, "gflops": {"val": 3}}
     for epoch in range(2)
 ]
+
+
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="no git checkout")
+def test_the_code_is_named_by_its_commit(tmp_path, monkeypatch):
+    head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert head.startswith(code_version().removesuffix("+")) and len(code_version()) >= 7
+    monkeypatch.setattr(results, "__file__", str(tmp_path / "results.py"))
+    assert code_version() == ""
 
 
 def test_the_log_is_a_json_object_a_line_and_scalars_by_path(tmp_path):
