@@ -11,7 +11,6 @@ from options import load_any_config
 from tests.tiny_run import SAMPLES, log_of, result_of, write_run
 from tools import demo
 from tools.views import VIEWS
-from utils import UserError
 
 RECALLS = ("mean recall, % (val)", "text R@1 / 5 / 10 (test)", "both towers once")
 SAID = {
@@ -21,51 +20,6 @@ SAID = {
     "caption": ("CIDEr (val)", "BLEU-4 (test)", "captions written"),
     "vqa": ("accuracy, % (val)", "questions answered"),
 }  # in a report
-NLVR, RETRIEVAL, CLIP = (demo.TASKS[name] for name in ("nlvr", "retrieval", "retrieval_clip"))
-
-
-@pytest.fixture
-def recorded(monkeypatch) -> list[str]:
-    """The commands that making data ran."""
-    commands: list[str] = []
-    monkeypatch.setattr(demo, "execute", lambda command: commands.append(command[0]) or " ".join(command))
-    return commands
-
-
-def test_data_are_made_once(recorded: list[str], tmp_path: Path) -> None:
-    for _ in range(2):
-        demo.make_data(NLVR, tmp_path, 10)
-    assert recorded == ["tools/make_shapes.py"]
-    demo.make_data(NLVR, tmp_path, 11)
-    assert len(recorded) == 2
-
-
-def test_data_of_several_tasks_lie_side_by_side_and_those_for_retrieval_are_shared(recorded: list[str], tmp_path: Path) -> None:
-    for task in (NLVR, RETRIEVAL, CLIP, NLVR):
-        demo.make_data(task, tmp_path, 10)
-    assert len(recorded) == 2
-
-
-def test_data_that_were_cut_short_are_made_again(recorded: list[str], tmp_path: Path, monkeypatch) -> None:
-    def interrupted(command):
-        raise SystemExit(130)
-
-    whole = demo.execute
-    monkeypatch.setattr(demo, "execute", interrupted)
-    with pytest.raises(SystemExit):
-        demo.make_data(NLVR, tmp_path, 10)
-    monkeypatch.setattr(demo, "execute", whole)
-    demo.make_data(NLVR, tmp_path, 10)
-    assert len(recorded) == 1
-
-
-@pytest.mark.parametrize(("task", "file"), [(NLVR, "nlvr_train.json"), (RETRIEVAL, "flickr30k_test.json")])
-def test_data_of_others_are_not_overwritten(recorded: list[str], tmp_path: Path, task: demo.Task, file: str) -> None:
-    (tmp_path / "annotations").mkdir(parents=True)
-    (tmp_path / "annotations" / file).write_text("[]")
-    with pytest.raises(UserError, match="did not make"):
-        demo.make_data(task, tmp_path, 10)
-    assert recorded == []
 
 
 @pytest.mark.parametrize("name", demo.TASKS)

@@ -257,10 +257,53 @@ def test_bad_arguments_are_named(tmp_path):
         make_shapes(tmp_path, seed=0, size=0)
 
 
-def test_the_tool_refuses_them_in_one_line(tmp_path, monkeypatch):
-    monkeypatch.setattr("sys.argv", ["make_shapes.py", "--out", str(tmp_path), "--seed", "1", "--size", "4", "--tasks", "nlvr2"])
-    with pytest.raises(UserError, match="tasks must be some of"):
+@pytest.fixture
+def make(tmp_path, monkeypatch, capsys):
+    """Runs the tool on tmp_path; returns what it prints."""
+
+    def make(*arguments: str) -> str:
+        small = ["--seed", "1", "--size", "2", "--eval-size", "1", "--workers", "1"]
+        monkeypatch.setattr("sys.argv", ["make_shapes.py", "--out", str(tmp_path), *small, *arguments])
         make_shapes_tool.main()
+        return capsys.readouterr().out
+
+    return make
+
+
+def test_the_tool_refuses_them_in_one_line_and_leaves_nothing(make, tmp_path):
+    with pytest.raises(UserError, match="tasks must be some of"):
+        make("--tasks", "nlvr2")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_tool_makes_the_same_data_once_and_those_of_several_tasks_side_by_side(make, tmp_path):
+    for task in ("nlvr", "retrieval"):
+        assert "used again" not in make("--tasks", task)
+    assert all("used again" in make("--tasks", task) for task in ("nlvr", "retrieval"))
+    before = (tmp_path / "annotations" / "nlvr_train.json").read_text()
+    assert "used again" not in make("--tasks", "nlvr", "--seed", "2")
+    assert (tmp_path / "annotations" / "nlvr_train.json").read_text() != before
+
+
+def test_data_that_were_cut_short_or_made_by_other_code_are_made_again(make, monkeypatch):
+    def interrupted(*arguments):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(make_shapes_tool, "make_shapes", interrupted)
+        make("--tasks", "vqa")
+    assert "used again" not in make("--tasks", "vqa")
+    monkeypatch.setattr(make_shapes_tool, "digest", lambda folder: "other")
+    assert "used again" not in make("--tasks", "vqa")
+
+
+@pytest.mark.parametrize(("task", "file"), [("nlvr", "nlvr_train.json"), ("retrieval", "flickr30k_test.json")])
+def test_data_of_others_are_not_overwritten(make, tmp_path, task, file):
+    (tmp_path / "annotations").mkdir()
+    (tmp_path / "annotations" / file).write_text("[]")
+    with pytest.raises(UserError, match=f"{file}: this program did not make it"):
+        make("--tasks", task)
+    assert (tmp_path / "annotations" / file).read_text() == "[]"
 
 
 def test_pictures_are_small():

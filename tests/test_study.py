@@ -21,7 +21,7 @@ def study(tmp_path: Path, monkeypatch):
     monkeypatch.chdir(Path(__file__).parents[1])
     monkeypatch.setattr(study_shapes, "OUTPUT", tmp_path / "study")
     monkeypatch.setattr(study_shapes, "RESULTS", tmp_path / "results")
-    monkeypatch.setattr(study_shapes, "make_data", lambda *arguments: [])
+    monkeypatch.setattr(study_shapes, "execute", lambda command: "")
 
     def conduct(task: str, outcome=lambda command: 0, *more: str) -> tuple[list[str], list[str]]:
         commands = []

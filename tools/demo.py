@@ -7,7 +7,6 @@ take the place of those before.
 """
 
 import argparse
-import hashlib
 import io
 import json
 import os
@@ -36,7 +35,7 @@ from options import load_any_config  # noqa: E402
 from tools.view import View  # noqa: E402
 from tools.views import open_view, spread  # noqa: E402
 from tools.visualize import DPI, draw  # noqa: E402
-from utils import UserError, run_main  # noqa: E402
+from utils import run_main  # noqa: E402
 
 OUTPUT, SHAPES = Path("output/demo"), Path("datasets/shapes")
 SEED = 7  # of the data; another than pretraining's: its pictures have not been seen
@@ -57,7 +56,6 @@ class Task:
     reductions: the values of p, beside the uncompressed model
     shapes, options: its name in tools/make_shapes.py, and what else that is told
     demo_size, study_size: training pairs (NLVR2) or pictures; the study has the config's epochs, the demo only DEMO_EPOCHS
-    annotations: the files that it reads
     notes: how its numbers are to be read
     """
 
@@ -67,7 +65,6 @@ class Task:
     options: str
     demo_size: int
     study_size: int
-    annotations: tuple[str, ...]
     notes: tuple[str, ...] = ()
 
 
@@ -86,7 +83,6 @@ RETRIEVAL = Task(
     options="--eval-size 1000 --val-size 500",
     demo_size=10_000,  # a run draws 9,600 pairs, the study's 16,000: no picture needs to come twice
     study_size=16_000,
-    annotations=("flickr30k_train.json", "flickr30k_val.json", "flickr30k_test.json"),
     notes=(RECALL_NOTE, PAIR_NOTE.format(", three passes of the matching head's encoder", ", and that encoder once")),
 )
 SINGLES = "--eval-size 1000 --val-size 500"  # single pictures: of captions and of questions
@@ -98,7 +94,6 @@ TASKS = {
         options="--statements-per-pair 8 --eval-size 4000 --val-size 1000",
         demo_size=9_000,
         study_size=40_000,
-        annotations=("nlvr_train.json", "nlvr_dev.json", "nlvr_test.json"),
     ),
     "retrieval": RETRIEVAL,
     "caption": Task(
@@ -108,7 +103,6 @@ TASKS = {
         options=SINGLES,
         demo_size=13_000,
         study_size=13_000,  # as many as its epochs draw
-        annotations=("coco_karpathy_train.json", "coco_karpathy_val.json", "coco_karpathy_test.json"),
         notes=(
             "CIDEr, BLEU-4 and ROUGE-L against the five captions of a picture, times 100.",
             "A sample is a picture with a caption in a training step: the image encoder, and the decoder once over the caption. In"
@@ -122,7 +116,6 @@ TASKS = {
         options=SINGLES,
         demo_size=13_000,
         study_size=13_000,  # as many as its epochs draw
-        annotations=("vqa_train.json", "vg_qa.json", "vqa_val.json", "vqa_test.json"),
         notes=(
             "accuracy: of ten annotators' answers, up to two of them wrong; an answer that three of them gave is right.",
             "A sample is a question with its picture and one answer in a training step: both encoders, and the decoder once. In"
@@ -141,7 +134,7 @@ def main() -> None:
     os.chdir(ROOT)
     started = time.time()
     headline("1/4 data")
-    commands = make_data(task, SHAPES, task.demo_size)
+    commands = [execute(data_command(task, SHAPES, task.demo_size))]
     folders, programs = [], {}
     for p in (0.0, *task.reductions):
         folders.append(OUTPUT / f"{name}_p{p:g}")
@@ -163,32 +156,10 @@ def config_of(name: str) -> Path:
     return Path(f"configs/shapes/{name}.yaml")
 
 
-def make_data(task: Task, folder: Path, size: int) -> list[str]:
-    """Write a Shapes data set of `size` to `folder`, unless the same one is there. Returns the command, if it was needed.
-
-    Raises:
-        UserError: when there are data that this program did not write.
-    """
+def data_command(task: Task, folder: Path, size: int) -> list[str]:
+    """Writes a Shapes data set of `size` to `folder`, unless the same one is there."""
     command = ["tools/make_shapes.py", "--out", str(folder), "--seed", str(SEED), "--size", str(size), "--tasks", task.shapes]
-    command += task.options.split()
-    stamp = {"command": shlex.join(command), "generator": digest(Path("data/shapes")), "complete": True}
-    path = folder / f"demo_{task.shapes}.json"
-    found = json.loads(path.read_text()) if path.is_file() else None
-    if found == stamp:
-        print(f"{folder}: made before by the same command and code, used again")
-        return []
-    if found is None and any((folder / "annotations" / name).exists() for name in task.annotations):
-        raise UserError(f"{folder}: holds data that this program did not make; move them away, it needs data of its own there")
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json({**stamp, "complete": False}, path)
-    done = execute(command)
-    write_json(stamp, path)
-    return [done]
-
-
-def digest(folder: Path) -> str:
-    """Of the Python files of a folder: data made by other code are other data."""
-    return hashlib.sha256(b"".join(file.read_bytes() for file in sorted(folder.glob("*.py")))).hexdigest()[:16]
+    return command + task.options.split()
 
 
 def execute(arguments: Sequence[str]) -> str:

@@ -1,9 +1,11 @@
-"""Write a Shapes data set in the published formats.
+"""Write a Shapes data set in the published formats, unless the same one is there.
 
 python tools/make_shapes.py --out shapes --seed 1 --size 20000 --statements-per-pair 4
 """
 
 import argparse
+import hashlib
+import json
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -14,7 +16,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from data.shapes.search import FULL, Level  # noqa: E402
 from data.shapes.write import TASKS, make_shapes  # noqa: E402
+from engine.results import write_json  # noqa: E402
 from utils import UserError, at_least_one, run_main  # noqa: E402
+
+GENERATOR = Path(__file__).resolve().parents[1] / "data" / "shapes"
+WRITTEN = {"nlvr": "nlvr_*.json", "retrieval": "flickr30k_*.json", "caption": "coco_karpathy_*.json", "vqa": "vqa_*.json"}
 
 
 def show_progress(results: Iterable, total: int, label: str) -> Iterable:
@@ -35,7 +41,17 @@ def main() -> None:
     parser.add_argument("--most-things", type=int, default=FULL.most, help="in a picture; fewer is easier")
     parser.add_argument("--templates", default=",".join(FULL.templates), help="some of " + ",".join(FULL.templates))
     args = parser.parse_args()
+    said = {name: value for name, value in vars(args).items() if name not in ("out", "workers")}
+    stamp, path = {"command": said, "generator": digest(GENERATOR)}, args.out / f"made_{args.tasks.replace(',', '_')}.json"
+    if path.is_file():
+        if json.loads(path.read_text()) == {**stamp, "complete": True}:
+            print(f"{args.out}: made before by the same command and code, used again")
+            return
+    elif found := others(args.out, args.tasks.split(",")):
+        raise UserError(f"{found}: this program did not make it, or not by itself; move it away, or give another --out")
     try:
+        args.out.mkdir(parents=True, exist_ok=True)
+        write_json({**stamp, "complete": False}, path)
         make_shapes(
             args.out,
             args.seed,
@@ -49,7 +65,19 @@ def main() -> None:
             args.val_size,
         )
     except (ValueError, OSError) as error:
+        path.unlink(missing_ok=True)
         raise UserError(f"{args.out}: {error}") from None
+    write_json({**stamp, "complete": True}, path)
+
+
+def others(out: Path, tasks: Iterable[str]) -> Path | None:
+    """A file that these tasks would write, and that is there already."""
+    return next((found for task in tasks if task in WRITTEN for found in sorted((out / "annotations").glob(WRITTEN[task]))), None)
+
+
+def digest(folder: Path) -> str:
+    """Of the Python files of a folder: data made by other code are other data."""
+    return hashlib.sha256(b"".join(file.read_bytes() for file in sorted(folder.glob("*.py")))).hexdigest()[:16]
 
 
 if __name__ == "__main__":

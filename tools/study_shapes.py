@@ -27,7 +27,7 @@ sys.path.insert(0, str(ROOT))
 from config import CONFIGS  # noqa: E402
 from engine.report import METRICS  # noqa: E402
 from engine.results import write_json  # noqa: E402
-from tools.demo import SHAPES, TASKS, config_of, make_data  # noqa: E402
+from tools.demo import SHAPES, TASKS, config_of, data_command, execute  # noqa: E402
 from utils import UserError, at_least_one, run_main  # noqa: E402
 
 OUTPUT, RESULTS = Path("output/study"), Path("results")
@@ -81,7 +81,7 @@ def main() -> None:
     os.chdir(ROOT)
     task = TASKS[args.task]
     data = SHAPES if task.study_size == task.demo_size else STUDY_SHAPES
-    make_data(task, data, task.study_size)
+    execute(data_command(task, data, task.study_size))
     kind = "arms" if args.arms else "orders" if args.orders else ""
     rows = {"arms": arms_of, "orders": orders_of, "": lambda: rows_of(args.task)}[kind]()
     wanted = [row.strip() for row in args.rows.split(";")] if args.rows else list(rows)
