@@ -36,11 +36,11 @@ def start(config: ConfigT, device: torch.device, build: Build, load: Load) -> tu
     path = config.teacher or config.pretrained
     if not path:
         raise UserError("distill: there is no model to learn from; set the key 'teacher' or 'pretrained'")
-    taught = checkpoint if path == config.pretrained else read_checkpoint(path)
-    if taught.get("masked"):
+    saved = checkpoint if path == config.pretrained else read_checkpoint(path)
+    if saved.get("masked"):
         raise UserError(f"{path}: its weights are sparse, and the teacher is uncompressed; set the key 'teacher' to such a model")
     teacher = build(config.model_copy(update=UNCOMPRESSED))
-    check_readable(load(teacher, taught["model"], path), path)  # else it teaches what chance gave its heads
+    check_readable(load(teacher, saved["model"], path), path)  # else it teaches what chance gave its heads
     if isinstance(teacher, MomentumModel):
         teacher.forget_momentum()
     return model, checkpoint, Distillation(teacher.to(device), model, config.distill_temperature)

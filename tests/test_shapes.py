@@ -279,6 +279,8 @@ def test_the_tool_refuses_them_in_one_line_and_leaves_nothing(make, tmp_path):
 def test_the_tool_makes_the_same_data_once_and_those_of_several_tasks_side_by_side(make, tmp_path):
     for task in ("nlvr", "retrieval"):
         assert "used again" not in make("--tasks", task)
+    with pytest.raises(UserError, match="must be at least 1"):
+        make("--tasks", "nlvr", "--size", "0")  # takes nothing away
     assert all("used again" in make("--tasks", task) for task in ("nlvr", "retrieval"))
     before = (tmp_path / "annotations" / "nlvr_train.json").read_text()
     assert "used again" not in make("--tasks", "nlvr", "--seed", "2")

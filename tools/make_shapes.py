@@ -15,7 +15,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from data.shapes.search import FULL, Level  # noqa: E402
-from data.shapes.write import TASKS, make_shapes  # noqa: E402
+from data.shapes.write import TASKS, check, make_shapes  # noqa: E402
 from engine.results import write_json  # noqa: E402
 from utils import UserError, at_least_one, run_main  # noqa: E402
 
@@ -41,33 +41,27 @@ def main() -> None:
     parser.add_argument("--most-things", type=int, default=FULL.most, help="in a picture; fewer is easier")
     parser.add_argument("--templates", default=",".join(FULL.templates), help="some of " + ",".join(FULL.templates))
     args = parser.parse_args()
+    tasks, level = args.tasks.split(","), Level(args.most_things, tuple(args.templates.split(",")))
+    val_size = args.eval_size if args.val_size is None else args.val_size
     said = {name: value for name, value in vars(args).items() if name not in ("out", "workers")}
     stamp, path = {"command": said, "generator": digest(GENERATOR)}, args.out / f"made_{args.tasks.replace(',', '_')}.json"
-    if path.is_file():
-        if json.loads(path.read_text()) == {**stamp, "complete": True}:
-            print(f"{args.out}: made before by the same command and code, used again")
-            return
-    elif found := others(args.out, args.tasks.split(",")):
-        raise UserError(f"{found}: this program did not make it, or not by itself; move it away, or give another --out")
     try:
+        check(tasks, level, args.size, args.eval_size, val_size, args.statements_per_pair)
+        if path.is_file():
+            if json.loads(path.read_text()) == {**stamp, "complete": True}:
+                print(f"{args.out}: made before by the same command and code, used again")
+                return
+        elif found := others(args.out, tasks):
+            raise UserError(f"{found}: this program did not make it, or not by itself; move it away, or give another --out")
         args.out.mkdir(parents=True, exist_ok=True)
         write_json({**stamp, "complete": False}, path)
         make_shapes(
-            args.out,
-            args.seed,
-            args.size,
-            args.tasks.split(","),
-            args.statements_per_pair,
-            args.eval_size,
-            args.workers,
-            Level(args.most_things, tuple(args.templates.split(","))),
-            show_progress,
-            args.val_size,
-        )
+            args.out, args.seed, args.size, tasks, args.statements_per_pair, args.eval_size, args.workers, level, show_progress,
+            val_size,
+        )  # fmt: skip
+        write_json({**stamp, "complete": True}, path)
     except (ValueError, OSError) as error:
-        path.unlink(missing_ok=True)
         raise UserError(f"{args.out}: {error}") from None
-    write_json({**stamp, "complete": True}, path)
 
 
 def others(out: Path, tasks: Iterable[str]) -> Path | None:

@@ -12,7 +12,7 @@ byte for byte whatever the number of processes, and no two splits share a pictur
 import json
 import multiprocessing
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -198,6 +198,16 @@ def no_progress(results: Iterable, total: int, label: str) -> Iterable:
     return results
 
 
+def check(tasks: Sequence[str], level: Level, *sizes: int) -> None:
+    """Raise a ValueError for what `make_shapes` cannot make."""
+    if not tasks or not set(tasks) <= set(TASKS):
+        raise ValueError(f"tasks must be some of {', '.join(TASKS)}; got {tuple(tasks)}")
+    if not level.templates or not set(level.templates) <= set(FULL.templates):
+        raise ValueError(f"templates must be some of {', '.join(FULL.templates)}; got {level.templates}")
+    if min(sizes) < 1:
+        raise ValueError("size, eval_size, val_size and statements_per_pair must be at least 1")
+
+
 def make_shapes(
     out: Path,
     seed: int,
@@ -212,14 +222,8 @@ def make_shapes(
 ) -> None:
     """Write a data set of `size` training pairs (and pictures); `val_size` for validation is `eval_size` where not given."""
     out, tasks = Path(out), tuple(tasks)
-    unknown = sorted(set(tasks) - set(TASKS))
-    if unknown or not tasks:
-        raise ValueError(f"tasks must be some of {', '.join(TASKS)}; got {tasks}")
-    if not level.templates or not set(level.templates) <= set(FULL.templates):
-        raise ValueError(f"templates must be some of {', '.join(FULL.templates)}; got {level.templates}")
     val_size = eval_size if val_size is None else val_size
-    if min(size, eval_size, val_size, statements_per_pair) < 1:
-        raise ValueError("size, eval_size, val_size and statements_per_pair must be at least 1")
+    check(tasks, level, size, eval_size, val_size, statements_per_pair)
     workers = workers or os.cpu_count() or 1
     sizes = {"train": size, "val": val_size, "test": eval_size}
     template = Chunk(out, seed, "train", 0, 0, tasks, statements_per_pair, level)
