@@ -74,7 +74,7 @@ class Config(Section):
     )
     sd_num: int = Field(100, ge=1, description="learnable tokens shared by both modalities")
     sd_dim: int = Field(768, ge=1, description="channels of a learnable token")
-    sd_init_std: float = Field(0.02, gt=0, description="initial standard deviation of the learnable tokens")
+    sd_init_std: float | None = Field(None, gt=0, description="first standard deviation of these; none: 0.02, released: 1")
     sim_weight: float = Field(0.1, ge=0, description="weight of the similarity loss; higher aligns the modalities more")
     ramp_epochs: int | None = Field(None, ge=0, description="epochs over which p is reached; none: a third of the epochs")
     calibration_size: int = Field(256, ge=1, description="training samples on which p is measured; more is steadier and slower")
@@ -135,7 +135,7 @@ class Config(Section):
         value = f"{named[2]}:{named[1]}" if named else value
         kept, group = map(int, value.split(":")) if re.fullmatch(r"\d+:\d+", value) else (not value, 2)
         if not 0 < kept < group:
-            raise ValueError(f"{value!r} is no N:M pattern; write 2:4, 1:4 or 4:8")
+            raise ValueError(f"{value!r} is no N:M pattern; write 2:4, 1:4 or 4:8, or nothing for dense weights")
         return value
 
     @model_validator(mode="before")
@@ -375,7 +375,7 @@ class VqaConfig(Config):
     image_keys: ClassVar[tuple[str, ...]] = ("vqa_root", "vg_root")
 
     task: Literal["vqa"] = Field("vqa", description=TASK)
-    vqa_root: Path = Field(Path("datasets/coco"), description="the folder that the image paths of VQAv2 start from")
+    vqa_root: Path = Field(Path("datasets/coco/images"), description="the folder that the image paths of VQAv2 start from")
     vg_root: Path = Field(Path("datasets/visual_genome"), description="the folder that those of Visual Genome start from")
     train_files: list[str] = Field(
         ["vqa_train", "vqa_val", "vg_qa"], min_length=1, description="annotation files to train on, without .json"

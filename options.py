@@ -70,23 +70,24 @@ def parse_command_line(description: str, cls: type[ConfigT], argv: list[str] | N
     parser.add_argument("--p", help="share of the GFLOPs to remove, 0 <= p < 1")
     parser.add_argument("--amp", help="mixed precision", **switch)
     parser.add_argument("--resume", nargs="?", const="last", metavar="FILE", help="go on from this checkpoint, or the last one")
-    parser.add_argument("--enable-sparse-api", action="store_true", help="sparse weights; tokens too with --token_reduce")
+    parser.add_argument("--enable-sparse-api", action="store_true", help="sparse weights; whole tokens but for --token_reduce")
     parser.add_argument("--weight-sparse-pattern", metavar="PATTERN", help="of the sparse weights; m4n2_1d is 2:4, the default")
-    parser.add_argument("--token_reduce", action="store_true", help="with --enable-sparse-api: prune tokens too")
+    parser.add_argument("--token_reduce", action="store_true", help="prune tokens, beside sparse weights too")
     parser.add_argument("--set", dest="settings", action="append", default=[], metavar="KEY=VALUE", help="any key of the YAML")
     arguments = vars(parser.parse_args(argv))
     path, settings = arguments.pop("config"), arguments.pop("settings")
     overrides = dict(_parse_setting(setting) for setting in settings)
     sparse, pattern, tokens = (arguments.pop(key) for key in ("enable_sparse_api", "weight_sparse_pattern", "token_reduce"))
-    if (pattern or tokens) and not sparse:
-        raise UserError("--weight-sparse-pattern and --token_reduce belong to --enable-sparse-api; add it, or leave them out")
-    if sparse:
+    if pattern and not sparse:
+        raise UserError("--weight-sparse-pattern belongs to --enable-sparse-api; add it, or leave this one out")
+    if sparse or tokens:
         given = {**_read_yaml(Path(path)), **overrides}
         if not tokens:
             overrides["method"] = "none"
         elif given.get("method") == "none":
             overrides["method"] = "dtp"
-        overrides["sparsity_type"] = pattern or given.get("sparsity_type") or "2:4"
+        if sparse:
+            overrides["sparsity_type"] = pattern or given.get("sparsity_type") or "2:4"
     overrides.update({key: value for key, value in arguments.items() if value is not None})
     return load_config(cls, path, overrides)
 
@@ -160,7 +161,7 @@ def _explain(cls: type[Config], error: ValidationError, path: Path, overrides: d
     if kind == "missing":
         return f"{where}: key '{key}' is missing; add it"
     if kind == "value_error":
-        return f"{where}: {f'{key}: ' if key else ''}{problem['ctx']['error']}; change one of them"
+        return f"{where}: {key}: {problem['ctx']['error']}" if key else f"{where}: {problem['ctx']['error']}; change one of them"
     return f"{where}: key '{key}' must be {_expectation(problem)}, got {problem['input']!r}"
 
 

@@ -4,7 +4,6 @@ An experiment says how to compute its losses, its metrics and a batch's GFLOPs; 
 GFLOPs target, epoch by epoch, and selects on the validation split. `run_experiment` is what the entry scripts call.
 """
 
-import errno
 import os
 import shutil
 import time
@@ -18,6 +17,15 @@ from config import Config
 from engine.checkpoint import load_run, read_run, save_atomic, save_run
 from engine.experiment import Evaluation, Experiment
 from engine.flop_table import flop_table
+from engine.notices import (
+    WITHIN_BUDGET,
+    say_slower_attention,
+    say_small_slice,
+    say_what_changed,
+    say_where_off,
+    schedule_of,
+    within,
+)
 from engine.results import RunLog, code_version, count_parameters, write_json
 from engine.saved import is_authors, mask_as_saved, other_rule, rule_of, saved_setting
 from engine.train import CosineSchedule, Trainer, move, train_epoch
@@ -29,7 +37,6 @@ from options import save_config
 from utils import Run, UserError, barrier, logger, seed_everything
 
 PLAN = ("order", "mask_schedule", "sparse_unit", "refit_weights")  # a resumed run goes on with these
-WITHIN_BUDGET = 0.01  # relative distance from the target at which an epoch may be selected
 
 
 def run_experiment(experiment: Experiment) -> dict:
@@ -41,6 +48,8 @@ def run_experiment(experiment: Experiment) -> dict:
     started, versions = time.time(), {"code": code_version(), "torch": torch.__version__}
     dense = experiment.measure(OFF)
     target = dense * (1 - config.p)
+    say_small_slice(config, run)
+    say_slower_attention(config, run.device, experiment.precision.dtype if config.amp else torch.float32)
     if run.is_main and experiment.inputs:
         first = move(experiment.calibration_batches[0], run.device)
         logger.info("one sample by fvcore, uncompressed:\n%s", flop_table(experiment.model, experiment.inputs(first)))
@@ -58,6 +67,7 @@ def run_experiment(experiment: Experiment) -> dict:
         val, test = (experiment.evaluated(split, setting) for split in ("val", "test"))
     result = _result(experiment, setting, epoch, {"uncompressed": dense, "target": target}, val, test)
     result |= {"sparse_kernels": kernels, "versions": versions}
+    say_where_off(config, result["gflops"], setting)
     if run.is_main:
         write_json(val.predictions, folder / "predictions_val.json")
         write_json(test.predictions, folder / "predictions_test.json")
@@ -101,16 +111,18 @@ def compress(experiment: Experiment, dense: float) -> tuple[PruneSetting, int]:
                 " with its own config.yaml, or start anew in another --output_dir"
             )
         load_run(saved, config.resume_path, trainer, experiment.model, run)
+        say_what_changed(config, saved)
         setting = PruneSetting(saved["temperature"], saved["prune_from"])
         best_score, first_epoch = saved["best_score"], saved["epoch"] + 1
         del saved  # it is as large as the run
     _prepare(config, run)
     best = config.resume_path.with_name("checkpoint_best.pth") if config.resume else None
     if run.is_main and (best is None or best.parent.resolve() != folder.resolve()):
-        (folder / "checkpoint_best.pth").unlink(missing_ok=True)  # an earlier run's must not be taken for this one's
+        for name in ("checkpoint_best.pth", "checkpoint_last.pth"):  # an earlier run's must not be taken for this one's
+            (folder / name).unlink(missing_ok=True)
         if best is not None and best.is_file():
             shutil.copy(best, folder)  # the run goes on in another folder
-    log = RunLog(folder if run.is_main else None, keep=first_epoch > 0)
+    log = RunLog(folder if run.is_main else None, config.resume_path.parent if config.resume else None, first_epoch)
     for epoch in range(first_epoch, config.max_epoch):
         started = time.time()
         before, removal = plan.removal(epoch - 1), plan.removal(epoch)
@@ -131,15 +143,15 @@ def compress(experiment: Experiment, dense: float) -> tuple[PruneSetting, int]:
         with plan.counting(epoch):
             setting, measured = (setting, experiment.measure(setting)) if ramping else meet(experiment, target, setting)
             val = experiment.evaluated("val", setting)
-        within = plan.settled(epoch) and _within(measured, dense * (1 - config.p), setting)
-        score = val.metrics[experiment.score] if within else float("-inf")
+        selectable = plan.settled(epoch) and within(measured, dense * (1 - config.p), setting)
+        score = val.metrics[experiment.score] if selectable else float("-inf")
         state = _run_state(experiment, setting, epoch, max(score, best_score))
         selected = score > best_score
         if selected:
             best_score = score
             if run.is_main:
                 save_atomic({"model": experiment.model.state_dict(), **state}, folder / "checkpoint_best.pth")
-        save_run(folder / "checkpoint_last.pth", trainer, experiment.model, state, run)
+        save_run(folder / "checkpoint_last.pth", trainer, experiment.model, {**state, "schedule": schedule_of(config)}, run)
         entry = {
             "epoch": epoch, "loss": losses, "lr": trainer.schedule.rate(trainer.step - 1), **asdict(setting),
             "gflops": {"target": target, "measured": measured, "val": val.gflops}, "val": val.metrics,
@@ -159,16 +171,16 @@ def _prepare(config: Config, run: Run) -> None:
 
     Called when the config has been checked, as far as that can be done before training: the folder may hold an earlier run.
     """
-    folder = Path(config.output_dir)
-    try:
-        if run.is_main:
+    folder, advice = Path(config.output_dir), "give another folder with --output_dir"
+    if run.is_main:
+        try:
             folder.mkdir(parents=True, exist_ok=True)
             if not (config.evaluate and (folder / "checkpoint_last.pth").is_file()):
                 save_config(config.model_copy(update={"resume": ""}), folder / "config.yaml")
-            if not os.access(folder, os.W_OK):
-                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
-    except OSError as error:
-        raise UserError(f"{folder}: {error.strerror or error}; give another folder with --output_dir") from None
+        except OSError as error:
+            raise UserError(f"{folder}: {error.strerror or error}; {advice}") from None
+        if not os.access(folder, os.W_OK):
+            raise UserError(f"{folder}: may not be written to; {advice}")
     barrier()
 
 
@@ -194,11 +206,6 @@ def _mask_for_evaluation(experiment: Experiment) -> None:
         experiment.sparse.fix()
     else:
         mask_as_saved(experiment.sparse, experiment.checkpoint, str(experiment.config.pretrained))
-
-
-def _within(measured: float, goal: float, setting: PruneSetting) -> bool:
-    """Whether GFLOPs meet the goal; where weights alone do, no token is left to give back."""
-    return abs(measured - goal) <= WITHIN_BUDGET * goal or (setting.temperature is None and measured <= goal)
 
 
 def choose(experiment: Experiment, plan: WeightPlan, target: float, setting: PruneSetting) -> PruneSetting:
@@ -281,8 +288,10 @@ def _selected(experiment: Experiment, folder: Path) -> tuple[PruneSetting, int]:
     barrier()
     path = folder / "checkpoint_best.pth"
     if not path.is_file():
+        shared = "; on several machines, all must see the folder" if experiment.run.world_size > 1 else ""
         raise UserError(
             f"{folder}: no epoch came within {WITHIN_BUDGET:.0%} of the target; train more epochs or raise 'calibration_size'"
+            + shared
         )
     saved = torch.load(path, map_location=experiment.run.device, weights_only=True)
     experiment.model.load_state_dict(saved["model"])

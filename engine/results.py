@@ -3,7 +3,7 @@
 import json
 import os
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from torch import nn
@@ -34,13 +34,14 @@ def count_parameters(model: nn.Module) -> dict[str, int]:
 class RunLog:
     """log.txt (a JSON object a line) and TensorBoard scalars of a run. A silent one when `folder` is None (other ranks)."""
 
-    def __init__(self, folder: Path | None, keep: bool = False):
+    def __init__(self, folder: Path | None, before: Path | None = None, first_epoch: int = 0):
+        """before: the folder of the run that goes on here, whose epochs before `first_epoch` are part of this one's log."""
         self.folder, self._board = folder, None
         if folder is not None:
             from torch.utils.tensorboard import SummaryWriter
 
-            if not keep:
-                (folder / "log.txt").write_text("", encoding="utf-8")
+            kept = "".join(_lines_before(before / "log.txt", first_epoch)) if before else ""
+            (folder / "log.txt").write_text(kept, encoding="utf-8")
             self._board = SummaryWriter(str(folder / "tensorboard"))
 
     def write(self, entry: Mapping[str, object]) -> None:
@@ -52,6 +53,13 @@ class RunLog:
         for name, value in _scalars(entry):
             self._board.add_scalar(name, value, entry["epoch"])
         self._board.flush()
+
+
+def _lines_before(log: Path, epoch: int) -> Iterator[str]:
+    """Of whole lines: a run that died may have left half of one."""
+    for line in log.read_text(encoding="utf-8").splitlines(keepends=True) if log.is_file() else ():
+        if line.endswith("}\n") and json.loads(line)["epoch"] < epoch:
+            yield line
 
 
 def _scalars(entry: Mapping[str, object], prefix: str = ""):

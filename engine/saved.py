@@ -155,7 +155,11 @@ def open_checkpoint(
     settings = load_any_config(config or path.with_name("config.yaml"), {**rule, "device": device}, task)
     setting = saved_setting(settings, saved)
     if setting is None:
-        raise UserError(f"{path}: pruned weights without their temperature; give a run's checkpoint_best.pth")
+        problem, advice = "pruned weights without their temperature", "give a run's checkpoint_best.pth"
+        if "temperature" in saved and "variant" not in saved:
+            problem = "its temperature is of the authors' formulas"
+            advice = "set variant: released in the config" if settings.task != "retrieval_clip" else f"fine-tune it, and {advice}"
+        raise UserError(f"{path}: {problem}; {advice}")
     opened, missing = restore(settings, saved, str(path), setting, device)
     needed = [name for name in missing if is_read(name)]
     if needed:

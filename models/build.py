@@ -15,6 +15,8 @@ from models.clip_retrieval import ClipRetrieval
 from models.vit import VisionTransformer
 from utils import UserError
 
+SD_INIT_STD = {"paper": 0.02, "released": 1.0}  # of the learnable tokens, where the config says nothing
+
 
 def pruner_factory(config: Config) -> Callable[..., TokenPruner | None]:
     """Builds a block's pruner from the block's width, or None where the config says `method: none` or p = 0."""
@@ -63,7 +65,8 @@ def nlvr_from_config(config: NlvrConfig, vocab_size: int) -> BlipNlvr:
 
 def learnable_tokens(config: Config) -> tuple[int, int, float] | None:
     """Number, width and initial std; None for a dense model."""
-    return None if config.uncompressed else (config.sd_num, config.sd_dim, config.sd_init_std)
+    std = SD_INIT_STD[config.variant] if config.sd_init_std is None else config.sd_init_std
+    return None if config.uncompressed else (config.sd_num, config.sd_dim, std)
 
 
 def retrieval_from_config(config: RetrievalConfig, vocab_size: int, enc_token: int) -> BlipRetrieval:

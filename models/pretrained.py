@@ -226,11 +226,17 @@ def load_weights(
     unknown = [name for name in weights if name not in expected]
     refused = [name for name in unknown if not any(part in name for part in may_ignore)]
     if refused:
-        raise UserError(f"{source}: holds {_first(refused)}, which this model does not have; is 'method' or 'vit' another?")
+        hint = "it was compressed, and here p is 0" if is_pruned(weights) and not is_pruned(expected) else "is 'vit' another?"
+        raise UserError(f"{source}: holds {_first(refused)}, which this model does not have; {hint}")
     if new := [name for name in missing if is_read(name)]:
         logger.info("%s lacks %s: new weights there", source, _first(new))
     model.load_state_dict({name: tensor for name, tensor in weights.items() if name in expected}, strict=False)
     return missing
+
+
+def is_pruned(weights: StateDict) -> bool:
+    """Whether they are of a model that prunes tokens, and so has learnable tokens."""
+    return "space_dict" in weights
 
 
 def is_read(name: str) -> bool:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from config import Config
 from madtp.distillation import Distillation
 from models.momentum import MomentumModel
-from models.pretrained import check_readable, read_checkpoint
+from models.pretrained import check_readable, is_pruned, read_checkpoint
 from utils import UserError
 
 ConfigT = TypeVar("ConfigT", bound=Config)
@@ -19,7 +19,7 @@ UNCOMPRESSED = {"p": 0.0, "drop_path": 0.0}
 
 
 def start(config: ConfigT, device: torch.device, build: Build, load: Load) -> tuple[nn.Module, dict, Distillation | None]:
-    """The model on `device` with the weights of `pretrained`, what these came with, and with `distill: true` the teacher.
+    """The model on `device` with the weights of `pretrained`, what else that file holds, and with `distill: true` the teacher.
 
     Raises:
         UserError: when weights are missing or do not fit.
@@ -31,14 +31,15 @@ def start(config: ConfigT, device: torch.device, build: Build, load: Load) -> tu
         if config.evaluate:
             check_readable(missing, config.pretrained)
     model.to(device)
+    given = checkpoint.pop("model", None)  # else every process would keep a second copy of the weights
     if not config.distill or config.evaluate:
         return model, checkpoint, None
     path = config.teacher or config.pretrained
     if not path:
         raise UserError("distill: there is no model to learn from; set the key 'teacher' or 'pretrained'")
-    saved = checkpoint if path == config.pretrained else read_checkpoint(path)
-    if saved.get("masked"):
-        raise UserError(f"{path}: its weights are sparse, and the teacher is uncompressed; set the key 'teacher' to such a model")
+    saved = {**checkpoint, "model": given} if path == config.pretrained else read_checkpoint(path)
+    if saved.get("masked") or is_pruned(saved["model"]):
+        raise UserError(f"{path}: is compressed, and the teacher is uncompressed; set the key 'teacher' to such a model's weights")
     teacher = build(config.model_copy(update=UNCOMPRESSED))
     check_readable(load(teacher, saved["model"], path), path)  # else it teaches what chance gave its heads
     if isinstance(teacher, MomentumModel):

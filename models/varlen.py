@@ -11,15 +11,22 @@ except ImportError:  # before PyTorch 2.10
     varlen_attn = None
 
 
+def lacking(device: torch.device, dtype: torch.dtype) -> str:
+    """What the kernel wants and would not have; empty where it runs."""
+    if device.type != "cuda":
+        return "a GPU"
+    if varlen_attn is None:
+        return "PyTorch 2.10 or later"
+    if dtype not in (torch.float16, torch.bfloat16):
+        return "amp: true"
+    return "" if torch.cuda.get_device_capability(device) >= (8, 0) else "a GPU of compute capability 8.0 or more"
+
+
 def usable(x: Tensor, num_heads: int) -> bool:
-    """Of (T, C). The kernel wants a GPU of compute capability 8.0 on, half precision, and heads of a width that it was made for."""
+    """Of (T, C): whether the kernel runs, and was made for heads of such a width."""
     dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else x.dtype
-    if varlen_attn is None or x.device.type != "cuda" or dtype not in (torch.float16, torch.bfloat16):
-        return False
     width = x.shape[-1] // num_heads
-    if width % 8 or width > 256:
-        return False
-    return torch.cuda.get_device_capability(x.device) >= (8, 0)
+    return width % 8 == 0 and width <= 256 and not lacking(x.device, dtype)
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor, queries: Packed, keys: Packed) -> tuple[Tensor, Tensor]:

@@ -236,9 +236,14 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
         load_config(NlvrConfig, tmp_path / "none.yaml")
 
 
-def test_sparse_flags_alone_are_refused(tmp_path: Path) -> None:
-    for flags in (["--token_reduce"], ["--weight-sparse-pattern", "m4n2_1d"]):
-        assert "belong to --enable-sparse-api; add it" in refusal(tmp_path, "", *flags)
+def test_a_pattern_without_sparse_weights_is_refused(tmp_path: Path) -> None:
+    assert "belongs to --enable-sparse-api; add it" in refusal(tmp_path, "", "--weight-sparse-pattern", "m4n2_1d")
+
+
+def test_tokens_alone_may_be_asked_for_by_their_flag(tmp_path: Path) -> None:
+    (tmp_path / "x.yaml").write_text("method: none")
+    config = parse_command_line("test", NlvrConfig, ["--config", str(tmp_path / "x.yaml"), "--token_reduce", "--p", "0.5"])
+    assert (config.method, config.sparsity_type, config.p) == ("dtp", "", 0.5)
 
 
 def test_without_a_method_and_sparse_weights_nothing_is_to_be_removed() -> None:

@@ -223,7 +223,9 @@ def test_a_teacher_without_its_head_is_refused(world, dense, tmp_path, capsys):
 
 def test_a_sparse_teacher_is_refused(trained, flags, tmp_path, capsys):
     sparse = str(trained / "checkpoint_best.pth")
-    assert "its weights are sparse" in runs.refusal(capsys, lambda: run_here(flags(tmp_path, distill="true", teacher=sparse)))
+    assert "is compressed, and the teacher is uncompressed" in runs.refusal(
+        capsys, lambda: run_here(flags(tmp_path, distill="true", teacher=sparse))
+    )
 
 
 def test_distilling_from_nothing_is_refused(world, tmp_path, capsys):

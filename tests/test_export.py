@@ -47,6 +47,13 @@ def change(folder: Path, **entries) -> None:
     torch.save({**saved, **entries}, path)
 
 
+def test_the_contrastive_temperature_that_a_teacher_is_read_with_goes_along(exported, world, tmp_path) -> None:
+    random_run("retrieval", world, run := tmp_path / "run")
+    change(run, model={"temp": torch.tensor(0.25)})
+    exported(run, tmp_path / "plain")
+    assert open_checkpoint(tmp_path / "plain" / "model.safetensors", device="cpu").model.temp == 0.25
+
+
 @pytest.mark.parametrize("task", CONFIGS)
 def test_what_is_read_of_every_task_is_the_same_to_the_bit_packed_or_not(exported, world, tmp_path, task) -> None:
     random_run(task, world, run := tmp_path / "run", **SPARSE)

@@ -111,6 +111,21 @@ def test_deployment_is_what_an_evaluation_would_count(report, inference, tmp_pat
     assert read < found["deployment"] < found["closed_form"]
 
 
+def test_what_a_checkpoint_calls_masked_is_counted_as_sparse_and_no_more(report, tmp_path):
+    sparse = TINY["nlvr"] + 'sparsity_type: "2:4"\n'
+    config = load_any_config(written(tmp_path, sparse), {"p": 0.5})
+    torch.manual_seed(config.seed)  # as the tool does, so its picture is the same
+    model, inputs = flops.BUILD["nlvr"](config)
+    names = list(sparse_weights(model, config.pattern, config.sparse_layers).weights)
+    found = {}
+    for masked in ((), names[:3], names):
+        torch.save({"model": model.state_dict(), "masked": list(masked)}, tmp_path / "x.pth")
+        said = report(sparse, "--pretrained", str(tmp_path / "x.pth"), "--temperature", "1e9")
+        found[len(masked)] = said["gflops"]["closed_form"]
+    assert found[0] > found[3] > found[len(names)]
+    assert found[0] == flops.total(model.eval(), inputs, PruneSetting(1e9))
+
+
 def written(folder: Path, text: str) -> Path:
     (folder / "x.yaml").write_text(text)
     return folder / "x.yaml"

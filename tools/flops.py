@@ -14,7 +14,7 @@ import argparse
 import json
 import sys
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -39,6 +39,7 @@ from engine.results import count_parameters  # noqa: E402
 from engine.saved import LOAD  # noqa: E402
 from madtp.budget import UnreachableTarget, calibrate  # noqa: E402
 from madtp.pruning import OFF, PruneSetting  # noqa: E402
+from madtp.sparsity import SparseWeights  # noqa: E402
 from models.blip_caption import REFERENCE_TEXT_TOKENS as CAPTION_TOKENS  # noqa: E402
 from models.blip_caption import BlipCaption  # noqa: E402
 from models.blip_nlvr import REFERENCE_TEXT_TOKENS  # noqa: E402
@@ -77,11 +78,12 @@ def main() -> None:
     torch.manual_seed(config.seed)
     model, inputs = BUILD[config.task](config)
     model.eval()
-    if args.pretrained:
-        LOAD[config.task](model, read_checkpoint(args.pretrained)["model"], args.pretrained)
+    saved = read_checkpoint(args.pretrained) if args.pretrained else {}
+    if saved:
+        LOAD[config.task](model, saved["model"], args.pretrained)
     setting, dense = OFF, total(model, inputs, OFF)
     sparse = sparse_weights(model, config.pattern, config.sparse_layers) if config.pattern else None
-    with sparse.counted(sparse.weights) if sparse else nullcontext():
+    with as_sparse(sparse, saved.get("masked")):
         if args.temperature is not None:
             setting = PruneSetting(args.temperature, config.prune_from)
         elif args.p:
@@ -95,6 +97,11 @@ def main() -> None:
     if setting.temperature is not None:
         print(f"pruning from block {setting.prune_from} at temperature {setting.temperature:.4g}:")
     print("closed form {closed_form:.4f}, fvcore {fvcore:.4f}, deployment {deployment:.4f} GFLOPs".format(**report["gflops"]))
+
+
+def as_sparse(sparse: SparseWeights | None, masked: list[str] | None) -> AbstractContextManager:
+    """Inside, the weights that a checkpoint calls masked are counted as sparse; where it names none, all that the config masks."""
+    return sparse.counted(sparse.weights if masked is None else masked) if sparse else nullcontext()
 
 
 def bert_vocabulary(config: Config) -> int:

@@ -69,12 +69,17 @@ def main() -> None:
     device, wanted = opened.run.device, opened.config.sparse_kernels
     with (
         Precision(device, opened.config.amp).autocast(),
-        sparse_kernels(wanted, opened.model, opened.sparse, device, predictor.predict),
+        sparse_kernels(wanted, opened.model, opened.sparse, device, predictor.predict) as kernels,
     ):
         prediction = predictor.predict()
     if args.explain:
         write_drawings(predictor.samples(shown, prediction), args.explain)
-    print(json.dumps({"task": opened.config.task, **prediction.content()}) if args.json else prediction.report())
+    if args.json:
+        print(json.dumps({"task": opened.config.task, **prediction.content(), "sparse_kernels": kernels}))
+        return
+    print(prediction.report())
+    if kernels["of"]:
+        print("sparse weights on sparse kernels: {used} of {of}, the others on dense ones".format(**kernels))
 
 
 if __name__ == "__main__":

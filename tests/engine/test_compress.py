@@ -154,6 +154,24 @@ def test_a_run_goes_on_in_another_folder(tmp_path):
     run_experiment(experiment(tmp_path / "first", [70.0, 60.0])[0])
     task, _ = experiment(tmp_path / "second", [70.0, 60.0, 50.0], resume=str(tmp_path / "first" / "checkpoint_last.pth"))
     assert run_experiment(task)["epoch"] == 0
+    assert [entry["epoch"] for entry in log_of(tmp_path / "second")] == [0, 1, 2]
+
+
+def test_what_a_resumed_run_does_otherwise_is_said(tmp_path, caplog):
+    run_experiment(experiment(tmp_path, [70.0, 60.0])[0])
+    with caplog.at_level("INFO"):
+        run_experiment(experiment(tmp_path, [70.0, 60.0, 50.0], resume="last")[0])
+    assert [text for text in caplog.messages if "--resume" in text] == ["--resume: max_epoch was 2 and is 3 from here on"]
+
+
+def test_a_run_that_begins_anew_leaves_nothing_to_resume_of_the_one_before(tmp_path):
+    run_experiment(experiment(tmp_path, [70.0, 60.0])[0])
+    task, _ = experiment(tmp_path, [70.0, 60.0])
+    task.loaders["train"].sampler = None  # dies in its first epoch
+    with pytest.raises(AttributeError):
+        run_experiment(task)
+    with pytest.raises(UserError, match="no such checkpoint to resume from"):
+        run_experiment(experiment(tmp_path, [70.0, 60.0], resume="last")[0])
 
 
 def test_a_run_under_another_rule_does_not_go_on(tmp_path):
@@ -248,6 +266,29 @@ def test_under_max_the_saved_temperature_belongs_to_a_batch_size(tmp_path):
         task, _ = experiment(tmp_path, [50.0], evaluate=True, keep="max", batch_size_test=batch_size)
         task.checkpoint = {**SAVED, "keep": "max"}
         assert (run_experiment(task)["temperature"] == 3.25) == same
+
+
+def test_a_checkpoint_that_is_not_at_p_is_evaluated_with_a_word(tmp_path, caplog):
+    """The last one of a run that died before it was there, say."""
+    for temperature, off in ((3.25, False), (50.0, True)):
+        task, _ = experiment(tmp_path, [50.0], evaluate=True, keep="instance")
+        task.checkpoint = {**SAVED, "temperature": temperature}
+        task.model.gflops = lambda setting: DENSE * {None: 1.0, 3.25: 0.503, 50.0: 0.9}[setting.temperature]
+        caplog.clear()
+        with caplog.at_level("INFO"):
+            run_experiment(task)
+        said = [text for text in caplog.messages if "off the target of p = 0.5" in text]
+        assert len(said) == 3 * off and all("costs 9.0000 GFLOPs per sample, +80.0 % off" in text for text in said)
+
+
+def test_a_slice_that_fills_no_batch_is_named_where_batches_matter(tmp_path, caplog):
+    for keep, named in (("max", True), ("instance", False)):
+        task, _ = experiment(tmp_path, [50.0], evaluate=True, keep=keep, calibration_size=16)
+        task.checkpoint = {**SAVED, "keep": keep}
+        caplog.clear()
+        with caplog.at_level("INFO"):
+            run_experiment(task)
+        assert any("set calibration_size to 32 or more" in text for text in caplog.messages) == named
 
 
 @pytest.mark.parametrize(("temperature", "used"), [(500.0, 500.0), (0.0, None)])

@@ -1,0 +1,28 @@
+"""What the log says of attention on a GPU. The other notices are tested where runs are: test_compress.py."""
+
+import pytest
+import torch
+
+from config import NlvrConfig
+from engine.notices import say_slower_attention
+from models import varlen
+
+GPU = torch.device("cuda")
+
+
+@pytest.mark.parametrize(
+    ("kernel", "dtype", "capability", "wanted"),
+    [
+        (None, torch.bfloat16, (9, 0), "PyTorch 2.10 or later"),
+        (object(), torch.float32, (9, 0), "amp: true"),
+        (object(), torch.bfloat16, (7, 5), "a GPU of compute capability 8.0 or more"),
+        (object(), torch.bfloat16, (9, 0), None),
+    ],
+)
+def test_a_gpu_without_the_kernel_for_packed_samples_is_told_what_it_wants(monkeypatch, caplog, kernel, dtype, capability, wanted):
+    monkeypatch.setattr(varlen, "varlen_attn", kernel)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    with caplog.at_level("INFO"):
+        say_slower_attention(NlvrConfig(), GPU, dtype)
+        say_slower_attention(NlvrConfig(), torch.device("cpu"), dtype)
+    assert [text.split("wants ")[1] for text in caplog.messages] == ([wanted] if wanted else [])
