@@ -14,7 +14,7 @@ from madtp.pruning import PruneSetting
 
 Measure = Callable[[PruneSetting], float]  # mean GFLOPs per sample on the calibration slice
 
-COARSE_GRID = tuple(10.0 ** (k / 2) for k in range(-2, 9))  # 0.1 ... 1e4
+COARSE_GRID = tuple(10.0 ** (k / 2) for k in range(-2, 13))  # 0.1 ... 1e6: small untrained learnable tokens want as much
 WALK, STRIDE = 5, math.log(4)  # secant steps from an earlier answer, and the longest of them
 
 

@@ -126,6 +126,12 @@ def test_what_a_checkpoint_calls_masked_is_counted_as_sparse_and_no_more(report,
     assert found[0] == flops.total(model.eval(), inputs, PruneSetting(1e9))
 
 
+def test_small_untrained_learnable_tokens_prune_gently_from_the_first_block_on(report):
+    """They say little of where tokens differ, so the temperature has to be high: otherwise only late blocks would prune."""
+    found = report(TINY["nlvr"].replace("image_size: 32", "image_size: 128") + "sd_init_std: 0.001\n", "--p", "0.25")
+    assert found["prune_from"] == 0 and found["temperature"] > 1e4
+
+
 def written(folder: Path, text: str) -> Path:
     (folder / "x.yaml").write_text(text)
     return folder / "x.yaml"

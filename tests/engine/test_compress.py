@@ -222,7 +222,7 @@ def test_no_epoch_within_the_budget_is_reported(tmp_path):
 
 
 def test_a_target_out_of_reach_names_the_range_of_p(tmp_path):
-    with pytest.raises(UserError, match=r"p = 0.9 is out of reach: .* removes 0.051 to 0.793 of the GFLOPs \(1.0000 wanted"):
+    with pytest.raises(UserError, match=r"p = 0.9 is out of reach: .* removes 0.050 to 0.793 of the GFLOPs \(1.0000 wanted"):
         run_experiment(experiment(tmp_path, [50.0], p=0.9)[0])
 
 
