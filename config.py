@@ -74,7 +74,7 @@ class Config(Section):
     )
     sd_num: int = Field(100, ge=1, description="learnable tokens shared by both modalities")
     sd_dim: int = Field(768, ge=1, description="channels of a learnable token")
-    sd_init_std: float | None = Field(None, gt=0, description="first standard deviation of these; none: 0.02, released: 1")
+    sd_init_std: float | None = Field(None, gt=0, description="initial deviation of learnable tokens; none: 0.02 (released: 1)")
     sim_weight: float = Field(0.1, ge=0, description="weight of the similarity loss; higher aligns the modalities more")
     ramp_epochs: int | None = Field(None, ge=0, description="epochs over which p is reached; none: a third of the epochs")
     calibration_size: int = Field(256, ge=1, description="training samples on which p is measured; more is steadier and slower")

@@ -70,7 +70,7 @@ def parse_command_line(description: str, cls: type[ConfigT], argv: list[str] | N
     parser.add_argument("--p", help="share of the GFLOPs to remove, 0 <= p < 1")
     parser.add_argument("--amp", help="mixed precision", **switch)
     parser.add_argument("--resume", nargs="?", const="last", metavar="FILE", help="go on from this checkpoint, or the last one")
-    parser.add_argument("--enable-sparse-api", action="store_true", help="sparse weights; whole tokens but for --token_reduce")
+    parser.add_argument("--enable-sparse-api", action="store_true", help="sparse weights; tokens stay whole without --token_reduce")
     parser.add_argument("--weight-sparse-pattern", metavar="PATTERN", help="of the sparse weights; m4n2_1d is 2:4, the default")
     parser.add_argument("--token_reduce", action="store_true", help="prune tokens, beside sparse weights too")
     parser.add_argument("--set", dest="settings", action="append", default=[], metavar="KEY=VALUE", help="any key of the YAML")

@@ -18,24 +18,23 @@ from engine.checkpoint import load_run, read_run, save_atomic, save_run
 from engine.experiment import Evaluation, Experiment
 from engine.flop_table import flop_table
 from engine.notices import (
-    WITHIN_BUDGET,
     say_slower_attention,
     say_small_slice,
     say_what_changed,
     say_where_off,
-    schedule_of,
-    within,
+    settings_of,
 )
 from engine.results import RunLog, code_version, count_parameters, write_json
 from engine.saved import is_authors, mask_as_saved, other_rule, rule_of, saved_setting
 from engine.train import CosineSchedule, Trainer, move, train_epoch
 from engine.weights import ROUNDING, WeightPlan, check_reach
-from madtp.budget import UnreachableTarget, calibrate
+from madtp.budget import WITHIN_BUDGET, UnreachableTarget, calibrate, within
 from madtp.pruning import OFF, PruneSetting
 from madtp.sparsity import counted_dense
 from options import save_config
 from utils import Run, UserError, barrier, logger, seed_everything
 
+CHECKPOINTS = ("checkpoint_best.pth", "checkpoint_last.pth")
 PLAN = ("order", "mask_schedule", "sparse_unit", "refit_weights")  # a resumed run goes on with these
 
 
@@ -100,6 +99,7 @@ def compress(experiment: Experiment, dense: float) -> tuple[PruneSetting, int]:
     The temperature is calibrated before an epoch that lowers the target, and after an epoch at p, whose result may be selected.
     """
     config, run, folder = experiment.config, experiment.run, Path(experiment.config.output_dir)
+    _check_sources(config, folder)
     plan = WeightPlan(config, experiment.sparse, experiment.measure, experiment.mask, dense)
     trainer = _trainer(experiment)
     setting, best_score, first_epoch = OFF, float("-inf"), 0
@@ -118,11 +118,14 @@ def compress(experiment: Experiment, dense: float) -> tuple[PruneSetting, int]:
     _prepare(config, run)
     best = config.resume_path.with_name("checkpoint_best.pth") if config.resume else None
     if run.is_main and (best is None or best.parent.resolve() != folder.resolve()):
-        for name in ("checkpoint_best.pth", "checkpoint_last.pth"):  # an earlier run's must not be taken for this one's
+        for name in CHECKPOINTS:  # an earlier run's must not be taken for this one's
             (folder / name).unlink(missing_ok=True)
         if best is not None and best.is_file():
             shutil.copy(best, folder)  # the run goes on in another folder
-    log = RunLog(folder if run.is_main else None, config.resume_path.parent if config.resume else None, first_epoch)
+    begun_in = config.resume_path.parent if config.resume else None
+    if begun_in is not None and not (begun_in / "log.txt").is_file():
+        begun_in = folder  # the checkpoint was put away, the log stayed
+    log = RunLog(folder if run.is_main else None, begun_in, first_epoch)
     for epoch in range(first_epoch, config.max_epoch):
         started = time.time()
         before, removal = plan.removal(epoch - 1), plan.removal(epoch)
@@ -151,7 +154,7 @@ def compress(experiment: Experiment, dense: float) -> tuple[PruneSetting, int]:
             best_score = score
             if run.is_main:
                 save_atomic({"model": experiment.model.state_dict(), **state}, folder / "checkpoint_best.pth")
-        save_run(folder / "checkpoint_last.pth", trainer, experiment.model, {**state, "schedule": schedule_of(config)}, run)
+        save_run(folder / "checkpoint_last.pth", trainer, experiment.model, {**state, "config": settings_of(config)}, run)
         entry = {
             "epoch": epoch, "loss": losses, "lr": trainer.schedule.rate(trainer.step - 1), **asdict(setting),
             "gflops": {"target": target, "measured": measured, "val": val.gflops}, "val": val.metrics,
@@ -182,6 +185,13 @@ def _prepare(config: Config, run: Run) -> None:
         if not os.access(folder, os.W_OK):
             raise UserError(f"{folder}: may not be written to; {advice}")
     barrier()
+
+
+def _check_sources(config: Config, folder: Path) -> None:
+    """A new run removes the checkpoints of an earlier one, and so may not set out from them."""
+    for source in filter(None, () if config.resume else (config.pretrained, config.teacher)):
+        if Path(source).resolve() in [(folder / name).resolve() for name in CHECKPOINTS]:
+            raise UserError(f"{source}: a new run in {folder} would remove it; give another folder with --output_dir")
 
 
 def _other_plan(config: Config, saved: dict) -> str | None:

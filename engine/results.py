@@ -58,7 +58,11 @@ class RunLog:
 def _lines_before(log: Path, epoch: int) -> Iterator[str]:
     """Of whole lines: a run that died may have left half of one."""
     for line in log.read_text(encoding="utf-8").splitlines(keepends=True) if log.is_file() else ():
-        if line.endswith("}\n") and json.loads(line)["epoch"] < epoch:
+        try:
+            early = line.endswith("\n") and json.loads(line)["epoch"] < epoch
+        except json.JSONDecodeError:
+            continue
+        if early:
             yield line
 
 

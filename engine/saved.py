@@ -156,7 +156,7 @@ def open_checkpoint(
     setting = saved_setting(settings, saved)
     if setting is None:
         problem, advice = "pruned weights without their temperature", "give a run's checkpoint_best.pth"
-        if "temperature" in saved and "variant" not in saved:
+        if isinstance(saved.get("temperature"), int | float) and "variant" not in saved:
             problem = "its temperature is of the authors' formulas"
             advice = "set variant: released in the config" if settings.task != "retrieval_clip" else f"fine-tune it, and {advice}"
         raise UserError(f"{path}: {problem}; {advice}")

@@ -15,6 +15,7 @@ from madtp.pruning import PruneSetting
 Measure = Callable[[PruneSetting], float]  # mean GFLOPs per sample on the calibration slice
 
 COARSE_GRID = tuple(10.0 ** (k / 2) for k in range(-2, 13))  # 0.1 ... 1e6: small untrained learnable tokens want as much
+WITHIN_BUDGET = 0.01  # relative distance from the target at which a model counts as being there
 WALK, STRIDE = 5, math.log(4)  # secant steps from an earlier answer, and the longest of them
 
 
@@ -62,6 +63,11 @@ class _Meter:
         return UnreachableTarget(target, nearest, min(span), max(span))
 
 
+def within(measured: float, goal: float, setting: PruneSetting, limit: float = WITHIN_BUDGET) -> bool:
+    """Whether GFLOPs meet the goal; where weights alone do, no token is left to give back."""
+    return abs(measured - goal) <= limit * goal or (setting.temperature is None and measured <= goal)
+
+
 def calibrate(
     measure: Measure,
     target: float,
@@ -75,7 +81,7 @@ def calibrate(
     """The setting whose GFLOPs come within `tolerance` (relative) of `target`.
 
     Args:
-        measure: mean GFLOPs per sample at a setting; called 2 to about 30 times.
+        measure: mean GFLOPs per sample at a setting; called 2 to about 35 times.
         target: GFLOPs per sample, as `measure` gives them.
         start: an earlier answer, from which the search walks first.
         prune_from: the first block that prunes; raised up to `max_prune_from` while even the gentlest pruning is below `target`.

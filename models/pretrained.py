@@ -226,7 +226,11 @@ def load_weights(
     unknown = [name for name in weights if name not in expected]
     refused = [name for name in unknown if not any(part in name for part in may_ignore)]
     if refused:
-        hint = "it was compressed, and here p is 0" if is_pruned(weights) and not is_pruned(expected) else "is 'vit' another?"
+        hint = (
+            "it prunes tokens, and here p is 0 or method none"
+            if is_pruned(weights) and not is_pruned(expected)
+            else "is 'vit' another?"
+        )
         raise UserError(f"{source}: holds {_first(refused)}, which this model does not have; {hint}")
     if new := [name for name in missing if is_read(name)]:
         logger.info("%s lacks %s: new weights there", source, _first(new))

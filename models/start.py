@@ -15,6 +15,7 @@ from utils import UserError
 ConfigT = TypeVar("ConfigT", bound=Config)
 Build = Callable[[ConfigT], nn.Module]
 Load = Callable[[nn.Module, Mapping[str, Tensor], str], list[str]]  # model, weights, where they are from -> what they lack
+TRAINING = {"optimizer", "scaler", "sparse", "rng"}  # what a checkpoint_last.pth holds beside
 UNCOMPRESSED = {"p": 0.0, "drop_path": 0.0}
 
 
@@ -31,7 +32,9 @@ def start(config: ConfigT, device: torch.device, build: Build, load: Load) -> tu
         if config.evaluate:
             check_readable(missing, config.pretrained)
     model.to(device)
-    given = checkpoint.pop("model", None)  # else every process would keep a second copy of the weights
+    given = checkpoint.pop("model", None)  # else every process would keep a second copy of the weights, or more
+    for key in TRAINING & set(checkpoint):
+        del checkpoint[key]
     if not config.distill or config.evaluate:
         return model, checkpoint, None
     path = config.teacher or config.pretrained
@@ -39,7 +42,7 @@ def start(config: ConfigT, device: torch.device, build: Build, load: Load) -> tu
         raise UserError("distill: there is no model to learn from; set the key 'teacher' or 'pretrained'")
     saved = {**checkpoint, "model": given} if path == config.pretrained else read_checkpoint(path)
     if saved.get("masked") or is_pruned(saved["model"]):
-        raise UserError(f"{path}: is compressed, and the teacher is uncompressed; set the key 'teacher' to such a model's weights")
+        raise UserError(f"{path}: is compressed, and a teacher must not be; set the key 'teacher' to such a model's weights")
     teacher = build(config.model_copy(update=UNCOMPRESSED))
     check_readable(load(teacher, saved["model"], path), path)  # else it teaches what chance gave its heads
     if isinstance(teacher, MomentumModel):

@@ -271,7 +271,7 @@ def test_weights_that_do_not_fit_are_named(world, trained, tmp_path, capsys):
     said = refusal(capsys, flags(world, tmp_path, "--pretrained", best, **{"vit.embed_dim": 48}))
     assert f"{best}: shapes do not fit: " in said and "visual_encoder.cls_token is 1x1x32, the model's 1x1x48" in said
     said = refusal(capsys, flags(world, tmp_path, "--pretrained", best, "--p", "0"))
-    assert f"{best}: holds space_dict" in said and "it was compressed, and here p is 0" in said
+    assert f"{best}: holds space_dict" in said and "it prunes tokens, and here p is 0" in said
 
 
 def test_weights_that_would_run_code_are_refused(world, tmp_path, capsys, monkeypatch):

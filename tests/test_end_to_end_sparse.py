@@ -221,11 +221,14 @@ def test_a_teacher_without_its_head_is_refused(world, dense, tmp_path, capsys):
     assert "headless.pth: lacks cls_head." in said
 
 
-def test_a_sparse_teacher_is_refused(trained, flags, tmp_path, capsys):
-    sparse = str(trained / "checkpoint_best.pth")
-    assert "is compressed, and the teacher is uncompressed" in runs.refusal(
-        capsys, lambda: run_here(flags(tmp_path, distill="true", teacher=sparse))
-    )
+@pytest.mark.parametrize("only", ["masked", "pruned"])
+def test_a_compressed_teacher_is_refused(only, trained, flags, tmp_path, capsys):
+    saved = read_checkpoint(trained / "checkpoint_best.pth")
+    if only == "masked":
+        del saved["model"]["space_dict"]
+    torch.save({**saved, "masked": saved["masked"] if only == "masked" else None}, tmp_path / "x.pth")
+    said = runs.refusal(capsys, lambda: run_here(flags(tmp_path / "out", distill="true", teacher=str(tmp_path / "x.pth"))))
+    assert "x.pth: is compressed, and a teacher must not be" in said
 
 
 def test_distilling_from_nothing_is_refused(world, tmp_path, capsys):

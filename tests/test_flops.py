@@ -7,9 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from config import NlvrConfig
 from engine.flop_table import analyse
 from madtp.pruning import OFF, PruneSetting
 from models.blip_nlvr import reference_gflops
+from models.build import learnable_tokens
 from models.linears import sparse_weights
 from models.momentum import MomentumModel
 from options import load_any_config
@@ -130,6 +132,11 @@ def test_small_untrained_learnable_tokens_prune_gently_from_the_first_block_on(r
     """They say little of where tokens differ, so the temperature has to be high: otherwise only late blocks would prune."""
     found = report(TINY["nlvr"].replace("image_size: 32", "image_size: 128") + "sd_init_std: 0.001\n", "--p", "0.25")
     assert found["prune_from"] == 0 and found["temperature"] > 1e4
+
+
+def test_learnable_tokens_start_as_the_paper_or_the_published_code_has_them():
+    for settings, std in (({}, 0.02), ({"variant": "released"}, 1.0), ({"variant": "released", "sd_init_std": 5}, 5.0)):
+        assert learnable_tokens(NlvrConfig(**settings)) == (100, 768, std)
 
 
 def written(folder: Path, text: str) -> Path:

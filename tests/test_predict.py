@@ -123,6 +123,8 @@ def test_sparse_weights_count_for_the_answer_and_not_for_the_uncompressed_one(as
     sample, sparse = one_sample("nlvr", world), {"sparsity_type": "2:4"}
     dense, said = ask("nlvr", *sample), ask("nlvr", *sample, **sparse)
     assert said["gflops_uncompressed"] == pytest.approx(dense["gflops_uncompressed"], rel=1e-6)
+    masked = len(torch.load(evaluated("nlvr", **sparse) / "checkpoint_best.pth")["masked"])
+    assert dense["sparse_kernels"] == {"used": 0, "of": 0} and said["sparse_kernels"] == {"used": 0, "of": masked} and masked
     (row, *_), entry = read(evaluated("nlvr", **sparse), "predictions_test.json").values(), entries(world, "nlvr_test")[0]
     said = ask("nlvr", [world / "images" / name for name in entry["images"]], [entry["sentence"]], **sparse)
     assert said["gflops"] == pytest.approx(row["gflops"]) and said["score"] == pytest.approx(row["score"], abs=1e-6)

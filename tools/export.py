@@ -61,7 +61,8 @@ def export(checkpoint: Path, config: Path | None, out: Path, packed: bool, half:
     if out.is_file() and out != path or path.exists() and path.samefile(checkpoint):
         raise UserError(f"--out {out}: is a file that is there already; give a folder, or another .safetensors file")
     settings = load_any_config(config or checkpoint.with_name("config.yaml"), saved_rule(saved), task)
-    weights = {name: tensor.detach() for name, tensor in saved["model"].items() if is_read(name) or name == "temp"}  # a teacher's
+    used = (name for name in saved["model"] if is_read(name) or name == "temp")  # by which a teacher divides
+    weights = {name: saved["model"][name].detach() for name in used}
     state = {"task": settings.task, **{key: saved[key] for key in SAVED if key in saved}}
     pattern = checked_pattern(settings, weights, saved, checkpoint)
     if packed and pattern is None:

@@ -100,7 +100,7 @@ def main() -> None:
 
 
 def as_sparse(sparse: SparseWeights | None, masked: list[str] | None) -> AbstractContextManager:
-    """Inside, the weights that a checkpoint calls masked are counted as sparse; where it names none, all that the config masks."""
+    """Inside, the weights that a checkpoint lists as masked are counted as sparse; without such a list all that may be."""
     return sparse.counted(sparse.weights if masked is None else masked) if sparse else nullcontext()
 
 

@@ -174,6 +174,14 @@ def test_a_run_that_begins_anew_leaves_nothing_to_resume_of_the_one_before(tmp_p
         run_experiment(experiment(tmp_path, [70.0, 60.0], resume="last")[0])
 
 
+def test_a_new_run_is_not_to_remove_what_it_sets_out_from(tmp_path):
+    run_experiment(experiment(tmp_path, [70.0])[0])
+    for key in ("pretrained", "teacher"):
+        with pytest.raises(UserError, match="checkpoint_last.pth: a new run in .* would remove it; give another folder"):
+            run_experiment(experiment(tmp_path, [70.0], **{key: str(tmp_path / "checkpoint_last.pth")})[0])
+    assert (tmp_path / "checkpoint_last.pth").is_file() and (tmp_path / "checkpoint_best.pth").is_file()
+
+
 def test_a_run_under_another_rule_does_not_go_on(tmp_path):
     """Its weights and its best score are another task's."""
     run_experiment(experiment(tmp_path, [70.0, 60.0])[0])

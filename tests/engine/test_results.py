@@ -40,8 +40,12 @@ def test_the_log_is_a_json_object_a_line_and_scalars_by_path(tmp_path):
 
 def test_a_new_run_starts_a_new_log_and_a_resumed_one_goes_on(tmp_path):
     RunLog(tmp_path).write(ENTRIES[0])
-    RunLog(tmp_path, keep=True).write(ENTRIES[1])
-    assert len((tmp_path / "log.txt").read_text().splitlines()) == 2
+    RunLog(tmp_path, tmp_path, first_epoch=1).write(ENTRIES[1])
+    with (tmp_path / "log.txt").open("a") as file:
+        file.write('{"epoch": 0, "lo{"epoch": 2}\n{"epoch": 1, "lo')  # where a run died, twice
+    for first_epoch in (2, 1):
+        RunLog(tmp_path, tmp_path, first_epoch)
+        assert [json.loads(line) for line in (tmp_path / "log.txt").read_text().splitlines()] == ENTRIES[:first_epoch]
     RunLog(tmp_path)
     assert (tmp_path / "log.txt").read_text() == ""
 
