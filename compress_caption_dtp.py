@@ -11,20 +11,20 @@ from functools import partial
 
 import torch
 
-from config import CaptionConfig
+from configs.schema import CaptionConfig
 from data.captions import Split, build_loaders, coco_results
 from data.text import dec_token_id, load_tokenizer
 from engine.compress import run_experiment
 from engine.experiment import Evaluation, Experiment, mean_cost
 from engine.train import progress
-from engine.writing import Captioner
+from tasks.writing import Captioner
 from madtp.pruning import PruneSetting
 from metrics.caption import caption_scores
 from models.build import caption_from_config
 from models.decoder import predicting
-from models.pretrained import load_decoder_weights
-from models.start import start
-from options import parse_command_line
+from models.weights.blip import load_decoder_weights
+from engine.start import start
+from configs.load import parse_command_line
 from utils import gather_dicts, init_run, logger, on_main, run_main
 
 SELECTS = "CIDEr"

@@ -11,7 +11,7 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 
-from config import NlvrConfig
+from configs.schema import NlvrConfig
 from data.loading import build_loader
 from data.nlvr import NlvrCollate, build_datasets
 from data.text import load_tokenizer
@@ -21,9 +21,9 @@ from engine.train import move, progress
 from madtp.pruning import PruneSetting
 from models.blip_nlvr import reference_gflops
 from models.build import nlvr_from_config
-from models.pretrained import load_nlvr_weights
-from models.start import start
-from options import parse_command_line
+from models.weights.blip import load_nlvr_weights
+from engine.start import start
+from configs.load import parse_command_line
 from utils import gather_dicts, init_run, run_main
 
 

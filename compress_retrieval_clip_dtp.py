@@ -11,17 +11,17 @@ from functools import partial
 import torch
 
 from clip.tokenizer import load_clip_tokenizer
-from config import ClipRetrievalConfig
+from configs.schema import ClipRetrievalConfig
 from data.captions import Split, build_loaders
 from engine.compress import run_experiment
 from engine.experiment import Evaluation, Experiment, mean_cost
-from engine.ranking import predictions, rank
+from tasks.ranking import predictions, rank
 from madtp.pruning import PruneSetting
 from metrics.retrieval import recalls
 from models.build import clip_from_config
-from models.pretrained_clip import load_clip_weights
-from models.start import start
-from options import parse_command_line
+from models.weights.clip import load_clip_weights
+from engine.start import start
+from configs.load import parse_command_line
 from utils import init_run, run_main
 
 TOP = 10  # of the similar ones: no recall looks further

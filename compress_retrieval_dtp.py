@@ -10,18 +10,18 @@ from functools import partial
 
 import torch
 
-from config import RetrievalConfig
+from configs.schema import RetrievalConfig
 from data.captions import Split, build_loaders
 from data.text import enc_token_id, load_tokenizer
 from engine.compress import run_experiment
 from engine.experiment import Evaluation, Experiment, mean_cost
-from engine.ranking import predictions, rank
+from tasks.ranking import predictions, rank
 from madtp.pruning import PruneSetting
 from metrics.retrieval import recalls
 from models.build import retrieval_from_config
-from models.pretrained import load_retrieval_weights
-from models.start import start
-from options import parse_command_line
+from models.weights.blip import load_retrieval_weights
+from engine.start import start
+from configs.load import parse_command_line
 from utils import init_run, run_main
 
 

@@ -11,21 +11,21 @@ from functools import partial
 
 import torch
 
-from config import VqaConfig
+from configs.schema import VqaConfig
 from data.text import dec_token_id, load_tokenizer
 from data.vqa import build_loaders, encode_answers
 from engine.compress import run_experiment
 from engine.experiment import Evaluation, Experiment
 from engine.train import move, progress
-from engine.writing import Answerer
+from tasks.writing import Answerer
 from madtp.pruning import PruneSetting
 from metrics.vqa import accuracy
 from models.blip_vqa import one_sample, single_answers, weighted_loss
 from models.build import vqa_from_config
 from models.decoder import predicting
-from models.pretrained import load_decoder_weights
-from models.start import start
-from options import parse_command_line
+from models.weights.blip import load_decoder_weights
+from engine.start import start
+from configs.load import parse_command_line
 from utils import gather_dicts, init_run, run_main
 
 

@@ -18,8 +18,8 @@ from madtp import flops
 from madtp.importance import AttentionStatistics
 from madtp.packing import class_tokens, pack
 from madtp.pruning import OFF, Layout, PruneSetting, TokenPruner
-from models.attention import Causal, attend, scored_again
-from models.tower import AlignedModel, Encoded, PreNormBlock, block_flops, checkpoint_last, run_blocks
+from madtp.attention.attend import Causal, attend, scored_again
+from madtp.blocks import AlignedModel, Encoded, PreNormBlock, block_flops, checkpoint_last, run_blocks
 
 MLP_RATIO = 4
 START_SCALE = math.log(1 / 0.07)

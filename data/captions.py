@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils.data import Dataset
 
-from config import CaptionConfig, Config, RetrievalConfig
+from configs.schema import CaptionConfig, Config, RetrievalConfig
 from data.loading import (
     CHECKED,
     Loader,

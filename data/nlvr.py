@@ -9,7 +9,7 @@ import torch
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from config import NlvrConfig
+from configs.schema import NlvrConfig
 from data.loading import CHECKED, calibration_subset, load_image, no_such_picture, read_entries
 from data.text import clean_sentence, enc_token_id, encode
 from transform.images import ImageTransform, eval_transform, keeps_truth, train_transform

@@ -12,7 +12,7 @@ import torch
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from config import VqaConfig
+from configs.schema import VqaConfig
 from data.loading import CHECKED, Loader, build_loader, calibration_subset, check_images, load_image, read_entries, read_json
 from data.text import clean_sentence, dec_token_id, enc_token_id, encode
 from transform.images import ImageTransform, eval_transform, keeps_truth, train_transform

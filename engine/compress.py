@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from config import Config
+from configs.schema import Config
 from engine.checkpoint import load_run, read_run, save_atomic, save_run
 from engine.experiment import Evaluation, Experiment
 from engine.flop_table import flop_table
@@ -25,13 +25,13 @@ from engine.notices import (
     settings_of,
 )
 from engine.results import RunLog, code_version, count_parameters, write_json
-from engine.saved import is_authors, mask_as_saved, other_rule, rule_of, saved_setting
+from engine.restore import is_authors, mask_as_saved, other_rule, rule_of, saved_setting
 from engine.train import CosineSchedule, Trainer, move, train_epoch
-from engine.weights import ROUNDING, WeightPlan, check_reach
+from engine.schedule import ROUNDING, WeightPlan, check_reach
 from madtp.budget import WITHIN_BUDGET, UnreachableTarget, calibrate, within
 from madtp.pruning import OFF, PruneSetting
-from madtp.sparsity import counted_dense
-from options import save_config
+from madtp.sparsity.masks import counted_dense
+from configs.load import save_config
 from utils import Run, UserError, barrier, logger, seed_everything
 
 CHECKPOINTS = ("checkpoint_best.pth", "checkpoint_last.pth")

@@ -7,12 +7,12 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from config import Config
-from engine.sparse_kernels import sparse_kernels
+from configs.schema import Config
+from engine.sparse_inference import sparse_kernels
 from engine.train import Losses, Precision, move
 from madtp.pruning import PruneSetting
-from madtp.refit import can_be_fitted, second_moments
-from models.linears import sparse_weights
+from madtp.sparsity.refit import can_be_fitted, second_moments
+from madtp.sparsity.layers import sparse_weights
 from utils import Run, all_reduce_sum, broadcast, logger
 
 Cost = Callable[[nn.Module, dict, PruneSetting], torch.Tensor]

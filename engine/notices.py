@@ -4,10 +4,10 @@ from collections.abc import Mapping
 
 import torch
 
-from config import Config
+from configs.schema import Config
 from madtp.budget import WITHIN_BUDGET, within
 from madtp.pruning import PruneSetting
-from models import varlen
+from madtp.attention import varlen
 from utils import Run, logger
 
 OTHER_SPLITS = 0.03  # distance of the validation and test splits' GFLOPs from the target above which the log says so

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from madtp.pruning import PruneSetting
-from madtp.sparsity import SparseWeights
+from madtp.sparsity.masks import SparseWeights
 from utils import Run, UserError, all_reduce_sum, logger
 
 CHECK_EVERY = 50  # steps between looks at the loss, each of which waits for the device

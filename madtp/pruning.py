@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from madtp import flops, released
 from madtp.alignment import Alignment, Valid, aligned_features, token_attention
-from madtp.columns import attend_in_chunks, class_row, column_statistics
+from madtp.attention.chunked import attend_in_chunks, class_row, column_statistics
 from madtp.importance import EPS, AttentionStatistics, class_attention, paper_columns, token_importance
 from madtp.packing import Packed
 
@@ -259,7 +259,7 @@ class TokenPruner(nn.Module):
             importance = class_attention(class_row(queries, keys, norms), outputs[:, :, 1:])
         if "self" in self.rule.terms:
             try:
-                from madtp.kernels import packed_column_statistics
+                from madtp.attention.triton import packed_column_statistics
             except ImportError:  # no Triton
                 columns = column_statistics(queries, keys, norms, layout.valid)
             else:

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from madtp import flops
 from madtp.packing import Packed, pack
 from madtp.pruning import OFF, Execution, Layout, PruneSetting, TokenPruner
-from models.attention import attend, scored_again
-from models.tower import TowerRecord, block_flops, run_blocks
+from madtp.attention.attend import attend, scored_again
+from madtp.blocks import TowerRecord, block_flops, run_blocks
 
 NORM_EPS = 1e-12
 FIRST_MERGE_LAYER = 6  # BLIP-NLVR: from this layer on two cross-attentions meet in a linear layer, before it in their mean

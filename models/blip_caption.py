@@ -13,7 +13,7 @@ from madtp.flops import GIGA
 from madtp.pruning import OFF, Layout, PruneSetting
 from models.bert import BertSize
 from models.decoder import IGNORED, decoder_flops, generation_flops, text_decoder, written_lengths
-from models.tower import AlignedModel, TowerRecord, dense_record, padded
+from madtp.blocks import AlignedModel, TowerRecord, dense_record, padded
 from models.vit import VisionTransformer
 
 REFERENCE_TEXT_TOKENS = 15  # of the caption with which the paper counts 65.72 GFLOPs

@@ -13,7 +13,7 @@ from madtp.flops import GIGA, linear
 from madtp.packing import class_tokens
 from madtp.pruning import OFF, PruneSetting
 from models.bert import TextEncoder
-from models.tower import AlignedModel, TowerRecord, dense_record, halves
+from madtp.blocks import AlignedModel, TowerRecord, dense_record, halves
 from models.vit import VisionTransformer
 
 

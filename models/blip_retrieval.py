@@ -14,7 +14,7 @@ from madtp.packing import Packed, class_tokens
 from madtp.pruning import OFF, Layout, PruneSetting
 from models.bert import TextEncoder
 from models.momentum import MomentumModel, PairPasses, dense_encoded, hard_negatives
-from models.tower import (
+from madtp.blocks import (
     Encoded,
     TowerRecord,
     concatenate,

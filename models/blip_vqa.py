@@ -24,7 +24,7 @@ from models.decoder import (
     text_decoder,
     written_lengths,
 )
-from models.tower import AlignedModel, TowerRecord, dense_record, padded
+from madtp.blocks import AlignedModel, TowerRecord, dense_record, padded
 from models.vit import VisionTransformer
 
 QUESTIONS, QUESTION_TOKENS, ANSWERS, ANSWER_TOKENS = 32, 14, 47, 5  # with which the paper counts 186.12 GFLOPs

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from clip.model import ClipSize
-from config import CaptionConfig, ClipRetrievalConfig, Config, NlvrConfig, RetrievalConfig, VqaConfig
+from configs.schema import CaptionConfig, ClipRetrievalConfig, Config, NlvrConfig, RetrievalConfig, VqaConfig
 from madtp.pruning import PruningRule, TokenPruner
 from models.bert import FIRST_MERGE_LAYER, BertSize, CrossAttention, PairedCrossAttention, TextEncoder
 from models.blip_caption import BlipCaption

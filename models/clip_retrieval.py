@@ -9,7 +9,7 @@ from torch import Tensor
 from clip.model import Clip, ClipSize, MakePruner
 from madtp.pruning import OFF, PruneSetting
 from models.momentum import MomentumModel, PairPasses, dense_encoded
-from models.tower import Encoded
+from madtp.blocks import Encoded
 
 MOMENTUM_PARTS = ("visual", "transformer", "token_embedding", "ln_final", "positional_embedding", "text_projection")
 LARGEST_SCALE = math.log(100)  # of the similarities, as CLIP was trained

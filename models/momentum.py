@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from madtp.alignment import similarity_loss
 from madtp.flops import GIGA
 from madtp.pruning import OFF, PruneSetting
-from models.tower import AlignedModel, Encoded, dense_record
+from madtp.blocks import AlignedModel, Encoded, dense_record
 from utils import gather_tensors
 
 NO_IMAGE = -100  # the image id of a place of the queue that was never filled

@@ -14,8 +14,8 @@ from madtp import flops
 from madtp.importance import AttentionStatistics
 from madtp.packing import pack
 from madtp.pruning import OFF, Layout, PruneSetting, TokenPruner
-from models.attention import attend, scored_again
-from models.tower import PreNormBlock, TowerRecord, block_flops, checkpoint_last, run_blocks
+from madtp.attention.attend import attend, scored_again
+from madtp.blocks import PreNormBlock, TowerRecord, block_flops, checkpoint_last, run_blocks
 
 NORM_EPS = 1e-6
 

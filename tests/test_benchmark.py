@@ -9,13 +9,14 @@ import sys
 import pytest
 import torch
 
-from config import RetrievalConfig, VqaConfig
-from madtp.semi_structured import Milliseconds
-from options import load_config
+from configs.schema import RetrievalConfig, VqaConfig
+from madtp.sparsity.kernels import Milliseconds
+from configs.load import load_config
 from tests.tiny import with_lively_weights
-from tools import benchmark, sparse_shapes
+from tools import benchmark
+from tools.benchmarks import sparse_shapes
 from tools.flops import BUILD
-from tools.rankings import RANKINGS
+from tools.benchmarks.rankings import RANKINGS
 from utils import UserError
 
 CONFIG = """

@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from config import Augment, Config
+from configs.schema import Augment, Config
 from data.captions import (
     CaptionImages,
     CaptionPairs,

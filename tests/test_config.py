@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from config import CONFIGS, CaptionConfig, ClipRetrievalConfig, NlvrConfig, RetrievalConfig
-from options import load_any_config, load_config, parse_command_line, save_config
+from configs.schema import CONFIGS, CaptionConfig, ClipRetrievalConfig, NlvrConfig, RetrievalConfig
+from configs.load import load_any_config, load_config, parse_command_line, save_config
 from utils import UserError
 
 # The keys of the NLVR2 YAML as BLIP and its compressed descendants publish it.

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
-from config import Augment, NlvrConfig
+from configs.schema import Augment, NlvrConfig
 from data.loading import Loader, build_loader, calibration_subset, load_image, read_json
 from data.nlvr import NlvrCollate, NlvrDataset, build_datasets, find_image, read_statements, swap_sides
 from data.text import enc_token_id, load_tokenizer

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from engine.report import METRICS
-from options import load_any_config
+from tools.report import METRICS
+from configs.load import load_any_config
 from tests.tiny_run import SAMPLES, log_of, result_of, write_run
 from tools import demo
-from tools.views import VIEWS
+from tasks.views import VIEWS
 
 RECALLS = ("mean recall, % (val)", "text R@1 / 5 / 10 (test)", "both towers once")
 SAID = {

@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from config import NlvrConfig
+from configs.schema import NlvrConfig
 from data.shapes.write import make_shapes
 from data.text import load_tokenizer
 from models.build import nlvr_from_config
-from options import load_config, parse_command_line
+from configs.load import load_config, parse_command_line
 from tests import runs
 from tests.runs import FILES, ROOT, assert_same_run, log_of, read
 

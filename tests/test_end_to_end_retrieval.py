@@ -8,10 +8,10 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from config import ClipRetrievalConfig, RetrievalConfig
+from configs.schema import ClipRetrievalConfig, RetrievalConfig
 from data.shapes.write import make_shapes
-from models.pretrained import read_checkpoint
-from options import load_config
+from models.weights.blip import read_checkpoint
+from configs.load import load_config
 from tests import runs
 from tests.runs import FILES, ROOT, assert_same_run, log_of, read
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from config import CONFIGS
+from configs.schema import CONFIGS
 from data.shapes.write import make_shapes
 from tests import runs
 from tests.runs import FILES, ROOT, assert_same_run, log_of, read

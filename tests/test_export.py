@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from config import CONFIGS
+from configs.schema import CONFIGS
 from data.shapes.write import make_shapes
-from engine.saved import open_checkpoint
-from models.pretrained import is_read, read_checkpoint
+from engine.restore import open_checkpoint
+from models.weights.blip import is_read, read_checkpoint
 from tests import runs
 from tests.runs import read
 from tests.test_predict import evaluate, random_run

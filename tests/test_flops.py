@@ -7,14 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from config import NlvrConfig
+from configs.schema import NlvrConfig
 from engine.flop_table import analyse
 from madtp.pruning import OFF, PruneSetting
 from models.blip_nlvr import reference_gflops
 from models.build import learnable_tokens
-from models.linears import sparse_weights
+from madtp.sparsity.layers import sparse_weights
 from models.momentum import MomentumModel
-from options import load_any_config
+from configs.load import load_any_config
 from tools import flops
 from utils import UserError
 

@@ -9,13 +9,13 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from config import CONFIGS
+from configs.schema import CONFIGS
 from data.captions import build_loaders
 from data.shapes.write import make_shapes
-from engine.ranking import rank
-from engine.saved import build_model, open_checkpoint
-from models.linears import sparse_weights
-from options import parse_command_line, save_config
+from tasks.ranking import rank
+from engine.restore import build_model, open_checkpoint
+from madtp.sparsity.layers import sparse_weights
+from configs.load import parse_command_line, save_config
 from tests import runs, tiny
 from tests.runs import ROOT, read
 from tools import predict

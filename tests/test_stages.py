@@ -7,12 +7,12 @@ import pytest
 import torch
 from torch import nn
 
-from config import Config
+from configs.schema import Config
 from data.shapes.world import random_scene
 from data.text import Tokenizer
-from engine.saved import LOAD, build_model
-from models.pretrained import read_checkpoint
-from options import load_any_config
+from engine.restore import LOAD, build_model
+from models.weights.blip import read_checkpoint
+from configs.load import load_any_config
 from tools.pretrain_shapes import PRETRAINED, config_of, publish
 from tools.stages.caption import train_captions
 from tools.stages.common import Plan, draw_shown, encode_shown, patch_attributes, shown_patches, start_from_nlvr

@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from config import Augment
+from configs.schema import Augment
 from transform.images import MEAN, STD, eval_transform, keeps_truth, train_transform
 
 OFF = Augment(crop_scale=(1, 1), flip=False, randaugment=False)

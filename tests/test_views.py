@@ -7,11 +7,11 @@ import pytest
 import torch
 from PIL import Image
 
-from models.tower import TowerRecord
-from options import load_any_config
+from madtp.blocks import TowerRecord
+from configs.load import load_any_config
 from tests.tiny_run import SENTENCES, TEMPERATURE, write_run
-from tools.view import View
-from tools.views import VIEWS, open_view, spread
+from tasks.view import View
+from tasks.views import VIEWS, open_view, spread
 
 FIRST, LAST = {"retrieval_clip": ["[START]"]}, {"retrieval_clip": []}  # of a text's words
 READING = [task for task in VIEWS if task != "caption"]  # those that prune a text

@@ -10,7 +10,7 @@ from PIL import Image
 
 from tests.tiny_run import write_run
 from tools import visualize
-from tools.view import Sample
+from tasks.view import Sample
 from tools.visualize import draw, fade
 from utils import UserError
 

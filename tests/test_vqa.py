@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from config import Augment, VqaConfig
+from configs.schema import Augment, VqaConfig
 from data.text import load_tokenizer
 from data.vqa import (
     AnsweredCollate,

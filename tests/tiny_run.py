@@ -6,9 +6,9 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from engine.report import METRICS
-from engine.saved import build_model
-from options import load_any_config
+from tools.report import METRICS
+from engine.restore import build_model
+from configs.load import load_any_config
 from tests import tiny
 
 SAMPLES = 4

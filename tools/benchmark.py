@@ -49,9 +49,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from engine.results import write_json  # noqa: E402
 from engine.train import Precision  # noqa: E402
-from tools.contenders import PRUNED, TASKS, build_methods, random_inputs  # noqa: E402
-from tools.sparse_shapes import shapes_table, time_shapes  # noqa: E402
-from tools.workloads import Forward  # noqa: E402
+from tools.benchmarks.contenders import PRUNED, TASKS, build_methods, random_inputs  # noqa: E402
+from tools.benchmarks.sparse_shapes import shapes_table, time_shapes  # noqa: E402
+from tools.benchmarks.workloads import Forward  # noqa: E402
 from utils import at_least_one, init_run, run_main  # noqa: E402
 
 MIB = 2**20

@@ -28,12 +28,12 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from config import CONFIGS  # noqa: E402
-from engine.report import Picture, ReportedRun, table, text_table, write_report  # noqa: E402
+from configs.schema import CONFIGS  # noqa: E402
+from tools.report import Picture, ReportedRun, table, text_table, write_report  # noqa: E402
 from engine.results import write_json  # noqa: E402
-from options import load_any_config  # noqa: E402
-from tools.view import View  # noqa: E402
-from tools.views import open_view, spread  # noqa: E402
+from configs.load import load_any_config  # noqa: E402
+from tasks.view import View  # noqa: E402
+from tasks.views import open_view, spread  # noqa: E402
 from tools.visualize import DPI, draw  # noqa: E402
 from utils import run_main  # noqa: E402
 

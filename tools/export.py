@@ -22,12 +22,12 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from config import CONFIGS, Config  # noqa: E402
-from engine.saved import SAVED, check_sparse, saved_rule  # noqa: E402
-from madtp.sparsity import Pattern  # noqa: E402
-from models.exported import save_exported  # noqa: E402
-from models.pretrained import is_read, read_checkpoint  # noqa: E402
-from options import load_any_config, save_config  # noqa: E402
+from configs.schema import CONFIGS, Config  # noqa: E402
+from engine.restore import SAVED, check_sparse, saved_rule  # noqa: E402
+from madtp.sparsity.masks import Pattern  # noqa: E402
+from models.weights.safetensors import save_exported  # noqa: E402
+from models.weights.blip import is_read, read_checkpoint  # noqa: E402
+from configs.load import load_any_config, save_config  # noqa: E402
 from utils import UserError, run_main  # noqa: E402
 
 MIB = 2**20

@@ -24,7 +24,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from clip.tokenizer import OPENAI, load_clip_tokenizer  # noqa: E402
-from config import (  # noqa: E402
+from configs.schema import (  # noqa: E402
     CONFIGS,
     CaptionConfig,
     ClipRetrievalConfig,
@@ -36,10 +36,10 @@ from config import (  # noqa: E402
 from data.text import load_tokenizer  # noqa: E402
 from engine.flop_table import flop_table, fvcore_gflops  # noqa: E402
 from engine.results import count_parameters  # noqa: E402
-from engine.saved import LOAD  # noqa: E402
+from engine.restore import LOAD  # noqa: E402
 from madtp.budget import UnreachableTarget, calibrate  # noqa: E402
 from madtp.pruning import OFF, PruneSetting  # noqa: E402
-from madtp.sparsity import SparseWeights  # noqa: E402
+from madtp.sparsity.masks import SparseWeights  # noqa: E402
 from models.blip_caption import REFERENCE_TEXT_TOKENS as CAPTION_TOKENS  # noqa: E402
 from models.blip_caption import BlipCaption  # noqa: E402
 from models.blip_nlvr import REFERENCE_TEXT_TOKENS  # noqa: E402
@@ -51,9 +51,9 @@ from models.build import (  # noqa: E402
     retrieval_from_config,
     vqa_from_config,
 )
-from models.linears import sparse_weights  # noqa: E402
-from models.pretrained import read_checkpoint  # noqa: E402
-from options import load_any_config  # noqa: E402
+from madtp.sparsity.layers import sparse_weights  # noqa: E402
+from models.weights.blip import read_checkpoint  # noqa: E402
+from configs.load import load_any_config  # noqa: E402
 from utils import UserError, run_main  # noqa: E402
 
 Inputs = tuple[torch.Tensor, ...]

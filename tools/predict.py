@@ -21,12 +21,12 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from config import CONFIGS  # noqa: E402
+from configs.schema import CONFIGS  # noqa: E402
 from data.text import clean_sentence  # noqa: E402
-from engine.saved import open_checkpoint  # noqa: E402
-from engine.sparse_kernels import sparse_kernels  # noqa: E402
+from engine.restore import open_checkpoint  # noqa: E402
+from engine.sparse_inference import sparse_kernels  # noqa: E402
 from engine.train import Precision  # noqa: E402
-from tools.predictors import PREDICTORS  # noqa: E402
+from tasks.prediction import PREDICTORS  # noqa: E402
 from tools.visualize import write_drawings  # noqa: E402
 from utils import UserError, run_main  # noqa: E402
 

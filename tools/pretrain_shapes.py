@@ -37,11 +37,11 @@ from torch import nn
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from config import CONFIGS, Config  # noqa: E402
+from configs.schema import CONFIGS, Config  # noqa: E402
 from data.shapes.tasks import vocabulary  # noqa: E402
-from engine.saved import build_model  # noqa: E402
-from models.pretrained import read_checkpoint  # noqa: E402
-from options import load_config  # noqa: E402
+from engine.restore import build_model  # noqa: E402
+from models.weights.blip import read_checkpoint  # noqa: E402
+from configs.load import load_config  # noqa: E402
 from tools.stages.caption import train_captions  # noqa: E402
 from tools.stages.common import Plan, start_from_nlvr, train_vision, word_directions  # noqa: E402
 from tools.stages.nlvr import train_joint, train_reading, train_sparse  # noqa: E402

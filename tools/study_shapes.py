@@ -24,8 +24,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from config import CONFIGS  # noqa: E402
-from engine.report import METRICS  # noqa: E402
+from configs.schema import CONFIGS  # noqa: E402
+from tools.report import METRICS  # noqa: E402
 from engine.results import write_json  # noqa: E402
 from tools.demo import SHAPES, TASKS, config_of, data_command, execute  # noqa: E402
 from utils import UserError, at_least_one, run_main  # noqa: E402

@@ -17,11 +17,11 @@ from matplotlib.lines import Line2D
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from engine.saved import saved_rule  # noqa: E402
-from models.pretrained import read_checkpoint  # noqa: E402
-from options import load_any_config  # noqa: E402
-from tools.view import Sample  # noqa: E402
-from tools.views import VIEWS, open_view, spread  # noqa: E402
+from engine.restore import saved_rule  # noqa: E402
+from models.weights.blip import read_checkpoint  # noqa: E402
+from configs.load import load_any_config  # noqa: E402
+from tasks.view import Sample  # noqa: E402
+from tasks.views import VIEWS, open_view, spread  # noqa: E402
 from utils import UserError, run_main  # noqa: E402
 
 # Inches, points and shades of a drawing.

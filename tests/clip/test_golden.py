@@ -7,7 +7,7 @@ import torch
 
 from clip.model import Clip, ClipSize, ResidualAttentionBlock, VisionTower
 from madtp.pruning import OFF, PruneSetting, PruningRule, TokenPruner
-from models.pretrained_clip import PRUNER
+from models.weights.clip import PRUNER
 from tests import golden
 
 RELEASED = PruningRule(variant="released", keep="max")

@@ -6,9 +6,9 @@ from transformers import CLIPConfig, CLIPModel
 
 from clip.model import Clip, ClipSize, end_first
 from madtp.pruning import OFF, PruneSetting, PruningRule, TokenPruner
-from models.attention import causal_mask
+from madtp.attention.attend import causal_mask
 from models.clip_retrieval import ClipRetrieval
-from models.pretrained_clip import load_clip_weights
+from models.weights.clip import load_clip_weights
 from tests.tiny import ended_text, with_lively_weights
 
 SMALL = ClipSize(32, 8, 24, 2, 3, 16, 2, 2, 12, 40, 20)

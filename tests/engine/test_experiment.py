@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from config import NlvrConfig
+from configs.schema import NlvrConfig
 from engine import experiment
 from engine.experiment import Experiment, portions
 from madtp.pruning import OFF, PruneSetting
-from madtp.refit import second_moments
+from madtp.sparsity.refit import second_moments
 from tests import tiny
 from utils import Run
 

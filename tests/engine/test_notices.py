@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from config import NlvrConfig
+from configs.schema import NlvrConfig
 from engine.notices import say_slower_attention
-from models import varlen
+from madtp.attention import varlen
 
 GPU = torch.device("cuda")
 

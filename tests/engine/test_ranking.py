@@ -9,8 +9,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from data.captions import Split
-from engine import ranking
-from engine.ranking import best_candidates, predictions, rank
+from tasks import ranking
+from tasks.ranking import best_candidates, predictions, rank
 from madtp.pruning import OFF, PruneSetting, PruningRule
 from tests import tiny
 from utils import Run

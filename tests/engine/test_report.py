@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from engine.report import Picture, ReportedRun, table, text_table, write_report
+from tools.report import Picture, ReportedRun, table, text_table, write_report
 from tests.tiny_run import log_of, result_of
 
 

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-from engine import sparse_kernels as module
-from engine.sparse_kernels import sparse_kernels
-from madtp.semi_structured import PATTERN, Milliseconds, on_sparse_kernels
-from madtp.sparsity import Pattern, SparseWeights
+from engine import sparse_inference as module
+from engine.sparse_inference import sparse_kernels
+from madtp.sparsity.kernels import PATTERN, Milliseconds, on_sparse_kernels
+from madtp.sparsity.masks import Pattern, SparseWeights
 
 GPU, CPU = torch.device("cuda"), torch.device("cpu")
 

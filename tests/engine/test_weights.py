@@ -4,11 +4,11 @@ import pytest
 import torch
 from torch import nn
 
-from config import NlvrConfig
-from engine.weights import Option, WeightPlan
+from configs.schema import NlvrConfig
+from engine.schedule import Option, WeightPlan
 from madtp.flops import multiplied
 from madtp.pruning import OFF, PruneSetting
-from madtp.sparsity import Pattern, SparseWeights
+from madtp.sparsity.masks import Pattern, SparseWeights
 from utils import UserError
 
 DENSE = 10.0

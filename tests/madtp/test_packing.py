@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from madtp.columns import CHUNK, attend_in_chunks, class_row, column_statistics
+from madtp.attention.chunked import CHUNK, attend_in_chunks, class_row, column_statistics
 from madtp.importance import paper_columns
 from madtp.packing import class_tokens, pack
 from madtp.pruning import gather_and_merge, packed_gather_and_merge
@@ -108,7 +108,7 @@ def test_attention_in_chunks_is_that_of_the_map(lengths, chunk, monkeypatch):
 
 def test_the_kernel_computes_what_the_plain_formula_does(monkeypatch):
     pytest.importorskip("triton", reason="Triton comes with PyTorch for NVIDIA GPUs")
-    from madtp import kernels
+    from madtp.attention import triton as kernels
 
     monkeypatch.setattr(kernels, "BLOCK_QUERIES", 16)
     monkeypatch.setattr(kernels, "BLOCK_KEYS", 16)

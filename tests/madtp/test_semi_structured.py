@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from madtp.flops import mark_sparse, multiplied
-from madtp.semi_structured import Milliseconds, Product, Stopwatch, faster_sparse, on_sparse_kernels, products_of
-from madtp.sparsity import Pattern, magnitude_mask
+from madtp.sparsity.kernels import Milliseconds, Product, Stopwatch, faster_sparse, on_sparse_kernels, products_of
+from madtp.sparsity.masks import Pattern, magnitude_mask
 
 HALF, ROWS = torch.bfloat16, 6
 

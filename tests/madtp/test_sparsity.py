@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from madtp.flops import multiplied, products
-from madtp.sparsity import Pattern, SparseWeights, magnitude_mask, most_in_a_group, pack_weight, unpack_weight
+from madtp.sparsity.masks import Pattern, SparseWeights, magnitude_mask, most_in_a_group, pack_weight, unpack_weight
 
 PATTERNS = [Pattern(2, 4), Pattern(1, 4), Pattern(4, 8)]
 

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.ranking import best_candidates
+from tasks.ranking import best_candidates
 from metrics.retrieval import CUTS, recalls
 
 CPU = torch.device("cpu")

@@ -5,15 +5,15 @@ import torch
 from torch.nn.functional import cross_entropy
 from transformers import BlipConfig, BlipForImageTextRetrieval
 
-from engine.saved import build_model
+from engine.restore import build_model
 from madtp.pruning import OFF, PruneSetting, PruningRule
 from models.bert import BertSize, CrossAttention, TextEncoder
 from models.blip_retrieval import BlipRetrieval
 from models.momentum import hard_negatives
-from models.pretrained import load_retrieval_weights, read_checkpoint
-from models.tower import count_tokens
+from models.weights.blip import load_retrieval_weights, read_checkpoint
+from madtp.blocks import count_tokens
 from models.vit import VisionTransformer
-from options import load_any_config
+from configs.load import load_any_config
 from tests import tiny
 
 INSTANCE = PruningRule(keep="instance")

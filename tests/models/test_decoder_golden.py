@@ -7,7 +7,7 @@ from madtp.pruning import OFF, PruneSetting, PruningRule, TokenPruner
 from models.bert import BertSize, CrossAttention, TextEncoder
 from models.blip_caption import BlipCaption
 from models.blip_vqa import BlipVqa, weighted_loss
-from models.pretrained import load_decoder_weights
+from models.weights.blip import load_decoder_weights
 from models.vit import VisionTransformer
 from tests import golden
 

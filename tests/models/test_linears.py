@@ -5,7 +5,7 @@ import re
 import pytest
 import torch
 
-from models.linears import groups, sparse_weights
+from madtp.sparsity.layers import groups, sparse_weights
 from tests import tiny
 from tests.models import test_blip_caption, test_blip_vqa
 from tests.models.test_blip_caption import SMALL

@@ -9,9 +9,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from madtp.flops import GIGA
 from madtp.packing import Packed
 from madtp.pruning import OFF, PruneSetting, PruningRule
-from models import varlen
-from models.attention import similar
-from models.tower import DropPath
+from madtp.attention import varlen
+from madtp.attention.attend import similar
+from madtp.blocks import DropPath
 from tests import tiny
 
 INSTANCE = PruningRule(keep="instance")
@@ -126,7 +126,7 @@ def test_stochastic_depth_drops_whole_samples():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="the kernel for samples of different lengths is a GPU's")
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_one_kernel_gives_each_sample_what_it_gets_alone(dtype):
-    from madtp.kernels import packed_column_statistics
+    from madtp.attention.triton import packed_column_statistics
 
     torch.manual_seed(0)
     lengths, heads, width = [577, 1, 40, 300], 4, 64

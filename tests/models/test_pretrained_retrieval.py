@@ -11,8 +11,8 @@ from clip.model import ClipSize
 from madtp.pruning import PruneSetting, PruningRule, TokenPruner
 from models.clip_retrieval import ClipRetrieval
 from models.momentum import NO_IMAGE
-from models.pretrained import interpolate_position_embedding, load_retrieval_weights, read_checkpoint
-from models.pretrained_clip import load_clip_weights
+from models.weights.blip import interpolate_position_embedding, load_retrieval_weights, read_checkpoint
+from models.weights.clip import load_clip_weights
 from tests import tiny
 from utils import UserError
 

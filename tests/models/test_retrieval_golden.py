@@ -6,7 +6,7 @@ import torch
 from madtp.pruning import OFF, PruneSetting, PruningRule, TokenPruner
 from models.bert import BertSize, CrossAttention, TextEncoder
 from models.blip_retrieval import BlipRetrieval
-from models.pretrained import load_retrieval_weights
+from models.weights.blip import load_retrieval_weights
 from models.vit import VisionTransformer
 from tests import golden
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from madtp.pruning import PruneSetting, PruningRule, gather_and_merge
-from models.tower import TowerRecord
-from models.trace import surviving, tokens_by_block
+from madtp.blocks import TowerRecord
+from madtp.trace import surviving, tokens_by_block
 from tests import tiny
 
 

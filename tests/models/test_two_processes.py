@@ -7,11 +7,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from config import ClipRetrievalConfig
+from configs.schema import ClipRetrievalConfig
 from engine.experiment import Experiment
 from madtp.packing import Packed
 from madtp.pruning import OFF, PruneSetting, PruningRule
-from models.tower import gather_samples
+from madtp.blocks import gather_samples
 from tests import tiny
 from utils import Run
 

@@ -10,12 +10,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import PreTrainedTokenizerBase
 
-from config import CaptionConfig
+from configs.schema import CaptionConfig
 from data.shapes.tasks import caption
 from data.shapes.world import random_scene
 from data.text import dec_token_id, encode
 from models.blip_caption import BlipCaption
-from models.tower import padded
+from madtp.blocks import padded
 from tools.stages.common import ClassContent, Plan, draw_shown, encode_shown, fit
 from transform.images import eval_transform
 

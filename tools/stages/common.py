@@ -17,7 +17,7 @@ from tqdm import tqdm
 from data.shapes.world import COLOURS, LATTICE, SHAPES, SIZES, Scene, draw, random_scene
 from madtp.packing import Packed, class_tokens, pack
 from madtp.pruning import OFF
-from models.tower import TowerRecord, run_blocks
+from madtp.blocks import TowerRecord, run_blocks
 from models.vit import VisionTransformer
 from transform.images import ImageTransform, eval_transform
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
-from config import NlvrConfig
+from configs.schema import NlvrConfig
 from data.nlvr import NlvrCollate
 from data.shapes.search import FULL, PAIRS_PER_CHUNK, Level, make_chunk
 from data.shapes.statements import evidence
@@ -18,7 +18,7 @@ from data.shapes.world import Scene, draw
 from data.text import load_tokenizer
 from madtp.packing import class_tokens, pack
 from models.blip_nlvr import BlipNlvr
-from models.tower import halves
+from madtp.blocks import halves
 from tools.stages.common import THIN, ClassContent, Plan, encode_shown, fit, patch_attributes, shown_patches
 from transform.images import eval_transform
 

@@ -11,14 +11,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
-from config import RetrievalConfig
+from configs.schema import RetrievalConfig
 from data.captions import PairCollate
 from data.shapes.families import distinctive_caption, draw_family
 from data.text import Tokenizer
 from madtp.packing import class_tokens, pack
 from models.clip_retrieval import ClipRetrieval
 from models.momentum import MomentumModel, hard_negatives
-from models.tower import Encoded, select
+from madtp.blocks import Encoded, select
 from tools.stages.common import ClassContent, Plan, draw_shown, encode_shown, fit
 from transform.images import eval_transform
 

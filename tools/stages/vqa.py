@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import PreTrainedTokenizerBase
 
-from config import VqaConfig
+from configs.schema import VqaConfig
 from data.shapes.tasks import ask
 from data.shapes.world import random_scene
 from data.text import enc_token_id, encode

@@ -7,13 +7,13 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from clip.tokenizer import load_clip_tokenizer
-from config import Config
+from configs.schema import Config
 from data.text import Tokenizer, dec_token_id, enc_token_id, load_tokenizer, prompt_ids
 from madtp.pruning import OFF, PruneSetting
-from madtp.sparsity import Pattern, SparseWeights, most_in_a_group
+from madtp.sparsity.masks import Pattern, SparseWeights, most_in_a_group
 from models.build import caption_from_config, clip_from_config, nlvr_from_config, retrieval_from_config, vqa_from_config
-from models.linears import sparse_weights
-from models.pretrained import (
+from madtp.sparsity.layers import sparse_weights
+from models.weights.blip import (
     StateDict,
     is_read,
     load_decoder_weights,
@@ -21,8 +21,8 @@ from models.pretrained import (
     load_retrieval_weights,
     read_checkpoint,
 )
-from models.pretrained_clip import load_clip_weights
-from options import load_any_config
+from models.weights.clip import load_clip_weights
+from configs.load import load_any_config
 from utils import Run, UserError, init_run
 
 RULE = ("method", "variant", "keep", "p", "sparsity_type", "sparse_layers", "tis", "merge", "image_size")

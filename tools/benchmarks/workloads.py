@@ -12,14 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from clip.model import ClipSize, VisionTower
-from config import ClipRetrievalConfig, NlvrConfig
+from configs.schema import ClipRetrievalConfig, NlvrConfig
 from madtp.flops import GIGA
 from madtp.packing import pack
 from madtp.pruning import PruneSetting
-from models.attention import scored_again
+from madtp.attention.attend import scored_again
 from models.blip_nlvr import REFERENCE_TEXT_TOKENS, BlipNlvr
 from models.build import learnable_tokens, pruner_factory
-from models.tower import AlignedModel, Encoded, TowerRecord, count_tokens
+from madtp.blocks import AlignedModel, Encoded, TowerRecord, count_tokens
 
 Inputs = tuple[Tensor, ...]
 Forward = Callable[[], object]

@@ -15,15 +15,15 @@ from torch.utils.data import Dataset
 from data.captions import CaptionImages, CaptionTexts, PairCollate, TextCollate, collate_images
 from data.nlvr import NlvrCollate, NlvrDataset
 from data.vqa import QuestionCollate, VqaDataset
-from engine.saved import Opened
+from engine.restore import Opened
 from engine.train import move
-from engine.writing import Answerer, Captioner
+from tasks.writing import Answerer, Captioner
 from madtp.flops import GIGA
 from madtp.pruning import OFF, PruneSetting
-from madtp.sparsity import counted_dense
-from models.tower import Encoded, TowerRecord
-from tools.view import Sample, Samples
-from tools.views import VIEWS
+from madtp.sparsity.masks import counted_dense
+from madtp.blocks import Encoded, TowerRecord
+from tasks.view import Sample, Samples
+from tasks.views import VIEWS
 from transform.images import eval_transform
 from utils import UserError
 

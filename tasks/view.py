@@ -12,14 +12,14 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Subset
 
-from config import Config
+from configs.schema import Config
 from data.loading import Loader, build_loader
 from data.text import Tokenizer
-from engine.saved import Opened
+from engine.restore import Opened
 from engine.train import Precision, move
 from madtp.pruning import OFF
-from models.tower import TowerRecord
-from models.trace import surviving, tokens_by_block
+from madtp.blocks import TowerRecord
+from madtp.trace import surviving, tokens_by_block
 from transform.images import MEAN, STD
 from utils import Run, UserError
 

@@ -9,7 +9,7 @@ from pydantic import BaseModel, ValidationError
 from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
-from config import CONFIGS, Config
+from configs.schema import CONFIGS, Config
 from utils import UserError
 
 ConfigT = TypeVar("ConfigT", bound=Config)

@@ -9,19 +9,19 @@ import torch
 from torch import nn
 
 from clip.model import MLP_RATIO
-from config import Config
-from engine.saved import LOAD
-from engine.sparse_kernels import sparse_kernels
+from configs.schema import Config
+from engine.restore import LOAD
+from engine.sparse_inference import sparse_kernels
 from engine.train import Precision
 from madtp.pruning import OFF, PruneSetting
-from madtp.semi_structured import PATTERN
-from madtp.sparsity import SparseWeights
-from models.linears import sparse_weights
-from models.pretrained import read_checkpoint
-from options import load_config
+from madtp.sparsity.kernels import PATTERN
+from madtp.sparsity.masks import SparseWeights
+from madtp.sparsity.layers import sparse_weights
+from models.weights.blip import read_checkpoint
+from configs.load import load_config
 from tools.flops import BUILD
-from tools.rankings import RANKINGS
-from tools.workloads import WORKLOADS, ClipImage, Forward, Inputs, Method, Prepare
+from tools.benchmarks.rankings import RANKINGS
+from tools.benchmarks.workloads import WORKLOADS, ClipImage, Forward, Inputs, Method, Prepare
 from utils import UserError
 
 LIVELY = 0.1  # standard deviation of random learnable tokens: alignment that is not flat

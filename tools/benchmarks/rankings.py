@@ -11,17 +11,17 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from config import RetrievalConfig, VqaConfig
+from configs.schema import RetrievalConfig, VqaConfig
 from data.captions import Split
-from engine.ranking import Ranking, rerank
+from tasks.ranking import Ranking, rerank
 from madtp.flops import GIGA
 from madtp.pruning import OFF, Layout, PruneSetting
 from models.blip_retrieval import BlipRetrieval
 from models.blip_vqa import BlipVqa, Question, next_token_losses
 from models.decoder import IGNORED, decoder_flops
-from models.tower import Encoded, TowerRecord, count_tokens, select
+from madtp.blocks import Encoded, TowerRecord, count_tokens, select
 from tools.flops import bert_vocabulary
-from tools.workloads import Forward, Inputs, Method
+from tools.benchmarks.workloads import Forward, Inputs, Method
 from utils import Run
 
 LISTED = 3128  # answers, as BLIP publishes them

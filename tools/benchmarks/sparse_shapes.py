@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 
 from engine.train import Precision
-from madtp.semi_structured import Milliseconds, Product, Stopwatch, products_of
-from tools.contenders import check_sparse, dense_method, forward_of, random_inputs, sparse_models
+from madtp.sparsity.kernels import Milliseconds, Product, Stopwatch, products_of
+from tools.benchmarks.contenders import check_sparse, dense_method, forward_of, random_inputs, sparse_models
 from utils import UserError
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from madtp.watch import Watch
+from madtp.sparsity.hooks import Watch
 
 # Added to each channel's second moment, as shares of itself and of the mean one: weights stay near what they were where inputs say
 # little. Much less than these forgets that the slice is small, much more fits worse.

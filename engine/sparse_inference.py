@@ -7,8 +7,8 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from madtp.semi_structured import PATTERN, Stopwatch, faster_sparse, on_sparse_kernels, products_of
-from madtp.sparsity import SparseWeights
+from madtp.sparsity.kernels import PATTERN, Stopwatch, faster_sparse, on_sparse_kernels, products_of
+from madtp.sparsity.masks import SparseWeights
 from utils import gather_objects, logger
 
 

@@ -11,7 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from madtp.sparsity import Pattern, pack_weight, unpack_weight
+from madtp.sparsity.masks import Pattern, pack_weight, unpack_weight
 
 KEY, PACKED = "madtp", "packed"
 VALUES, POSITIONS = ".values", ".positions"

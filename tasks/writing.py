@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from config import CaptionConfig, VqaConfig
+from configs.schema import CaptionConfig, VqaConfig
 from data.text import as_texts, prompt_ids
 from data.vqa import encode_answers, read_answer_list
 from engine.train import move
 from madtp.pruning import PruneSetting
 from models.blip_caption import BlipCaption
 from models.blip_vqa import BlipVqa, Question
-from models.tower import TowerRecord
+from madtp.blocks import TowerRecord
 
 
 class Captioner:

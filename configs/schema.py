@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from sizes import BERT_SIZES, VIT_SIZES, Bert, BertSizes, ClipSizes, Section, Vit, VitSizes, require
+from configs.sizes import BERT_SIZES, VIT_SIZES, Bert, BertSizes, ClipSizes, Section, Vit, VitSizes, require
 
 TASK = "which of the scripts the file is for; tools that take any file need it"
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from data.captions import Split
 from engine.train import progress
 from madtp.pruning import PruneSetting
-from models.tower import select
+from madtp.blocks import select
 from utils import Run, all_reduce_sum, gather_objects
 
 SIMILARITIES = 2**24  # that are in memory at a time

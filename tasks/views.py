@@ -6,20 +6,20 @@ from pathlib import Path
 
 from torch import Tensor
 
-from config import CaptionConfig, Config, NlvrConfig, RetrievalConfig, VqaConfig
+from configs.schema import CaptionConfig, Config, NlvrConfig, RetrievalConfig, VqaConfig
 from data.captions import CaptionImages, CaptionTexts, FirstPairs, PairCollate, read_captioned
 from data.nlvr import NlvrCollate
 from data.nlvr import build_datasets as judged_statements
 from data.text import Tokenizer, as_texts, dec_token_id
 from data.vqa import QuestionCollate
 from data.vqa import build_datasets as answered_questions
-from engine.saved import Opened, restore, saved_setting
-from engine.writing import Answerer, Captioner
+from engine.restore import Opened, restore, saved_setting
+from tasks.writing import Answerer, Captioner
 from models.blip_nlvr import NlvrOutput
 from models.blip_vqa import Question
-from models.pretrained import read_checkpoint
-from models.tower import Encoded, TowerRecord
-from tools.view import Samples, View
+from models.weights.blip import read_checkpoint
+from madtp.blocks import Encoded, TowerRecord
+from tasks.view import Samples, View
 from transform.images import eval_transform
 from utils import UserError
 

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from madtp import flops
-from madtp.refit import refit
+from madtp.sparsity.refit import refit
 
 
 class Pattern(NamedTuple):

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.exported import read_safetensors
+from models.weights.safetensors import read_safetensors
 from utils import UserError, logger
 
 StateDict = dict[str, Tensor]

@@ -6,10 +6,10 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from config import Config
+from configs.schema import Config
 from madtp.distillation import Distillation
 from models.momentum import MomentumModel
-from models.pretrained import check_readable, is_pruned, read_checkpoint
+from models.weights.blip import check_readable, is_pruned, read_checkpoint
 from utils import UserError
 
 ConfigT = TypeVar("ConfigT", bound=Config)

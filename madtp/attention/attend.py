@@ -14,7 +14,7 @@ from madtp.alignment import Valid
 from madtp.importance import AttentionStatistics
 from madtp.packing import Groups, Packed
 from madtp.pruning import Layout, TokenPruner
-from models import varlen
+from madtp.attention import varlen
 
 # Where the class token of a causal sequence stands in its order; in memory it is the first token in any case.
 Causal = Literal["class_first", "class_last"] | None

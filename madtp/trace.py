@@ -6,7 +6,7 @@ Shapes: B samples, N tokens that entered the first block, L blocks. Class tokens
 import torch
 from torch import Tensor
 
-from models.tower import TowerRecord
+from madtp.blocks import TowerRecord
 
 NOT_ORIGINAL = -1  # the origin of a merged token, and of padding after it
 

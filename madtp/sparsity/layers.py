@@ -9,7 +9,7 @@ from typing import Literal
 
 from torch import nn
 
-from madtp.sparsity import Pattern, SparseWeights
+from madtp.sparsity.masks import Pattern, SparseWeights
 from models.momentum import MomentumModel
 
 Layers = Literal["mlp", "attention", "all"]

@@ -14,10 +14,10 @@ from contextlib import AbstractContextManager, nullcontext
 from itertools import count
 from typing import NamedTuple
 
-from config import Config
+from configs.schema import Config
 from madtp.pruning import OFF, PruneSetting
-from madtp.sparsity import SparseWeights
-from models.linears import groups
+from madtp.sparsity.masks import SparseWeights
+from madtp.sparsity.layers import groups
 from utils import UserError, logger
 
 Measure = Callable[[PruneSetting], float]
