@@ -1,8 +1,8 @@
 """CLIP (Radford et al., 2021) with a pruner slot in every block of both towers. Parameter names are OpenAI's.
 
-Shapes: B images or texts, N tokens, L text tokens, C width of a tower, E width of the common space, K learnable tokens, D their
-width. The class token of a text is its end-of-text token, the last in the text's order; in memory it comes first, as class
-tokens do everywhere, so that one pruning path serves: kept tokens stay in order, a merged one comes last, right before it.
+B images or texts, N tokens, L text tokens, C channels of a tower, E channels of the common space. The class token of a text is its
+end-of-text token, the last in the order of the text. In memory it comes first, as class tokens do everywhere, so that all towers
+share one pruning path: kept tokens stay in order, and a merged token comes last, which is right before the end of the text.
 """
 
 import math
@@ -15,11 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from madtp import flops
+from madtp.attention.attend import Causal, attend, recomputes_scores
+from madtp.blocks import UNPRUNED, AlignedModel, Encoded, Guidance, PreNormBlock, block_flops, run_blocks
 from madtp.importance import AttentionStatistics
-from madtp.packing import class_tokens, pack
-from madtp.pruning import OFF, Layout, PruneSetting, TokenPruner
-from madtp.attention.attend import Causal, attend, scored_again
-from madtp.blocks import AlignedModel, Encoded, PreNormBlock, block_flops, checkpoint_last, run_blocks
+from madtp.packing import Layout, class_tokens, pack
+from madtp.pruning import PruningRule, TokenPruner
 
 MLP_RATIO = 4
 START_SCALE = math.log(1 / 0.07)
@@ -58,10 +58,11 @@ class SelfAttention(nn.Module):
         self.in_proj_bias = nn.Parameter(torch.zeros(3 * dim))
         self.out_proj = nn.Linear(dim, dim)
 
-    def forward(self, x: Tensor, layout: Layout, pruner: TokenPruner | None):
-        """x (B, N, C) or packed -> the same, and the statistics that a pruner asks for."""
+    def forward(self, x: Tensor, layout: Layout, rule: PruningRule | None) -> tuple[Tensor, AttentionStatistics | None]:
+        """x: (B, N, C), or packed (T, C)."""
         heads = F.linear(x, self.in_proj_weight, self.in_proj_bias).chunk(3, dim=-1)
-        out, statistics = attend(*heads, self.num_heads, layout, layout, pruner=pruner, causal=self.causal)
+        options = {"rule": rule, "causal": self.causal, "training": self.training}
+        out, statistics = attend(*heads, self.num_heads, layout, layout, **options)
         return self.out_proj(out), statistics
 
 
@@ -77,8 +78,8 @@ class ResidualAttentionBlock(PreNormBlock):
         layers = [("c_fc", nn.Linear(dim, hidden)), ("gelu", QuickGelu()), ("c_proj", nn.Linear(hidden, dim))]
         self.mlp = nn.Sequential(OrderedDict(layers))
 
-    def attention(self, x: Tensor, layout: Layout, pruner: TokenPruner | None) -> tuple[Tensor, AttentionStatistics | None]:
-        return self.attn(self.ln_1(x), layout, pruner)
+    def attention(self, x: Tensor, layout: Layout, rule: PruningRule | None) -> tuple[Tensor, AttentionStatistics | None]:
+        return self.attn(self.ln_1(x), layout, rule)
 
     def feed_forward(self, x: Tensor) -> Tensor:
         return self.mlp(self.ln_2(x))
@@ -110,8 +111,7 @@ class Transformer(nn.Module):
 
 
 class VisionTower(nn.Module):
-    def __init__(self, size: ClipSize, make_pruner: MakePruner, checkpoint_blocks: int = 0):
-        """checkpoint_blocks: how many of the last blocks recompute their activations in the backward pass."""
+    def __init__(self, size: ClipSize, make_pruner: MakePruner):
         super().__init__()
         width, patches = size.vision_width, (size.image_size // size.patch_size) ** 2
         self.conv1 = nn.Conv2d(3, width, size.patch_size, size.patch_size, bias=False)
@@ -119,61 +119,52 @@ class VisionTower(nn.Module):
         self.positional_embedding = nn.Parameter(torch.randn(1 + patches, width) * width**-0.5)
         self.ln_pre = nn.LayerNorm(width)
         self.transformer = Transformer(width, size.vision_layers, size.vision_heads, None, make_pruner)
-        checkpoint_last(self.transformer.resblocks, checkpoint_blocks)
         self.ln_post = nn.LayerNorm(width)
         self.proj = nn.Parameter(torch.randn(width, size.embed_dim) * width**-0.5)
 
-    def forward(self, images: Tensor, learnable_tokens: Tensor | None, setting: PruneSetting, align: bool, packed: bool) -> Encoded:
-        """images (B, 3, H, W). The feature is the projected class token, not normalised."""
+    def forward(self, images: Tensor, guidance: Guidance) -> Encoded:
+        """Encodes images (B, 3, H, W). The feature is the projected class token, not normalised."""
         x, layout = self.embed(images), None
-        if packed:
+        if guidance.packed:
             x, layout = pack(x, layout)
-        return self.read(x, layout, learnable_tokens, setting, align)
+        return self.encode(x, layout, guidance)
 
     def embed(self, images: Tensor) -> Tensor:
-        """images (B, 3, H, W) -> what the blocks are given, the class token first, (B, N, C)."""
+        """Maps images (B, 3, H, W) to the input of the blocks, the class token first, (B, N, C)."""
         patches = self.conv1(images).flatten(2).transpose(1, 2)
         x = torch.cat([self.class_embedding.to(patches.dtype).expand(len(images), 1, -1), patches], dim=1)
-        return self.ln_pre(x + self.positional_embedding)  # float32 from here on, whatever the convolution gives
+        return self.ln_pre(x + self.positional_embedding)  # float32 from here on, whatever the convolution returns
 
-    def read(
-        self,
-        x: Tensor,
-        layout: Layout,
-        learnable_tokens: Tensor | None = None,
-        setting: PruneSetting = OFF,
-        align: bool = False,
-    ) -> Encoded:
-        """What `embed` gave, or some of it, through the blocks."""
+    def encode(self, x: Tensor, layout: Layout, guidance: Guidance = UNPRUNED) -> Encoded:
+        """Runs the output of `embed`, or some of its tokens, through the blocks."""
         blocks = self.transformer.resblocks
-        again = scored_again(x, layout, blocks[0].attn.num_heads)
-        x, layout, record = run_blocks(blocks, x, layout, learnable_tokens, setting, align, again)
+        again = recomputes_scores(x, layout, blocks[0].attn.num_heads)
+        x, layout, record = run_blocks(blocks, x, layout, guidance, recomputes_scores=again)
         return Encoded(x, layout, self.ln_post(class_tokens(x, layout)) @ self.proj, record)
 
-    def flops(self, encoded: Encoded, setting: PruneSetting) -> Tensor:
-        """Multiply-adds of `forward` per image, (B,)."""
+    def flops(self, encoded: Encoded) -> Tensor:
+        """Counts the multiply-adds of `forward` per image, (B,)."""
         record, width = encoded.record, self.conv1.out_channels
         total = flops.linear(record.entering[0] - 1, self.conv1.weight[0].numel(), width) + self.proj.numel()
         total = total + flops.layer_norm(record.entering[0], width) + flops.layer_norm(1, width)
-        return total + block_flops(self.transformer.resblocks, record, setting, training=False)
+        return total + block_flops(self.transformer.resblocks, record)
 
 
 class Clip(AlignedModel):
     def __init__(
         self, size: ClipSize, make_pruner: MakePruner = lambda dim: None, learnable_tokens: tuple[int, int, float] | None = None,
-        text_order: Causal = "class_last", checkpoint_blocks: int = 0,
+        text_order: Causal = "class_last",
     ):  # fmt: skip
         """
         Args:
-            make_pruner: builds the pruner of one block from the block's width; None leaves the block dense.
-            learnable_tokens: number K, width D and initial std of the tokens that both towers share; None without pruners.
-            text_order: "class_first" is what the authors' code does: the start token is the class token, padding takes part. It
-                reads the wrong token once tokens are pruned, so it is for comparing unpruned texts alone.
-            checkpoint_blocks: how many of the image tower's last blocks recompute their activations in the backward pass.
+            make_pruner: builds the pruner of a block from its number of channels; None leaves the block dense.
+            learnable_tokens: number K, channels D and initial std of the tokens that both towers share; None without pruners.
+            text_order: "class_first" reproduces the authors' code: the start token is the class token, and padding takes part. Once
+                tokens are pruned it reads the wrong token, so it only serves to compare unpruned texts.
         """
         super().__init__()
         width, self.text_order = size.text_width, text_order
-        self.visual = VisionTower(size, make_pruner, checkpoint_blocks)
+        self.visual = VisionTower(size, make_pruner)
         self.transformer = Transformer(width, size.text_layers, size.text_heads, text_order, make_pruner)
         self.token_embedding = nn.Embedding(size.vocab_size, width)
         self.positional_embedding = nn.Parameter(torch.randn(size.context_length, width) * 0.01)
@@ -187,21 +178,12 @@ class Clip(AlignedModel):
     def branches(self) -> dict[str, nn.ModuleList]:
         return {"vision": self.visual.transformer.resblocks, "language": self.transformer.resblocks}
 
-    @property
-    def depth(self) -> int:
-        """Blocks of the deeper tower: how far `prune_from` can be raised."""
-        return max(len(self.visual.transformer.resblocks), len(self.transformer.resblocks))
+    def encode_image(self, images: Tensor, guidance: Guidance = UNPRUNED, suffix: str = "") -> Encoded:
+        """Encodes images (B, 3, H, W); the feature is not normalised. `suffix` names the copy of the tower to use."""
+        return getattr(self, f"visual{suffix}")(images, self.guided(guidance))
 
-    def encode_image(
-        self, images: Tensor, setting: PruneSetting = OFF, align: bool = False, packed: bool = False, suffix: str = ""
-    ) -> Encoded:
-        """images (B, 3, H, W). Not normalised. `suffix` names the copy of the tower's parts that encodes."""
-        return getattr(self, f"visual{suffix}")(images, self.learnable_tokens, setting, align, packed)
-
-    def encode_text(
-        self, input_ids: Tensor, setting: PruneSetting = OFF, align: bool = False, packed: bool = False, suffix: str = ""
-    ) -> Encoded:
-        """input_ids (B, L), of which the end-of-text token is the highest in each text; what stands behind it is padding."""
+    def encode_text(self, input_ids: Tensor, guidance: Guidance = UNPRUNED, suffix: str = "") -> Encoded:
+        """Encodes texts (B, L). The end-of-text token has the highest id of each text; padding follows it."""
         transformer, embedding, norm, position, projection = (
             getattr(self, name + suffix)
             for name in ("transformer", "token_embedding", "ln_final", "positional_embedding", "text_projection")
@@ -210,21 +192,21 @@ class Clip(AlignedModel):
         x, layout = embedding(input_ids) + position[: input_ids.shape[1]], None
         if self.text_order == "class_last":
             x, layout = end_first(x, end)
-        if packed:
+        if guidance.packed:
             x, layout = pack(x, layout)
-        x, layout, record = run_blocks(transformer.resblocks, x, layout, self.learnable_tokens, setting, align, False)
+        x, layout, record = run_blocks(transformer.resblocks, x, layout, self.guided(guidance))
         x = norm(x)
         read = class_tokens(x, layout) if self.text_order == "class_last" else x[torch.arange(len(x)), end]
         return Encoded(x, layout, read @ projection, record)
 
-    def text_flops(self, encoded: Encoded, setting: PruneSetting) -> Tensor:
-        """Multiply-adds of `encode_text` per text, (B,)."""
+    def text_flops(self, encoded: Encoded) -> Tensor:
+        """Counts the multiply-adds of `encode_text` per text, (B,)."""
         total = flops.layer_norm(encoded.record.leaving[-1], self.ln_final.normalized_shape[0]) + self.text_projection.numel()
-        return total + block_flops(self.transformer.resblocks, encoded.record, setting, training=False)
+        return total + block_flops(self.transformer.resblocks, encoded.record)
 
 
 def end_first(x: Tensor, end: Tensor) -> tuple[Tensor, Tensor]:
-    """The token at `end` (B,) of each text first, then those before it in their order; what follows it is dropped.
+    """Moves the token at `end` (B,) of each text to the front and drops the tokens behind it.
 
     x (B, L, C) -> (B, M, C) and its mask (B, M), M the tokens of the longest text
     """

@@ -9,7 +9,7 @@ from pydantic import BaseModel, ValidationError
 from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
-from configs.schema import CONFIGS, Config
+from configs.schema import Config
 from utils import UserError
 
 ConfigT = TypeVar("ConfigT", bound=Config)
@@ -21,25 +21,13 @@ def load_config(cls: type[ConfigT], path: str | Path, overrides: dict[str, Any] 
     Raises:
         UserError: for a missing or invalid file, an unknown key, or a value of the wrong type or range.
     """
-    values = _read_yaml(Path(path))
+    values = read_yaml(Path(path))
     for key, value in (overrides or {}).items():
         _assign(values, key.split("."), value)
     try:
         return cls(**values)
     except ValidationError as error:
         raise UserError(_explain(cls, error, Path(path), overrides or {})) from None
-
-
-def load_any_config(path: str | Path, overrides: dict[str, Any] | None = None, task: str | None = None) -> Config:
-    """The config of whichever task the file's key `task` names, or `task` where it names none.
-
-    Raises:
-        UserError: as `load_config`, and when neither names a task.
-    """
-    named = _read_yaml(Path(path)).get("task", task)
-    if named not in CONFIGS:
-        raise UserError(f"{path}: its key 'task' is {named!r}; set it, or --task, to one of {', '.join(CONFIGS)}")
-    return load_config(CONFIGS[named], path, overrides)
 
 
 def save_config(config: Config, path: str | Path) -> None:
@@ -81,7 +69,7 @@ def parse_command_line(description: str, cls: type[ConfigT], argv: list[str] | N
     if pattern and not sparse:
         raise UserError("--weight-sparse-pattern belongs to --enable-sparse-api; add it, or leave this one out")
     if sparse or tokens:
-        given = {**_read_yaml(Path(path)), **overrides}
+        given = {**read_yaml(Path(path)), **overrides}
         if not tokens:
             overrides["method"] = "none"
         elif given.get("method") == "none":
@@ -92,7 +80,12 @@ def parse_command_line(description: str, cls: type[ConfigT], argv: list[str] | N
     return load_config(cls, path, overrides)
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Returns the top-level mapping of a YAML file.
+
+    Raises:
+        UserError: for a missing or invalid file.
+    """
     try:
         values = YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8"))
     except OSError as error:

@@ -392,8 +392,3 @@ class VqaConfig(Config):
     inference: Literal["rank", "generate"] = Field("rank", description="rank: choose from answer_list; generate: write freely")
     k_test: int = Field(128, ge=1, description="candidates whose whole likelihood is computed; more is better and slower")
     num_beams: int = Field(3, ge=1, description="answers kept at a time while one is generated")
-
-
-CONFIGS: dict[str, type[Config]] = {
-    cls.model_fields["task"].default: cls for cls in (NlvrConfig, CaptionConfig, VqaConfig, RetrievalConfig, ClipRetrievalConfig)
-}

@@ -127,12 +127,13 @@ class FirstPairs(Dataset):
 
 
 class Split(NamedTuple):
-    """What is ranked: loaders of this process's share of pictures and captions, and of some pairs, for counting GFLOPs.
+    """An evaluation split: loaders of this process's share of pictures and captions, and of some pairs, for counting GFLOPs.
 
     image_of_text: of each caption of the split, the number of its picture
     captions: as the file has them
     names: the pictures' paths
     truth: the captions to compare with, of each picture by its path, where these are not the split's own
+    is_test: the split that is evaluated once, at the end
     """
 
     images: Loader
@@ -142,6 +143,7 @@ class Split(NamedTuple):
     captions: list[str]
     names: list[str]
     truth: dict[str, list[str]] = {}
+    is_test: bool = False
 
     @property
     def references(self) -> dict[str, list[str]]:
@@ -232,6 +234,7 @@ def build_loaders(
             texts.captions,
             images.names,
             _truth(config, split, images.names),
+            split == "test",
         )
     return loaders
 

@@ -10,9 +10,10 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from configs.schema import NlvrConfig
-from data.loading import CHECKED, calibration_subset, load_image, no_such_picture, read_entries
+from data.loading import CHECKED, Loader, build_loader, calibration_subset, load_image, no_such_picture, read_entries
 from data.text import clean_sentence, enc_token_id, encode
 from transform.images import ImageTransform, eval_transform, keeps_truth, train_transform
+from utils import Run
 
 # B pairs of pictures, S statements (a multiple of B), L tokens of the longest statement
 
@@ -126,6 +127,25 @@ def build_datasets(config: NlvrConfig) -> dict[str, Dataset]:
         "calibration": calibration_subset(NlvrDataset(train, **untouched), config.calibration_size),
         "val": NlvrDataset(read_statements(config.annotation_file(config.val_file)), **untouched),
         "test": NlvrDataset(read_statements(config.annotation_file(config.test_file)), **untouched),
+    }
+
+
+def build_loaders(config: NlvrConfig, run: Run, tokenizer: PreTrainedTokenizerBase) -> dict[str, Loader]:
+    """Returns the loaders "train" (not for an evaluation), "calibration", "val" and "test"."""
+    collate = NlvrCollate(tokenizer, config.bert_sizes.max_position_embeddings)
+    return {
+        split: build_loader(
+            dataset,
+            config.batch_size_train if split == "train" else config.batch_size_test,
+            train=split == "train",
+            run=run,
+            num_workers=config.num_workers,
+            seed=config.seed,
+            collate=collate,
+            epoch_steps=config.epoch_steps if split == "train" else None,
+        )
+        for split, dataset in build_datasets(config).items()
+        if not (config.evaluate and split == "train")
     }
 
 

@@ -6,13 +6,13 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Literal
 
-# Loader workers are forked after the tokenizer was used, and its threads do not survive that; it must be set before import.
+import torch
+from transformers import BertTokenizerFast, PreTrainedTokenizerBase
+
+from utils import UserError
+
+# Loader workers are forked after the tokenizer was used, and its threads do not survive that.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-
-import torch  # noqa: E402
-from transformers import BertTokenizerFast, PreTrainedTokenizerBase  # noqa: E402
-
-from utils import UserError  # noqa: E402
 
 DEC, ENC = "[DEC]", "[ENC]"  # the first token of a text to generate, and of a text read with a picture
 NEEDED = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from engine.train import Trainer
-from models.weights.blip import read_checkpoint
+from models.weights.reading import read_checkpoint
 from utils import Run, UserError, gather_objects
 
 

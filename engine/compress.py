@@ -13,25 +13,28 @@ from pathlib import Path
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
+from configs.load import save_config
 from configs.schema import Config
 from engine.checkpoint import load_run, read_run, save_atomic, save_run
 from engine.experiment import Evaluation, Experiment
 from engine.flop_table import flop_table
-from engine.notices import (
-    say_slower_attention,
-    say_small_slice,
-    say_what_changed,
-    say_where_off,
-    settings_of,
-)
-from engine.results import RunLog, code_version, count_parameters, write_json
 from engine.restore import is_authors, mask_as_saved, other_rule, rule_of, saved_setting
-from engine.train import CosineSchedule, Trainer, move, train_epoch
+from engine.results import (
+    RunLog,
+    code_version,
+    count_parameters,
+    log_changed_settings,
+    settings_of,
+    warn_if_off_target,
+    warn_of_slower_attention,
+    warn_of_small_slice,
+    write_json,
+)
 from engine.schedule import ROUNDING, WeightPlan, check_reach
+from engine.train import CosineSchedule, Trainer, move, train_epoch
 from madtp.budget import WITHIN_BUDGET, UnreachableTarget, calibrate, within
 from madtp.pruning import OFF, PruneSetting
 from madtp.sparsity.masks import counted_dense
-from configs.load import save_config
 from utils import Run, UserError, barrier, logger, seed_everything
 
 CHECKPOINTS = ("checkpoint_best.pth", "checkpoint_last.pth")
@@ -47,8 +50,8 @@ def run_experiment(experiment: Experiment) -> dict:
     started, versions = time.time(), {"code": code_version(), "torch": torch.__version__}
     dense = experiment.measure(OFF)
     target = dense * (1 - config.p)
-    say_small_slice(config, run)
-    say_slower_attention(config, run.device, experiment.precision.dtype if config.amp else torch.float32)
+    warn_of_small_slice(config, run)
+    warn_of_slower_attention(config, run.device, experiment.precision.dtype if config.amp else torch.float32)
     if run.is_main and experiment.inputs:
         first = move(experiment.calibration_batches[0], run.device)
         logger.info("one sample by fvcore, uncompressed:\n%s", flop_table(experiment.model, experiment.inputs(first)))
@@ -66,7 +69,7 @@ def run_experiment(experiment: Experiment) -> dict:
         val, test = (experiment.evaluated(split, setting) for split in ("val", "test"))
     result = _result(experiment, setting, epoch, {"uncompressed": dense, "target": target}, val, test)
     result |= {"sparse_kernels": kernels, "versions": versions}
-    say_where_off(config, result["gflops"], setting)
+    warn_if_off_target(config, result["gflops"], setting)
     if run.is_main:
         write_json(val.predictions, folder / "predictions_val.json")
         write_json(test.predictions, folder / "predictions_test.json")
@@ -94,7 +97,7 @@ def run_experiment(experiment: Experiment) -> dict:
 
 
 def compress(experiment: Experiment, dense: float) -> tuple[PruneSetting, int]:
-    """All epochs. Leaves the model with the selected weights; returns their setting and epoch.
+    """Runs all epochs; leaves the model with the selected weights and returns their setting and epoch.
 
     The temperature is calibrated before an epoch that lowers the target, and after an epoch at p, whose result may be selected.
     """
@@ -102,40 +105,13 @@ def compress(experiment: Experiment, dense: float) -> tuple[PruneSetting, int]:
     _check_sources(config, folder)
     plan = WeightPlan(config, experiment.sparse, experiment.measure, experiment.mask, dense)
     trainer = _trainer(experiment)
-    setting, best_score, first_epoch = OFF, float("-inf"), 0
-    if config.resume:
-        saved = read_run(config.resume_path, run)
-        if key := other_rule(config, saved) or _other_plan(config, saved):
-            raise UserError(
-                f"{config.resume_path}: a run with {key} {saved.get(key)!r} cannot go on with {getattr(config, key)!r}; resume it"
-                " with its own config.yaml, or start anew in another --output_dir"
-            )
-        load_run(saved, config.resume_path, trainer, experiment.model, run)
-        say_what_changed(config, saved)
-        setting = PruneSetting(saved["temperature"], saved["prune_from"])
-        best_score, first_epoch = saved["best_score"], saved["epoch"] + 1
-        del saved  # it is as large as the run
+    setting, best_score, first_epoch = _resume(experiment, trainer) if config.resume else (OFF, float("-inf"), 0)
     _prepare(config, run)
-    best = config.resume_path.with_name("checkpoint_best.pth") if config.resume else None
-    if run.is_main and (best is None or best.parent.resolve() != folder.resolve()):
-        for name in CHECKPOINTS:  # an earlier run's must not be taken for this one's
-            (folder / name).unlink(missing_ok=True)
-        if best is not None and best.is_file():
-            shutil.copy(best, folder)  # the run goes on in another folder
-    begun_in = config.resume_path.parent if config.resume else None
-    if begun_in is not None and not (begun_in / "log.txt").is_file():
-        begun_in = folder  # the checkpoint was put away, the log stayed
-    log = RunLog(folder if run.is_main else None, begun_in, first_epoch)
+    log = _open_log(config, run, folder, first_epoch)
     for epoch in range(first_epoch, config.max_epoch):
         started = time.time()
-        before, removal = plan.removal(epoch - 1), plan.removal(epoch)
-        target, ramping = dense * (1 - removal), removal < config.p
-        masked = plan.enter(epoch, setting)
-        with plan.counting(epoch):
-            if plan.chooses(epoch):
-                setting = choose(experiment, plan, target, setting)
-            elif epoch == 0 or before < removal or masked:
-                setting, _ = meet(experiment, target, setting, ramping, moved=True)
+        target, ramping = dense * (1 - plan.removal(epoch)), plan.removal(epoch) < config.p
+        setting = _enter_epoch(experiment, plan, epoch, target, setting)
         experiment.loaders["train"].sampler.set_epoch(epoch)
         train_started = time.time()
         losses = train_epoch(
@@ -148,12 +124,10 @@ def compress(experiment: Experiment, dense: float) -> tuple[PruneSetting, int]:
             val = experiment.evaluated("val", setting)
         selectable = plan.settled(epoch) and within(measured, dense * (1 - config.p), setting)
         score = val.metrics[experiment.score] if selectable else float("-inf")
-        state = _run_state(experiment, setting, epoch, max(score, best_score))
-        selected = score > best_score
-        if selected:
-            best_score = score
-            if run.is_main:
-                save_atomic({"model": experiment.model.state_dict(), **state}, folder / "checkpoint_best.pth")
+        selected, best_score = score > best_score, max(score, best_score)
+        state = _run_state(experiment, setting, epoch, best_score)
+        if selected and run.is_main:
+            save_atomic({"model": experiment.model.state_dict(), **state}, folder / "checkpoint_best.pth")
         save_run(folder / "checkpoint_last.pth", trainer, experiment.model, {**state, "config": settings_of(config)}, run)
         entry = {
             "epoch": epoch, "loss": losses, "lr": trainer.schedule.rate(trainer.step - 1), **asdict(setting),
@@ -167,6 +141,52 @@ def compress(experiment: Experiment, dense: float) -> tuple[PruneSetting, int]:
             "off" if setting.temperature is None else f"{setting.temperature:.4g}", entry["seconds"]["all"],
         )  # fmt: skip
     return _selected(experiment, folder)
+
+
+def _resume(experiment: Experiment, trainer: Trainer) -> tuple[PruneSetting, float, int]:
+    """Restores an interrupted run; returns its setting, its best score so far and the next epoch.
+
+    Raises:
+        UserError: when the run was made under another rule or plan.
+    """
+    config, run = experiment.config, experiment.run
+    saved = read_run(config.resume_path, run)
+    if key := other_rule(config, saved) or _other_plan(config, saved):
+        raise UserError(
+            f"{config.resume_path}: a run with {key} {saved.get(key)!r} cannot go on with {getattr(config, key)!r}; resume it"
+            " with its own config.yaml, or start anew in another --output_dir"
+        )
+    load_run(saved, config.resume_path, trainer, experiment.model, run)
+    log_changed_settings(config, saved)
+    return PruneSetting(saved["temperature"], saved["prune_from"]), saved["best_score"], saved["epoch"] + 1
+
+
+def _open_log(config: Config, run: Run, folder: Path, first_epoch: int) -> RunLog:
+    """Opens the log of a run whose folder holds no checkpoints but its own.
+
+    A run that is resumed in another folder takes its best checkpoint and its log along.
+    """
+    best = config.resume_path.with_name("checkpoint_best.pth") if config.resume else None
+    if run.is_main and (best is None or best.parent.resolve() != folder.resolve()):
+        for name in CHECKPOINTS:  # an earlier run's must not be taken for this one's
+            (folder / name).unlink(missing_ok=True)
+        if best is not None and best.is_file():
+            shutil.copy(best, folder)
+    begun_in = config.resume_path.parent if config.resume else None
+    if begun_in is not None and not (begun_in / "log.txt").is_file():
+        begun_in = folder  # the checkpoint was moved, the log stayed
+    return RunLog(folder if run.is_main else None, begun_in, first_epoch)
+
+
+def _enter_epoch(experiment: Experiment, plan: WeightPlan, epoch: int, target: float, setting: PruneSetting) -> PruneSetting:
+    """Masks the weights that the plan has for this epoch, and calibrates where target or masks have changed."""
+    masked = plan.enter(epoch, setting)
+    with plan.counting(epoch):
+        if plan.chooses(epoch):
+            return choose(experiment, plan, target, setting)
+        if epoch == 0 or plan.removal(epoch - 1) < plan.removal(epoch) or masked:
+            return meet(experiment, target, setting, plan.removal(epoch) < experiment.config.p, moved=True)[0]
+    return setting
 
 
 def _prepare(config: Config, run: Run) -> None:

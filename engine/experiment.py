@@ -11,8 +11,8 @@ from configs.schema import Config
 from engine.sparse_inference import sparse_kernels
 from engine.train import Losses, Precision, move
 from madtp.pruning import PruneSetting
-from madtp.sparsity.refit import can_be_fitted, second_moments
 from madtp.sparsity.layers import sparse_weights
+from madtp.sparsity.refit import can_be_fitted, second_moments
 from utils import Run, all_reduce_sum, broadcast, logger
 
 Cost = Callable[[nn.Module, dict, PruneSetting], torch.Tensor]

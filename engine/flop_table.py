@@ -1,4 +1,4 @@
-"""fvcore's count of a forward pass: the independent check of the closed form, and the table that a run prints first."""
+"""Counting a forward pass with fvcore: an independent check of the closed form, and the table at the start of a run."""
 
 import logging
 import warnings
@@ -6,19 +6,19 @@ import warnings
 import torch
 from torch import Tensor, nn
 
+from madtp.blocks import UNPRUNED, Guidance
 from madtp.flops import GIGA
-from madtp.pruning import OFF, PruneSetting
 
 
 class _Traced(nn.Module):
     """A model whose forward fvcore can trace: tensors in, one tensor out."""
 
-    def __init__(self, model: nn.Module, setting: PruneSetting):
+    def __init__(self, model: nn.Module, guidance: Guidance):
         super().__init__()
-        self.model, self.setting = model, setting
+        self.model, self.guidance = model, guidance
 
     def forward(self, *inputs: Tensor) -> Tensor:
-        return self.model.traced(*inputs, setting=self.setting)
+        return self.model.traced(*inputs, guidance=self.guidance)
 
 
 def _fused_attention(inputs: list, outputs: list) -> int:
@@ -27,21 +27,21 @@ def _fused_attention(inputs: list, outputs: list) -> int:
     return 2 * query[0] * query[1] * query[2] * key[2] * query[3]
 
 
-def analyse(model: nn.Module, inputs: tuple[Tensor, ...], setting: PruneSetting = OFF):
-    """fvcore's analysis of `model.traced(*inputs, setting=setting)`; a batch of one has no padding to count."""
+def analyse(model: nn.Module, inputs: tuple[Tensor, ...], guidance: Guidance = UNPRUNED):
+    """fvcore's analysis of `model.traced(*inputs, guidance=guidance)`; a batch of one has no padding to count."""
     from fvcore.nn import FlopCountAnalysis  # warns about PyTorch when it is imported
 
-    analysis = FlopCountAnalysis(_Traced(model, setting).eval(), inputs)
+    analysis = FlopCountAnalysis(_Traced(model, guidance).eval(), inputs)
     analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False).tracer_warnings("none")
     return analysis.set_op_handle("aten::scaled_dot_product_attention", _fused_attention)
 
 
 @torch.no_grad()
-def fvcore_gflops(model: nn.Module, inputs: tuple[Tensor, ...], setting: PruneSetting = OFF) -> dict[str, float]:
+def fvcore_gflops(model: nn.Module, inputs: tuple[Tensor, ...], guidance: Guidance = UNPRUNED) -> dict[str, float]:
     """GFLOPs of the whole batch by top module, and of what the model does outside of them ("rest"); their sum is the total."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        counted = analyse(model, inputs, setting).by_module()
+        counted = analyse(model, inputs, guidance).by_module()
     by_module = {name: counted[f"model.{name}"] for name, _ in model.named_children() if counted[f"model.{name}"]}
     rest = counted[""] - sum(by_module.values())
     return {name: count / GIGA for name, count in {**by_module, **({"rest": rest} if rest else {})}.items()}

@@ -16,8 +16,8 @@ from typing import NamedTuple
 
 from configs.schema import Config
 from madtp.pruning import OFF, PruneSetting
-from madtp.sparsity.masks import SparseWeights
 from madtp.sparsity.layers import groups
+from madtp.sparsity.masks import SparseWeights
 from utils import UserError, logger
 
 Measure = Callable[[PruneSetting], float]

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from configs.schema import Config
 from madtp.distillation import Distillation
 from models.momentum import MomentumModel
-from models.weights.blip import check_readable, is_pruned, read_checkpoint
+from models.weights.reading import check_readable, is_pruned, read_checkpoint
 from utils import UserError
 
 ConfigT = TypeVar("ConfigT", bound=Config)

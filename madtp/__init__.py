@@ -1,8 +1,63 @@
-"""Multimodal alignment-guided dynamic token pruning (MADTP), on torch alone.
+"""Multimodal alignment-guided dynamic token pruning (MADTP) for transformers, on PyTorch alone.
 
-Read in this order: `alignment` (MAG, Eq. 1-3), `importance` (token importance score, Eq. 4-6), `pruning` (threshold, keep rule,
-merge, Eq. 7-10), `budget` (the temperature that meets a GFLOPs target), `flops` (what a forward pass costs); for MADTP++
-`sparsity` (N:M masks), `refit` (kept weights take over from dropped ones), `distillation`. For speed there are `packing` (batches
-without padding), `columns` and `kernels` (scores without the attention map) and `semi_structured` (2:4 kernels); `released` is for
-the authors' checkpoints.
+`prune` compresses a model of another library in one call. Models of your own are built from `PreNormBlock` or `PrunedBlock`,
+`attend`, `TokenPruner` and `run_blocks`.
+
+The method, in reading order: `alignment` (MAG, Eq. 1-3 of the paper), `importance` (token importance score, Eq. 4-6), `selection`
+(threshold, keep rule, gather and merge, Eq. 7-10), `pruning` (the pruner of a block), `blocks` (the order of a block's parts),
+`budget` (the temperature for a GFLOPs target), `flops` (the cost of a pass). For speed: `packing` (batches without padding) and
+`attention` (scores without the attention map). For MADTP++: `sparsity` (N:M weights) and `distillation`. `released` reproduces the
+authors' published code.
 """
+
+from madtp.alignment import similarity_loss
+from madtp.attention.attend import attend
+from madtp.blocks import (
+    AlignedModel,
+    Guidance,
+    PreNormBlock,
+    PrunedBlock,
+    TowerRecord,
+    block_flops,
+    run_blocks,
+)
+from madtp.budget import Calibration, UnreachableTarget, calibrate
+from madtp.distillation import Distillation
+from madtp.packing import Packed, class_tokens, pack, padded
+from madtp.patch import prune, restore
+from madtp.patch.base import Pruning
+from madtp.pruning import OFF, PruneSetting, PruningRule, TokenPruner
+from madtp.sparsity.layers import sparse_weights
+from madtp.sparsity.masks import Pattern, SparseWeights
+
+__version__ = "0.2.0"
+
+__all__ = [
+    "OFF",
+    "AlignedModel",
+    "Calibration",
+    "Distillation",
+    "Guidance",
+    "Packed",
+    "Pattern",
+    "PreNormBlock",
+    "PruneSetting",
+    "PrunedBlock",
+    "Pruning",
+    "PruningRule",
+    "SparseWeights",
+    "TokenPruner",
+    "TowerRecord",
+    "UnreachableTarget",
+    "attend",
+    "block_flops",
+    "calibrate",
+    "class_tokens",
+    "pack",
+    "padded",
+    "prune",
+    "restore",
+    "run_blocks",
+    "similarity_loss",
+    "sparse_weights",
+]

@@ -1,21 +1,22 @@
-"""MAG, multi-modality alignment guidance: learnable tokens that both modalities share (paper, Section 3.2).
+"""MAG, multi-modality alignment guidance: learnable tokens shared by both modalities (paper, Section 3.2).
 
-Shapes: B batch, N tokens of a block without its class token, C their width, K learnable tokens, D their width (`sd_dim`).
+B batch, N tokens of a block without its prefix tokens, C channels, K learnable tokens, D their channels (`sd_dim`).
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-Valid = Tensor | None  # (..., N) bool, False is padding; None where nothing is padded
+from madtp.packing import Valid
 
 
 class Alignment(nn.Module):
-    """One block's view of the learnable tokens: V' = W V + B (Eq. 1), or the identity where the widths agree."""
+    """Maps a block's tokens to the learnable tokens' space: V' = W V + B (Eq. 1), or the identity where the widths agree."""
 
     def __init__(self, dim: int, token_dim: int, projection: str = "auto"):
         """
         Args:
+            dim, token_dim: C and D.
             projection: "auto" maps only where `dim != token_dim`, "on" always, "off" never.
         Raises:
             ValueError: for "off" where the widths differ.
@@ -28,18 +29,18 @@ class Alignment(nn.Module):
         self.projection = nn.Linear(dim, token_dim) if project else nn.Identity()
 
     def forward(self, tokens: Tensor, learnable_tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """tokens (..., N, C), learnable_tokens (K, D) -> raw inner products E V'^T (..., K, N), mapped tokens V' (..., N, D)."""
+        """tokens (..., N, C), learnable_tokens (K, D) -> inner products E V'^T (..., K, N), mapped tokens V' (..., N, D)."""
         mapped = self.projection(tokens)
         return (mapped @ learnable_tokens.t()).transpose(-2, -1), mapped
 
     def flops(self, tokens: Tensor, num_learnable: int) -> Tensor:
-        """Multiply-adds of `forward` for token counts of any shape."""
+        """Counts the multiply-adds of `forward` for token counts of any shape."""
         projection = self.dim * self.token_dim if isinstance(self.projection, nn.Linear) else 0
         return tokens * (projection + self.token_dim * num_learnable)
 
 
 def token_attention(products: Tensor, token_dim: int, valid: Valid = None) -> Tensor:
-    """A_token = softmax over tokens of E V'^T / sqrt(D) (Eq. 2). (B, K, N), each row sums to 1 over the valid tokens."""
+    """Returns A_token, the softmax over tokens of E V'^T / sqrt(D) (Eq. 2). (B, K, N), each row sums to 1 over the valid tokens."""
     logits = products.float() / token_dim**0.5
     if valid is not None:
         logits = logits.masked_fill(~valid.unsqueeze(1), float("-inf"))
@@ -47,10 +48,10 @@ def token_attention(products: Tensor, token_dim: int, valid: Valid = None) -> Te
 
 
 def aligned_features(attention: Tensor, mapped: Tensor) -> Tensor:
-    """E_v = A_token V' (Eq. 3). (B, K, N), (B, N, D) -> (B, K, D)."""
+    """Returns E_v = A_token V' (Eq. 3). (B, K, N), (B, N, D) -> (B, K, D)."""
     return attention.to(mapped.dtype) @ mapped
 
 
 def similarity_loss(vision: Tensor, language: Tensor) -> Tensor:
-    """L_sim = mean over samples and learnable tokens of 1 - cos(E^v, E^l) (Eq. 12). (B, K, D) twice -> scalar."""
+    """Returns L_sim, the mean over samples and learnable tokens of 1 - cos(E^v, E^l) (Eq. 12). (B, K, D) twice -> scalar."""
     return (1.0 - F.cosine_similarity(vision.float(), language.float(), dim=-1)).mean()

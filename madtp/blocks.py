@@ -1,31 +1,54 @@
-"""What the image and the text tower have in common: how blocks hand tokens on, and what they leave on record."""
+"""Transformer blocks that prune: the order of their parts, a pass through a stack of them, and the record that it leaves.
 
-from collections.abc import Iterable
+B batch, N tokens of a sample with its prefix tokens, C channels, K learnable tokens, D their channels, T tokens of a packed batch.
+"""
+
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from functools import partial
 
 import torch
-import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from madtp import flops
-from madtp.alignment import Valid
 from madtp.importance import AttentionStatistics
-from madtp.packing import Packed, pack
-from madtp.pruning import Execution, Layout, PruneSetting, TokenPruner
-from utils import gather_padded
+from madtp.packing import Layout, Packed, count_tokens
+from madtp.pruning import OFF, Execution, PruneSetting, PruningRule, TokenPruner
+
+
+@dataclass(frozen=True, eq=False)
+class Guidance:
+    """The state of one forward pass that all blocks share: how hard they prune, and the learnable tokens that guide them.
+
+    setting: how hard to prune
+    align: collect the alignment features that L_sim compares (Eq. 3)
+    packed: run without padding; for inference also without attention maps
+    learnable_tokens: E (K, D); models fill in their own
+    block: index of the block that is running
+    """
+
+    setting: PruneSetting = OFF
+    align: bool = False
+    packed: bool = False
+    learnable_tokens: Tensor | None = None
+    block: int = 0
+
+    @property
+    def temperature(self) -> float | None:
+        """The temperature of the running block, None where it does not prune."""
+        return self.setting.at(self.block)
+
+
+UNPRUNED = Guidance()
 
 
 @dataclass
 class TowerRecord:
-    """What a pass through a tower leaves beside its tokens, one entry a block.
+    """The trace of a pass through the blocks of a tower, one entry per block.
 
-    entering, leaving: (B,) valid tokens, class token included, before and after the block's pruning
-    kept: (B, N) bool over the block's tokens without the class token, None where the block did not prune
-    features: (B, K, D) sum over the blocks of the alignment features, None unless asked for
-    packed: the layout of the tokens; scored_again: whether the pruners' scores cost a second Q K^T
+    entering, leaving: (B,) valid tokens, prefix tokens included, before and after the block's pruning
+    kept: (B, N - P) bool over the block's tokens without the prefix, None where the block did not prune
+    features: (B, K, D) alignment features summed over the blocks, None unless collected
+    packed: the batch was packed; recomputes_scores: the pruners' scores cost a second Q K^T
     """
 
     entering: list[Tensor] = field(default_factory=list)
@@ -33,27 +56,36 @@ class TowerRecord:
     kept: list[Tensor | None] = field(default_factory=list)
     features: Tensor | None = None
     packed: bool = False
-    scored_again: bool = False
+    recomputes_scores: bool = False
 
-    def ran(self, active: bool, training: bool) -> Execution:
-        return Execution(active, training, self.packed, self.scored_again)
-
-    def add(self, before: Tensor, after: Tensor, kept: Tensor | None, features: Tensor | None) -> None:
+    def add(self, before: Tensor, after: Tensor, kept: Tensor | None, features: Tensor | None = None) -> None:
         self.entering.append(before)
         self.leaving.append(after)
         self.kept.append(kept)
         if features is not None:
             self.features = features if self.features is None else self.features + features
 
+    def execution(self, block: int) -> Execution:
+        """Returns the parts of its pruner that a block executed."""
+        return Execution(self.kept[block] is not None, self.features is not None, self.packed, self.recomputes_scores)
+
     def unpruned(self) -> "TowerRecord":
-        """What the same samples leave on record when nothing is pruned."""
+        """Returns the record that the same samples leave when nothing is pruned."""
         depth, tokens = len(self.entering), self.entering[0]
         return replace(self, entering=[tokens] * depth, leaving=[tokens] * depth, kept=[None] * depth, features=None)
 
 
+def dense_record(depth: int, tokens: int, samples: int) -> TowerRecord:
+    """Returns the record of a pass in which nothing is pruned and every sample has `tokens` tokens, prefix tokens included."""
+    record = TowerRecord()
+    for _ in range(depth):
+        record.add(torch.full((samples,), tokens), torch.full((samples,), tokens), None)
+    return record
+
+
 @dataclass
 class Encoded:
-    """The tokens of a tower with their layout, the normalised feature (B, E) of each sample, and the record."""
+    """The output of a tower: tokens with their layout, the feature (B, E) of each sample, and the record of the pass."""
 
     tokens: Tensor
     layout: Layout
@@ -61,76 +93,28 @@ class Encoded:
     record: TowerRecord
 
 
-def count_tokens(x: Tensor, layout: Layout) -> Tensor:
-    """(B,) number of valid tokens of x (B, N, C), or packed (T, C)."""
-    if isinstance(layout, Packed):
-        return torch.tensor(layout.lengths)
-    return torch.full(x.shape[:1], x.shape[1], device=x.device) if layout is None else layout.sum(dim=1)
-
-
-def padded(x: Tensor, layout: Layout) -> tuple[Tensor, Valid]:
-    """Tokens (B, N, C), and their mask (B, N) or None where nothing is padding, from either layout."""
-    if not isinstance(layout, Packed):
-        return x, layout
-    return layout.pad(x), None if layout.uniform else layout.valid
-
-
-def halves(x: Tensor, layout: Layout) -> list[tuple[Tensor, Layout]]:
-    """A batch as two of equally many samples, each with its layout."""
-    if isinstance(layout, Packed):
-        return layout.chunk(x, 2)
-    return list(zip(x.chunk(2), (None, None) if layout is None else layout.chunk(2), strict=True))
-
-
-def select(x: Tensor, layout: Layout, samples: Tensor) -> tuple[Tensor, Layout]:
-    """The samples of these numbers (n,), in that order; one may come twice."""
-    if isinstance(layout, Packed):
-        return layout.select(x, samples)
-    return x[samples], None if layout is None else layout[samples]
-
-
-def concatenate(first: tuple[Tensor, Layout], second: tuple[Tensor, Layout]) -> tuple[Tensor, Layout]:
-    """The samples of two batches, each given with its layout, as one batch."""
-    if isinstance(first[1], Packed):
-        return torch.cat([first[0], second[0]]), Packed.of(first[1].lengths + second[1].lengths, first[1].device)
-    if first[1] is None and second[1] is None and first[0].shape[1] == second[0].shape[1]:
-        return torch.cat([first[0], second[0]]), None
-    width = max(first[0].shape[1], second[0].shape[1])
-    tokens, masks = zip(*(_widen(*batch, width) for batch in (first, second)), strict=True)
-    return torch.cat(tokens), torch.cat(masks)
-
-
-def gather_samples(x: Tensor, layout: Layout) -> tuple[Tensor, Layout]:
-    """The samples of all processes, in the order of the ranks, as one batch; gradients find their way back to each process."""
-    if not dist.is_initialized():
-        return x, layout
-    if isinstance(layout, Packed):  # padding holds tokens of other samples, and no gradient may reach them through it
-        padded = layout.pad(x) * layout.valid.unsqueeze(-1)
-        return pack(gather_padded(padded), gather_padded(layout.valid.byte()).bool())
-    valid = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device) if layout is None else layout
-    return gather_padded(x), gather_padded(valid.byte()).bool()
-
-
-def _widen(x: Tensor, valid: Valid, width: int) -> tuple[Tensor, Tensor]:
-    """x (B, N, C) padded to `width` tokens, and its mask."""
-    valid = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device) if valid is None else valid
-    more = width - x.shape[1]
-    return F.pad(x, (0, 0, 0, more)), F.pad(valid, (0, more))
-
-
 class AlignedModel(nn.Module):
     """A model whose towers share learnable tokens E; `space_dict` is their published name."""
 
     space_dict: nn.Parameter | None
-    answer_head: nn.Module | None = None  # see madtp.distillation, as of `branches` and `pair_logits`
+    answer_head: nn.Module | None = None  # its output are the logits that distillation compares
 
     @property
-    def branches(self) -> dict[str, nn.ModuleList]:
-        """The blocks of each branch that has a class token."""
-        return {"vision": self.visual_encoder.blocks, "language": self.text_encoder.encoder.layer}
+    def branches(self) -> Mapping[str, nn.ModuleList]:
+        """The blocks of each branch that has a class token: "vision" and, where there is one, "language"."""
+        raise NotImplementedError
+
+    @property
+    def depth(self) -> int:
+        """Number of blocks of the deepest branch, the limit of `prune_from`."""
+        return max(len(blocks) for blocks in self.branches.values())
 
     def init_learnable_tokens(self, sizes: tuple[int, int, float] | None) -> None:
-        """sizes: number K, width D and initial standard deviation; None without pruners."""
+        """Draws the learnable tokens.
+
+        Args:
+            sizes: number K, channels D and initial standard deviation; None for a model without pruners.
+        """
         self.space_dict = None
         if sizes is not None:
             number, token_dim, std = sizes
@@ -141,16 +125,20 @@ class AlignedModel(nn.Module):
         """(K, D)"""
         return self.space_dict
 
+    def guided(self, guidance: Guidance) -> Guidance:
+        """Returns the guidance with this model's learnable tokens."""
+        return replace(guidance, learnable_tokens=self.learnable_tokens)
+
 
 class DropPath(nn.Module):
-    """Stochastic depth: in training the branch of a share `rate` of the samples is dropped, that of the others scaled up."""
+    """Stochastic depth: in training a share `rate` of the samples skips the branch, and the others are scaled up."""
 
     def __init__(self, rate: float):
         super().__init__()
         self.rate = rate
 
     def forward(self, x: Tensor, layout: Layout) -> Tensor:
-        """x (B, N, C) or packed."""
+        """x: (B, N, C), or packed (T, C)."""
         if self.rate == 0 or not self.training:
             return x
         if isinstance(layout, Packed):
@@ -160,10 +148,59 @@ class DropPath(nn.Module):
         return x * x.new_empty(len(x), 1, 1).bernoulli_(1 - self.rate) / (1 - self.rate)
 
 
-class PreNormBlock(nn.Module):
-    """Attention, pruning, MLP, each behind a norm. With `pruner=None` it is the dense block.
+class PrunedBlock(nn.Module):
+    """A transformer block with a pruner: align, attend, prune, transform. With `pruner=None` it is the dense block.
 
-    Subclasses name the parts as published weights do, and say what `attention` and `feed_forward` are.
+    Subclasses define `attend` and `transform` and, for counting, `attend_flops` and `transform_flops`. `context` is whatever their
+    `transform` reads beside x, such as image tokens.
+    """
+
+    pruner: TokenPruner | None
+
+    def attend(self, x: Tensor, layout: Layout, rule: PruningRule | None) -> tuple[Tensor, AttentionStatistics | None]:
+        """Runs self-attention with its residual and returns the statistics that `rule` asks for."""
+        raise NotImplementedError
+
+    def transform(self, x: Tensor, layout: Layout, *context: object) -> Tensor:
+        """Runs the layers behind the pruning, such as the MLP, with their residuals."""
+        raise NotImplementedError
+
+    def attend_flops(self, tokens: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def transform_flops(self, tokens: Tensor, *context: object) -> Tensor:
+        raise NotImplementedError
+
+    def forward(
+        self, x: Tensor, layout: Layout, guidance: Guidance, *context: object
+    ) -> tuple[Tensor, Layout, Tensor | None, Tensor | None]:
+        """Returns the remaining tokens, their layout, kept (B, N - P) or None, and alignment features (B, K, D) or None.
+
+        Args:
+            x: (B, N, C), or packed (T, C).
+        """
+        pruner, active = self.pruner, self.pruner is not None and guidance.temperature is not None
+        scores, features, kept = None, None, None
+        if pruner is not None and (active or guidance.align):
+            scores, features = pruner.align(x, layout, guidance.learnable_tokens, guidance.align)
+        x, statistics = self.attend(x, layout, pruner.rule if active else None)
+        if active:
+            x, layout, kept = pruner.prune(x, layout, scores, statistics, guidance.temperature)
+        return self.transform(x, layout, *context), layout, kept, features
+
+    def flops(self, entering: Tensor, leaving: Tensor, execution: Execution, *context: object) -> Tensor:
+        """Counts the multiply-adds of `forward` for samples with these token counts before and after pruning.
+
+        context: token counts of what `transform` reads
+        """
+        total = self.attend_flops(entering) + self.transform_flops(leaving, *context)
+        return total if self.pruner is None else total + self.pruner.flops(entering, execution)
+
+
+class PreNormBlock(PrunedBlock):
+    """A block of a vision transformer or of CLIP: x + attention(norm(x)), pruning, x + mlp(norm(x)).
+
+    Subclasses name their layers as published weights do and define `attention`, `feed_forward` and their weights.
     """
 
     def __init__(self, dim: int, drop_path: float, pruner: TokenPruner | None):
@@ -172,12 +209,12 @@ class PreNormBlock(nn.Module):
         self.drop_path = DropPath(drop_path)
         self.pruner = pruner
 
-    def attention(self, x: Tensor, layout: Layout, pruner: TokenPruner | None) -> tuple[Tensor, AttentionStatistics | None]:
-        """Self-attention of the normed tokens x (B, N, C) or packed, and the statistics that `pruner` asks for."""
+    def attention(self, x: Tensor, layout: Layout, rule: PruningRule | None) -> tuple[Tensor, AttentionStatistics | None]:
+        """Runs norm and self-attention on x (B, N, C) or packed, and returns the statistics that `rule` asks for."""
         raise NotImplementedError
 
     def feed_forward(self, x: Tensor) -> Tensor:
-        """The MLP of the normed tokens."""
+        """Runs norm and MLP."""
         raise NotImplementedError
 
     @property
@@ -190,73 +227,45 @@ class PreNormBlock(nn.Module):
         """Weights of the linear layers in `feed_forward`."""
         raise NotImplementedError
 
-    def forward(
-        self, x: Tensor, layout: Layout, learnable_tokens: Tensor | None, temperature: float | None, align: bool
-    ) -> tuple[Tensor, Layout, Tensor | None, Tensor | None]:
-        """x (B, N, C) -> x (B, M, C), its layout, kept (B, N - 1) or None, alignment features (B, K, D) or None."""
-        active = self.pruner is not None and temperature is not None
-        products, features = None, None
-        if self.pruner is not None and (active or align):
-            products, features = self.pruner.align(x, layout, learnable_tokens, align)
-        attended, statistics = self.attention(x, layout, self.pruner if active else None)
-        x = x + self.drop_path(attended, layout)
-        kept = None
-        if active:
-            x, layout, kept = self.pruner.prune(x, layout, products, statistics, temperature)
-        x = x + self.drop_path(self.feed_forward(x), layout)
-        return x, layout, kept, features
+    def attend(self, x: Tensor, layout: Layout, rule: PruningRule | None) -> tuple[Tensor, AttentionStatistics | None]:
+        attended, statistics = self.attention(x, layout, rule)
+        return x + self.drop_path(attended, layout), statistics
 
-    def flops(self, entering: Tensor, leaving: Tensor, ran: Execution) -> Tensor:
-        """Multiply-adds of `forward` for samples with these token counts before and after pruning."""
-        dim = self.dim
-        total = flops.layer_norm(entering, dim) + flops.attention(entering, entering, dim)
-        total = total + flops.products(entering, *self.attention_weights)
-        total = total + flops.layer_norm(leaving, dim) + flops.products(leaving, *self.mlp_weights)
-        if self.pruner is not None:
-            total = total + self.pruner.flops(entering, ran)
-        return total
+    def transform(self, x: Tensor, layout: Layout, *context: object) -> Tensor:
+        return x + self.drop_path(self.feed_forward(x), layout)
 
+    def attend_flops(self, tokens: Tensor) -> Tensor:
+        norm = flops.layer_norm(tokens, self.dim)
+        return norm + flops.attention(tokens, tokens, self.dim) + flops.products(tokens, *self.attention_weights)
 
-def checkpoint_last(blocks: nn.ModuleList, number: int) -> None:
-    """Let the last `number` blocks recompute their activations in the backward pass, in the precision and along the path of the
-    forward pass: which tokens are pruned must not change. Hooks on a block see the forward pass alone."""
-    for block in list(blocks)[max(0, len(blocks) - number) :]:
-        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+    def transform_flops(self, tokens: Tensor, *context: object) -> Tensor:
+        return flops.layer_norm(tokens, self.dim) + flops.products(tokens, *self.mlp_weights)
 
 
 def run_blocks(
-    blocks: Iterable[nn.Module],
-    x: Tensor,
-    layout: Layout,
-    learnable_tokens: Tensor | None,
-    setting: PruneSetting,
-    align: bool,
-    scored_again: bool,
-    *context: object,
+    blocks: Iterable[nn.Module], x: Tensor, layout: Layout, guidance: Guidance, *context: object, recomputes_scores: bool = False
 ) -> tuple[Tensor, Layout, TowerRecord]:
-    """x (B, N, C) or packed, through all blocks -> x, its layout, the record; `context` is what a block reads beside x."""
-    record = TowerRecord(packed=isinstance(layout, Packed), scored_again=scored_again)
+    """Runs x (B, N, C), or packed (T, C), through all blocks.
+
+    Args:
+        blocks: `PrunedBlock`s.
+        context: read by each block's `transform`.
+        recomputes_scores: see `attention.attend.recomputes_scores`.
+    Returns:
+        The remaining tokens, their layout, and the record.
+    """
+    record = TowerRecord(packed=isinstance(layout, Packed), recomputes_scores=recomputes_scores)
     for index, block in enumerate(blocks):
         before = count_tokens(x, layout)
-        x, layout, kept, features = block(x, layout, learnable_tokens, setting.at(index), align, *context)
+        x, layout, kept, features = block(x, layout, replace(guidance, block=index), *context)
         record.add(before, count_tokens(x, layout), kept, features)
     return x, layout, record
 
 
-def block_flops(
-    blocks: Iterable[nn.Module], record: TowerRecord, setting: PruneSetting, training: bool, *context: object
-) -> Tensor:
-    """Multiply-adds of `run_blocks` per sample, (B,); `context`: the token counts of what the blocks read beside x."""
+def block_flops(blocks: Iterable[nn.Module], record: TowerRecord, *context: object) -> Tensor:
+    """Counts the multiply-adds of a pass through `run_blocks` per sample, (B,).
+
+    context: token counts of what the blocks read beside x
+    """
     steps = enumerate(zip(blocks, record.entering, record.leaving, strict=True))
-    return sum(
-        block.flops(entering, leaving, record.ran(setting.at(index) is not None, training), *context)
-        for index, (block, entering, leaving) in steps
-    )
-
-
-def dense_record(depth: int, tokens: int, samples: int) -> TowerRecord:
-    """The record of a pass in which nothing is pruned: `tokens` a sample, class token included, in every block."""
-    record = TowerRecord()
-    for _ in range(depth):
-        record.add(torch.full((samples,), tokens), torch.full((samples,), tokens), None, None)
-    return record
+    return sum(block.flops(entering, leaving, record.execution(index), *context) for index, (block, entering, leaving) in steps)

@@ -1,6 +1,6 @@
-"""The token importance score, TIS (paper, Eq. 4-6), of the prunable tokens: class token and padding left out.
+"""Token importance score, TIS (paper, Eq. 4-6), of the prunable tokens: prefix tokens and padding are left out.
 
-Shapes: B batch, H heads, N prunable tokens, K learnable tokens. Position 0 of an attention map is the class token.
+B batch, H heads, N prunable tokens, K learnable tokens.
 """
 
 from dataclasses import dataclass
@@ -8,17 +8,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from madtp.alignment import Valid
-
-EPS = 1e-8
+from madtp.packing import Valid
+from madtp.selection import EPS
 
 
 @dataclass
 class AttentionStatistics:
-    """What pruning needs of a block's self-attention; None where no term asks for it.
+    """The figures of a self-attention that the importance score uses; None where no term needs them.
 
-    class_attention: (B, N) the class token's attention to each token, heads weighted by the norm of their output there
-    columns: (B, N) one figure for each column of the map (see `paper_columns` and released.`released_columns`)
+    class_attention: (B, N) attention of the class token to each token, heads weighted by the norm of their output there
+    columns: (B, N) one figure per column of the attention map (`paper_columns`, or `released.released_columns`)
     """
 
     class_attention: Tensor | None
@@ -26,16 +25,20 @@ class AttentionStatistics:
 
 
 def class_attention(class_row: Tensor, head_outputs: Tensor) -> Tensor:
-    """Attention of the class token to token k, per head weighted by that head's share of the output norm at k, summed over heads.
+    """Sums the class token's attention over heads, each weighted by its share of the output norm at the token (S_cls).
 
-    class_row: (B, H, N) attention from the class token; head_outputs: (B, H, N, D) outputs before the projection -> (B, N)
+    Args:
+        class_row: (B, H, N) attention from the class token.
+        head_outputs: (B, H, N, D) outputs before the projection.
+    Returns:
+        (B, N)
     """
-    norms = head_outputs.float().transpose(1, 2).norm(dim=-1).transpose(1, 2)  # (B, H, N), read as it lies in memory
+    norms = head_outputs.float().transpose(1, 2).norm(dim=-1).transpose(1, 2)  # (B, H, N), read in memory order
     return (class_row.float() * norms / (norms.sum(dim=1, keepdim=True) + EPS)).sum(dim=1)
 
 
 def paper_columns(attention: Tensor, valid: Valid = None) -> Tensor:
-    """The largest attention that any query pays to token k in any head (Eq. 5). (B, H, N, N) -> (B, N)."""
+    """Returns the largest attention that any query pays to each token in any head (Eq. 5). (B, H, N, N) -> (B, N)."""
     largest = attention.amax(dim=1)  # one dimension at a time: far faster than both at once
     if valid is not None:
         largest = largest * valid.unsqueeze(2)
@@ -43,16 +46,20 @@ def paper_columns(attention: Tensor, valid: Valid = None) -> Tensor:
 
 
 def normalise(score: Tensor, valid: Valid = None) -> Tensor:
-    """(B, N) -> (B, N) that sums to 1 over the valid tokens and is 0 elsewhere."""
+    """Scales a score to sum 1 over the valid tokens, 0 elsewhere. (B, N) -> (B, N)."""
     if valid is not None:
         score = score.masked_fill(~valid, 0.0)
     return score / (score.sum(dim=-1, keepdim=True) + EPS)
 
 
 def token_importance(statistics: AttentionStatistics, attention: Tensor, terms: tuple[str, ...], valid: Valid = None) -> Tensor:
-    """TIS = mean of S_cls, S_self and S_token, of those that are named in `terms` (Eq. 4).
+    """Returns TIS, the mean of those of S_cls, S_self and S_token that `terms` names (Eq. 4).
 
-    attention: (B, K, N) A_token -> (B, N), sums to 1 over the valid tokens
+    Args:
+        attention: (B, K, N) A_token.
+        terms: some of "cls", "self" and "token".
+    Returns:
+        (B, N), sums to 1 over the valid tokens.
     """
     scores = {
         "cls": lambda: statistics.class_attention,

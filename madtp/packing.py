@@ -1,6 +1,8 @@
-"""The packed layout of a batch: no padding, the tokens of one sample behind those of the one before.
+"""Layouts of a batch of token sequences of different lengths: padded with a mask, or packed without padding.
 
-Shapes: B samples, N tokens of the longest, T tokens of all together. A sample's first token is its class token.
+B samples, N tokens of the longest one, T tokens of all samples together, C channels. A padded batch is (B, N, C) with a mask
+(B, N), False for padding, or None where nothing is padded. A packed batch is (T, C), the samples' tokens one after another, with a
+`Packed` that holds their positions.
 """
 
 from collections.abc import Iterable
@@ -9,14 +11,18 @@ from functools import cached_property
 from itertools import accumulate, pairwise
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+Valid = Tensor | None  # (..., N) bool, False is padding; None where nothing is padded
 
 
 @dataclass(frozen=True, eq=False)
 class Packed:
-    """Where the samples of a flat (T, ...) tensor lie. `lengths` is known to the host: whoever packs waits for the device once.
+    """The position of each sample in a flat (T, ...) tensor.
 
-    readers: where texts read these samples, how many neighbouring texts read each; None: equally many
+    lengths: tokens per sample, known to the host; creating a layout from a mask synchronises with the device once
+    readers: number of neighbouring texts that read each sample in cross-attention; None: the same number for all
     """
 
     lengths: tuple[int, ...]
@@ -29,7 +35,7 @@ class Packed:
 
     @cached_property
     def starts(self) -> tuple[int, ...]:
-        """The first row of each sample, and T."""
+        """First row of each sample, followed by T."""
         return tuple(accumulate(self.lengths, initial=0))
 
     @property
@@ -58,17 +64,17 @@ class Packed:
 
     @cached_property
     def rows(self) -> Tensor:
-        """(B, N) the row of each token; of padding, some row of the tensor."""
+        """Row of each token, (B, N); for padding, an arbitrary row of the tensor."""
         rows = self.offsets[:-1].long().unsqueeze(1) + torch.arange(self.longest, device=self.device)
         return rows.clamp(max=self.total - 1)
 
     @cached_property
     def places(self) -> Tensor:
-        """(T,) where the tokens stand in the padded layout, its first two dimensions flattened."""
+        """Position of each token in the flattened padded layout, (T,)."""
         return _true_places(self.valid, self.total)
 
     def pad(self, values: Tensor) -> Tensor:
-        """(T, ...) -> (B, N, ...). Padding holds the values of other samples."""
+        """(T, ...) -> (B, N, ...). Padding holds values of other samples."""
         if self.uniform:
             return values.unflatten(0, (len(self.lengths), -1))
         return values.index_select(0, self.rows.flatten()).unflatten(0, self.rows.shape)
@@ -79,8 +85,7 @@ class Packed:
         return values if self.uniform else values.index_select(0, self.places)
 
     def joined(self, source: "Packed") -> "Packed":
-        """The same rows in fewer samples: neighbours that read the same sample of `source` become one, as long as they together, so
-        that attention sees one sequence of queries a source."""
+        """Merges neighbouring samples that read the same sample of `source`: attention then sees one query sequence per source."""
         each = len(self.lengths) // len(source.lengths)
         if each == 1 and source.readers is None:
             return self
@@ -88,7 +93,7 @@ class Packed:
         return Packed.of((self.starts[last] - self.starts[first] for first, last in pairwise(ends)), self.device)
 
     def select(self, x: Tensor, samples: Tensor) -> tuple[Tensor, "Packed"]:
-        """The samples of these numbers (n,), in that order; one may come twice. Known to the host: it waits for the device once."""
+        """Selects samples by number (n,), in that order; duplicates are allowed. Synchronises with the device once."""
         chosen = samples.tolist()
         layout = Packed.of([self.lengths[i] for i in chosen], self.device)
         starts = [self.starts[i] - start for i, start in zip(chosen, layout.starts, strict=False)]
@@ -96,41 +101,98 @@ class Packed:
         return x.index_select(0, shift + torch.arange(layout.total, device=self.device)), layout
 
     def chunk(self, x: Tensor, parts: int) -> list[tuple[Tensor, "Packed"]]:
-        """The batch in `parts` of equally many samples."""
+        """Splits the batch into `parts` with the same number of samples each."""
         each = len(self.lengths) // parts
         bounds = [(i * each, (i + 1) * each) for i in range(parts)]
         return [(x[self.starts[a] : self.starts[b]], Packed.of(self.lengths[a:b], self.device)) for a, b in bounds]
 
 
-def class_tokens(x: Tensor, layout: "Packed | Tensor | None") -> Tensor:
-    """The first token of each sample, (B, C), of x packed or padded (B, N, C)."""
+Layout = Valid | Packed
+
+
+def class_tokens(x: Tensor, layout: Layout) -> Tensor:
+    """Returns the first token of each sample, (B, C)."""
     return x[layout.offsets[:-1]] if isinstance(layout, Packed) else x[:, 0]
 
 
-def pack(x: Tensor, valid: Tensor | None) -> tuple[Tensor, Packed]:
-    """(B, N, ...) and its (B, N) mask, None where nothing is padded -> (T, ...) and where its samples lie."""
+def pack(x: Tensor, valid: Valid) -> tuple[Tensor, Packed]:
+    """Packs a padded batch: (B, N, ...) and its mask -> (T, ...) and its layout."""
     if valid is None:
         return x.flatten(0, 1), Packed.of([x.shape[1]] * len(x), x.device)
     layout = Packed.of(valid.sum(dim=1).tolist(), x.device)
     return x.flatten(0, 1).index_select(0, _true_places(valid, layout.total)), layout
 
 
+def padded(x: Tensor, layout: Layout) -> tuple[Tensor, Valid]:
+    """Returns tokens (B, N, C) and their mask (B, N), or None where nothing is padding, from either layout."""
+    if not isinstance(layout, Packed):
+        return x, layout
+    return layout.pad(x), None if layout.uniform else layout.valid
+
+
+def count_tokens(x: Tensor, layout: Layout) -> Tensor:
+    """Returns the number of valid tokens of each sample, (B,)."""
+    if isinstance(layout, Packed):
+        return torch.tensor(layout.lengths)
+    return torch.full(x.shape[:1], x.shape[1], device=x.device) if layout is None else layout.sum(dim=1)
+
+
+def halves(x: Tensor, layout: Layout) -> list[tuple[Tensor, Layout]]:
+    """Splits a batch into two of the same number of samples, each with its layout."""
+    if isinstance(layout, Packed):
+        return layout.chunk(x, 2)
+    return list(zip(x.chunk(2), (None, None) if layout is None else layout.chunk(2), strict=True))
+
+
+def select(x: Tensor, layout: Layout, samples: Tensor) -> tuple[Tensor, Layout]:
+    """Selects samples by number (n,), in that order; duplicates are allowed."""
+    if isinstance(layout, Packed):
+        return layout.select(x, samples)
+    return x[samples], None if layout is None else layout[samples]
+
+
+def concatenate(first: tuple[Tensor, Layout], second: tuple[Tensor, Layout]) -> tuple[Tensor, Layout]:
+    """Joins the samples of two batches, each given with its layout, into one batch."""
+    if isinstance(first[1], Packed):
+        return torch.cat([first[0], second[0]]), Packed.of(first[1].lengths + second[1].lengths, first[1].device)
+    if first[1] is None and second[1] is None and first[0].shape[1] == second[0].shape[1]:
+        return torch.cat([first[0], second[0]]), None
+    width = max(first[0].shape[1], second[0].shape[1])
+    tokens, masks = zip(*(_widen(*batch, width) for batch in (first, second)), strict=True)
+    return torch.cat(tokens), torch.cat(masks)
+
+
+def _widen(x: Tensor, valid: Valid, width: int) -> tuple[Tensor, Tensor]:
+    """Pads x (B, N, C) to `width` tokens and returns it with its mask."""
+    valid = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device) if valid is None else valid
+    more = width - x.shape[1]
+    return F.pad(x, (0, 0, 0, more)), F.pad(valid, (0, more))
+
+
 def _true_places(mask: Tensor, number: int) -> Tensor:
-    """Where the flattened mask is true, in a known number of places: a GPU need not wait for it, as it would for x[mask]. What is
-    selected by it has a plain scatter for a backward pass."""
+    """Returns the positions where the flattened mask is true.
+
+    With a known `number` of them a GPU need not synchronise, as x[mask] does, and the backward pass of a selection by index is a
+    plain scatter.
+    """
     return torch.nonzero_static(mask.flatten(), size=number).flatten()
 
 
 class Groups:
-    """Samples of about equal length together, so that padding them to one another costs little.
+    """Samples of similar length grouped together, so that padding each group costs little.
 
-    members: the numbers of the samples of each group
+    layouts: the layout of each group
     """
 
     def __init__(self, layout: Packed, members: list[list[int]]):
+        """
+        Args:
+            layout: of the whole batch.
+            members: sample numbers of each group.
+        """
         self._rows = None
         if members == [list(range(len(layout.lengths)))]:
-            self.layouts = [layout]  # what it has computed serves the next layer too
+            self.layouts = [layout]  # its cached properties serve the next layer too
             return
         self.layouts = [Packed.of([layout.lengths[i] for i in group], layout.device) for group in members]
         order = [i for group in members for i in group]
@@ -139,13 +201,13 @@ class Groups:
             self._rows = layout.rows[places].flatten().index_select(0, _true_places(layout.valid[places], layout.total))
 
     def split(self, x: Tensor) -> list[Tensor]:
-        """(T, C) -> (G, N, C) of each group, padded."""
+        """(T, C) -> (G, N, C) for each group, padded."""
         x = x if self._rows is None else x.index_select(0, self._rows)
         parts = x.split([layout.total for layout in self.layouts])
         return [layout.pad(part) for layout, part in zip(self.layouts, parts, strict=True)]
 
     def join(self, parts: list[Tensor]) -> Tensor:
-        """(G, N, C) of each group -> (T, C)."""
+        """Reverses `split`: (G, N, C) for each group -> (T, C)."""
         x = torch.cat([layout.unpad(part) for layout, part in zip(self.layouts, parts, strict=True)])
         if self._rows is None:
             return x

@@ -13,10 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from madtp import flops
-from madtp.packing import Packed, pack
-from madtp.pruning import OFF, Execution, Layout, PruneSetting, TokenPruner
-from madtp.attention.attend import attend, scored_again
-from madtp.blocks import TowerRecord, block_flops, run_blocks
+from madtp.attention.attend import attend, recomputes_scores
+from madtp.blocks import UNPRUNED, Guidance, PrunedBlock, TowerRecord, block_flops, run_blocks
+from madtp.importance import AttentionStatistics
+from madtp.packing import Layout, Packed, pack
+from madtp.pruning import PruningRule, TokenPruner
 
 NORM_EPS = 1e-12
 FIRST_MERGE_LAYER = 6  # BLIP-NLVR: from this layer on two cross-attentions meet in a linear layer, before it in their mean
@@ -43,10 +44,12 @@ class Heads(nn.Module):
         self.key = nn.Linear(key_width, size.hidden_size)
         self.value = nn.Linear(key_width, size.hidden_size)
 
-    def forward(self, x: Tensor, source: Tensor, layout: Layout, source_layout: Layout, pruner: TokenPruner | None = None):
+    def forward(
+        self, x: Tensor, source: Tensor, layout: Layout, source_layout: Layout, rule: PruningRule | None = None
+    ) -> tuple[Tensor, AttentionStatistics | None]:
         """x (S, L, C), source (B, M, V) -> (S, L, C), statistics or None.
 
-        Neighbouring texts share a source, whose keys and values are then computed once: S / B of them, or packed its `readers`.
+        Neighbouring texts share a source, whose keys and values are computed once: S / B texts, or the `readers` of a packed one.
         """
         query, key, value = self.query(x), self.key(source), self.value(source)
         if not isinstance(layout, Packed):
@@ -54,7 +57,9 @@ class Heads(nn.Module):
         elif layout is not source_layout:
             layout = layout.joined(source_layout)
         dropout = self.dropout if self.training else 0.0
-        out, statistics = attend(query, key, value, self.num_heads, layout, source_layout, dropout, pruner)
+        out, statistics = attend(
+            query, key, value, self.num_heads, layout, source_layout, dropout, rule, training=self.training
+        )
         return out.reshape(x.shape), statistics
 
     def flops(self, queries: Tensor, keys: Tensor) -> Tensor:
@@ -84,8 +89,8 @@ class Attention(nn.Module):
         self.self = Heads(size, size.hidden_size)
         self.output = ResidualOutput(size.hidden_size, size)
 
-    def forward(self, x: Tensor, layout: Layout, pruner: TokenPruner | None):
-        attended, statistics = self.self(x, x, layout, layout, pruner)
+    def forward(self, x: Tensor, layout: Layout, rule: PruningRule | None) -> tuple[Tensor, AttentionStatistics | None]:
+        attended, statistics = self.self(x, x, layout, layout, rule)
         return self.output(attended, x), statistics
 
     def flops(self, tokens: Tensor) -> Tensor:
@@ -165,10 +170,10 @@ class FeedForward(nn.Module):
         return F.gelu(self.dense(x))
 
 
-class Layer(nn.Module):
+class Layer(PrunedBlock):
     """Post-norm layer: self-attention, pruning, cross-attention, feed-forward. With `pruner=None` it is the dense layer.
 
-    Without images (`images` empty) the cross-attention is passed over.
+    Without images the cross-attention is skipped.
     """
 
     def __init__(self, size: BertSize, cross_attention: nn.Module, pruner: TokenPruner | None):
@@ -179,38 +184,20 @@ class Layer(nn.Module):
         self.output = ResidualOutput(size.intermediate_size, size)
         self.pruner = pruner
 
-    def forward(
-        self,
-        x: Tensor,
-        layout: Layout,
-        learnable_tokens: Tensor | None,
-        temperature: float | None,
-        align: bool,
-        images: Sequence[tuple[Tensor, Layout]],
-    ) -> tuple[Tensor, Layout, Tensor | None, Tensor | None]:
-        """x (S, L, C) -> x (S, L', C), its layout, kept (S, L - 1) or None, alignment features (S, K, D) or None."""
-        active = self.pruner is not None and temperature is not None
-        products, features = None, None
-        if self.pruner is not None and (active or align):
-            products, features = self.pruner.align(x, layout, learnable_tokens, align)
-        x, statistics = self.attention(x, layout, self.pruner if active else None)
-        kept = None
-        if active:
-            x, layout, kept = self.pruner.prune(x, layout, products, statistics, temperature)
+    def attend(self, x: Tensor, layout: Layout, rule: PruningRule | None) -> tuple[Tensor, AttentionStatistics | None]:
+        return self.attention(x, layout, rule)
+
+    def transform(self, x: Tensor, layout: Layout, images: Sequence[tuple[Tensor, Layout]]) -> Tensor:
         if images:
             x = self.crossattention(x, layout, images)
-        x = self.output(self.intermediate(x), x)
-        return x, layout, kept, features
+        return self.output(self.intermediate(x), x)
 
-    def flops(self, entering: Tensor, leaving: Tensor, ran: Execution, images: Sequence[Tensor]) -> Tensor:
-        """Multiply-adds of `forward` for samples with these text and image token counts."""
-        total = self.attention.flops(entering) + self.output.flops(leaving)
-        total = total + flops.products(leaving, self.intermediate.dense.weight)
-        if images:
-            total = total + self.crossattention.flops(leaving, images)
-        if self.pruner is not None:
-            total = total + self.pruner.flops(entering, ran)
-        return total
+    def attend_flops(self, tokens: Tensor) -> Tensor:
+        return self.attention.flops(tokens)
+
+    def transform_flops(self, tokens: Tensor, images: Sequence[Tensor]) -> Tensor:
+        total = self.output.flops(tokens) + flops.products(tokens, self.intermediate.dense.weight)
+        return total + self.crossattention.flops(tokens, images) if images else total
 
 
 class Embeddings(nn.Module):
@@ -263,28 +250,25 @@ class TextEncoder(nn.Module):
         input_ids: Tensor,
         attention_mask: Tensor,
         images: Sequence[tuple[Tensor, Layout]],
-        learnable_tokens: Tensor | None = None,
-        setting: PruneSetting = OFF,
-        align: bool = False,
-        packed: bool = False,
+        guidance: Guidance = UNPRUNED,
     ) -> tuple[Tensor, Layout, TowerRecord]:
-        """Text tokens, their layout and the record of all layers.
+        """Encodes texts into tokens with their layout and the record of all layers.
 
         Args:
             input_ids, attention_mask: (S, L).
-            images: the tokens that each cross-attention reads, (B, M, V), with their layout; none: the text alone is read.
-            packed: whether the text is to be packed; it has to be where the images are.
+            images: tokens that each cross-attention reads, (B, M, V), with their layout; empty for the text alone. They are packed
+                when the guidance says `packed`, and only then.
         """
         x, layout = self.embeddings(input_ids), attention_mask.bool()
-        if packed:
+        if guidance.packed:
             x, layout = pack(x, layout)
-        again = scored_again(x, layout, self.encoder.layer[0].attention.self.num_heads)
-        return run_blocks(self.encoder.layer, x, layout, learnable_tokens, setting, align, again, images)
+        again = recomputes_scores(x, layout, self.encoder.layer[0].attention.self.num_heads)
+        return run_blocks(self.encoder.layer, x, layout, guidance, images, recomputes_scores=again)
 
-    def flops(self, record: TowerRecord, images: Sequence[Tensor], setting: PruneSetting, training: bool = False) -> Tensor:
-        """Multiply-adds of `forward` per text (S,), with `images` the (S,) image token counts of each cross-attention."""
+    def flops(self, record: TowerRecord, images: Sequence[Tensor]) -> Tensor:
+        """Counts the multiply-adds of `forward` per text (S,); `images`: (S,) image tokens that each cross-attention reads."""
         embeddings = flops.layer_norm(record.entering[0], self.hidden_size)
-        return embeddings + block_flops(self.encoder.layer, record, setting, training, images)
+        return embeddings + block_flops(self.encoder.layer, record, images)
 
 
 def _init_weights(module: nn.Module) -> None:

@@ -1,6 +1,6 @@
-"""BLIP for captioning: a pruned image encoder, and a decoder that writes what it sees.
+"""BLIP for captioning: an image encoder that prunes, and a text decoder.
 
-Shapes: B images, L text tokens, K learnable tokens, D their width.
+B images, M image tokens, L text tokens, K learnable tokens, D their channels.
 """
 
 from dataclasses import dataclass
@@ -8,12 +8,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from madtp.alignment import Alignment, Valid, aligned_features, similarity_loss, token_attention
+from madtp.alignment import Alignment, aligned_features, similarity_loss, token_attention
+from madtp.blocks import UNPRUNED, AlignedModel, Guidance, TowerRecord, dense_record
 from madtp.flops import GIGA
-from madtp.pruning import OFF, Layout, PruneSetting
+from madtp.packing import Valid, padded
 from models.bert import BertSize
 from models.decoder import IGNORED, decoder_flops, generation_flops, text_decoder, written_lengths
-from madtp.blocks import AlignedModel, TowerRecord, dense_record, padded
 from models.vit import VisionTransformer
 
 REFERENCE_TEXT_TOKENS = 15  # of the caption with which the paper counts 65.72 GFLOPs
@@ -66,14 +66,9 @@ class BlipCaption(AlignedModel):
     def answer_head(self) -> nn.Module:
         return self.text_decoder
 
-    @property
-    def depth(self) -> int:
-        """Blocks that prune: how far `prune_from` can be raised."""
-        return self.visual_encoder.depth
-
-    def encode(self, images: Tensor, setting: PruneSetting, align: bool, packed: bool) -> tuple[Tensor, Layout, TowerRecord]:
-        """images (B, 3, H, W) -> padded tokens (B, M, C), their mask or None, record."""
-        tokens, layout, record = self.visual_encoder(images, self.learnable_tokens, setting, align, packed)
+    def encode(self, images: Tensor, guidance: Guidance = UNPRUNED) -> tuple[Tensor, Valid, TowerRecord]:
+        """Encodes images (B, 3, H, W) into padded tokens (B, M, C), their mask or None, and the record."""
+        tokens, layout, record = self.visual_encoder(images, self.guided(guidance))
         return *padded(tokens, layout), record
 
     def forward(
@@ -81,27 +76,29 @@ class BlipCaption(AlignedModel):
         images: Tensor,
         input_ids: Tensor,
         attention_mask: Tensor,
-        setting: PruneSetting = OFF,
-        align: bool = False,
-        packed: bool = False,
+        guidance: Guidance = UNPRUNED,
     ) -> CaptionOutput:
-        """
+        """Computes the losses of captions.
+
+        With `align`, the decoder's alignment features are read from the tokens that enter its layers.
+
         Args:
-            images (B, 3, H, W); input_ids, attention_mask (B, L): the captions, the prompt in front, [DEC] first, [SEP] last.
-            align: whether to collect the alignment features; the decoder's are read from what enters its layers.
-            packed: the image encoder without padding and attention maps; the same answer, sooner.
+            images: (B, 3, H, W).
+            input_ids, attention_mask: (B, L), the captions behind their prompt, [DEC] first, [SEP] last.
         """
-        *image, record = self.encode(images, setting, align, packed)
-        output = self.tell(*image, input_ids, attention_mask, align)
+        *image, record = self.encode(images, guidance)
+        output = self.decode(*image, input_ids, attention_mask, guidance.align)
         losses = {"task": output.loss}
-        if align:
+        if guidance.align:
             language = self._aligned(output.hidden_states[:-1], attention_mask)
             losses["similarity"] = similarity_loss(record.features, language)
         return CaptionOutput(losses, output.logits, record)
 
-    def tell(self, tokens: Tensor, valid: Valid, input_ids: Tensor, attention_mask: Tensor, hidden_states: bool = False):
-        """The decoder's output, its loss that of the next tokens, for captions of images encoded before: their tokens (B, M, C),
-        and the mask (B, M) or None."""
+    def decode(self, tokens: Tensor, valid: Valid, input_ids: Tensor, attention_mask: Tensor, hidden_states: bool = False):
+        """Returns the decoder's output, with the next-token loss, for captions of encoded images.
+
+        tokens: (B, M, C); valid: their mask (B, M), or None
+        """
         targets = input_ids.masked_fill(attention_mask == 0, IGNORED)
         targets[:, : len(self.prompt)] = IGNORED
         return self.text_decoder(
@@ -114,7 +111,7 @@ class BlipCaption(AlignedModel):
         )
 
     def _aligned(self, entering: tuple[Tensor, ...], attention_mask: Tensor) -> Tensor:
-        """E_l of the tokens that enter the decoder's layers (Eq. 3), [DEC] left out, summed over the layers. (B, K, D)"""
+        """Sums E_l (B, K, D) of the tokens that enter the decoder's layers (Eq. 3) over the layers; [DEC] is left out."""
         valid, features = attention_mask[:, 1:].bool(), []
         for alignment, tokens in zip(self.decoder_alignment, entering, strict=True):
             products, mapped = alignment(tokens[:, 1:], self.learnable_tokens)
@@ -125,23 +122,22 @@ class BlipCaption(AlignedModel):
     def generate(
         self,
         images: Tensor,
-        setting: PruneSetting = OFF,
-        packed: bool = False,
+        guidance: Guidance = UNPRUNED,
         num_beams: int = 3,
         max_length: int = 20,
         min_length: int = 5,
         top_p: float | None = None,
         seed: int = 0,
     ) -> tuple[Tensor, TowerRecord]:
-        """Captions as token ids (B, L), prompt included, and the record of the image encoder.
+        """Writes captions; returns token ids (B, L), prompt included, and the record of the image encoder.
 
         Args:
-            num_beams: of beam search.
-            max_length, min_length: in tokens, the prompt included.
-            top_p: write by nucleus sampling instead, each word drawn from the likeliest that hold this share.
-            seed: of sampling; a batch's captions depend on it, and not on what was drawn before.
+            num_beams: width of beam search.
+            max_length, min_length: in tokens, prompt included.
+            top_p: sample from the most likely words of this total probability instead of beam search.
+            seed: of sampling, so that captions do not depend on earlier random numbers.
         """
-        tokens, valid, record = self.encode(images, setting, False, packed)
+        tokens, valid, record = self.encode(images, guidance)
         valid = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device) if valid is None else valid
         prompt = torch.tensor(self.prompt, device=tokens.device).expand(len(tokens), -1)
         how = {"do_sample": False, "num_beams": num_beams}
@@ -163,30 +159,33 @@ class BlipCaption(AlignedModel):
             )
         return ids, record
 
-    def generation_gflops(self, record: TowerRecord, ids: Tensor, num_beams: int, setting: PruneSetting = OFF) -> Tensor:
-        """GFLOPs of captions as `generate` wrote them with so many beams, the image encoder's included. (B,) float64"""
+    def generation_gflops(self, record: TowerRecord, ids: Tensor, num_beams: int) -> Tensor:
+        """Returns the GFLOPs of writing the captions `ids` with `num_beams`, image encoder included, (B,) float64."""
         lengths = written_lengths(ids, self.end)
         source = record.leaving[-1].to(ids.device)
         decoder = generation_flops(self.text_decoder, len(self.prompt), lengths, num_beams, source)
-        return (self.visual_encoder.flops(record, setting).to(ids.device) + decoder).double() / GIGA
+        return (self.visual_encoder.flops(record).to(ids.device) + decoder).double() / GIGA
 
-    def traced(self, *inputs: Tensor, setting: PruneSetting = OFF) -> Tensor:
-        """What a tracer sees of a sample: the logits of `forward`."""
-        return self(*inputs, setting).logits
+    def traced(self, *inputs: Tensor, guidance: Guidance = UNPRUNED) -> Tensor:
+        """Returns the logits of `forward`, the single tensor that a tracer can follow."""
+        return self(*inputs, guidance).logits
 
-    def costs(self, *inputs: Tensor, setting: PruneSetting = OFF, packed: bool = False) -> tuple[dict[str, Tensor], Tensor]:
-        """GFLOPs of each image with its teacher-forced caption by module, and together; writing one is `generation_gflops`."""
+    def costs(self, *inputs: Tensor, guidance: Guidance = UNPRUNED) -> tuple[dict[str, Tensor], Tensor]:
+        """Returns the GFLOPs of each image with its teacher-forced caption by module, and their sum. inputs: as for `forward`.
+
+        Writing a caption costs `generation_gflops`.
+        """
         images, _, attention_mask = inputs
-        by_module = self.gflops_by_module(self.encode(images, setting, False, packed)[2], attention_mask.sum(dim=1), setting)
+        by_module = self.gflops_by_module(self.encode(images, guidance)[2], attention_mask.sum(dim=1))
         return by_module, sum(by_module.values())
 
-    def gflops_by_module(self, vision: TowerRecord, text_tokens: Tensor, setting: PruneSetting = OFF) -> dict[str, Tensor]:
-        """GFLOPs of images with captions of so many tokens, (B,) float64."""
-        encoder = self.visual_encoder.flops(vision, setting).to(text_tokens.device)  # a packed record is on the CPU
+    def gflops_by_module(self, vision: TowerRecord, text_tokens: Tensor) -> dict[str, Tensor]:
+        """Returns the GFLOPs of images with captions of `text_tokens` (B,), float64."""
+        encoder = self.visual_encoder.flops(vision).to(text_tokens.device)  # a packed record is on the CPU
         decoder = decoder_flops(self.text_decoder, text_tokens, vision.leaving[-1].to(text_tokens.device))
         return {"visual_encoder": encoder.double() / GIGA, "text_decoder": decoder.double() / GIGA}
 
     def reference_gflops(self) -> float:
-        """GFLOPs of the uncompressed model by the paper's convention: an image and a caption of 15 tokens. No data needed."""
+        """Returns the GFLOPs of the uncompressed model by the paper's convention, a caption of 15 tokens. Needs no data."""
         record = dense_record(self.visual_encoder.depth, self.visual_encoder.pos_embed.shape[1], samples=1)
         return float(sum(self.gflops_by_module(record, torch.tensor([REFERENCE_TEXT_TOKENS])).values()))

@@ -6,23 +6,16 @@ Shapes: B pairs of an image and a text, S texts, L text tokens, E width of the c
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from madtp.blocks import UNPRUNED, Encoded, Guidance, TowerRecord, dense_record
 from madtp.flops import GIGA, linear
-from madtp.packing import Packed, class_tokens
-from madtp.pruning import OFF, Layout, PruneSetting
+from madtp.packing import Layout, Packed, class_tokens, concatenate, count_tokens, pack, select
+from madtp.pruning import OFF, PruneSetting
 from models.bert import TextEncoder
 from models.momentum import MomentumModel, PairPasses, dense_encoded, hard_negatives
-from madtp.blocks import (
-    Encoded,
-    TowerRecord,
-    concatenate,
-    count_tokens,
-    dense_record,
-    gather_samples,
-    select,
-)
 from models.vit import VisionTransformer
 from utils import gather_padded, gather_tensors
 
@@ -74,62 +67,57 @@ class BlipRetrieval(MomentumModel):
         self.init_momentum(("visual_encoder", "text_encoder", "vision_proj", "text_proj"), embed_dim, queue_size, momentum)
 
     def pair_logits(self, vision: Tensor, language: Tensor) -> Tensor:
-        """(B, B) from the class tokens (B, C) that the encoders' blocks end with."""
+        """Returns the similarities (B, B) of the class tokens (B, C) behind the last blocks."""
         image = F.normalize(self.vision_proj(self.visual_encoder.norm(vision)).float(), dim=-1)
         text = F.normalize(self.text_proj(language).float(), dim=-1)
         with torch.autocast(vision.device.type, enabled=False):  # a low temperature makes much of little rounding
             return image @ text.t() / self.temperature
 
     @property
-    def depth(self) -> int:
-        """Blocks of the deeper tower: how far `prune_from` can be raised."""
-        return max(self.visual_encoder.depth, self.text_encoder.depth)
+    def branches(self) -> dict[str, nn.ModuleList]:
+        return {"vision": self.visual_encoder.blocks, "language": self.text_encoder.encoder.layer}
 
     @property
     def temperature(self) -> Tensor:
-        """By which similarities are divided."""
+        """The contrastive temperature."""
         return self.temp
 
     @torch.no_grad()
     def limit_temperature(self) -> None:
         self.temp.clamp_(*TEMPERATURES)
 
-    def encode_image(
-        self, images: Tensor, setting: PruneSetting = OFF, align: bool = False, packed: bool = False, slow: bool = False
-    ) -> Encoded:
-        """images (B, 3, H, W); `slow`: by the momentum encoder."""
+    def encode_image(self, images: Tensor, guidance: Guidance = UNPRUNED, slow: bool = False) -> Encoded:
+        """Encodes images (B, 3, H, W); `slow` uses the momentum encoder."""
         encoder, project = (self.visual_encoder_m, self.vision_proj_m) if slow else (self.visual_encoder, self.vision_proj)
-        tokens, layout, record = encoder(images, self.learnable_tokens, setting, align, packed)
+        tokens, layout, record = encoder(images, self.guided(guidance))
         return Encoded(tokens, layout, F.normalize(project(class_tokens(tokens, layout)).float(), dim=-1), record)
 
     def encode_text(
         self,
         input_ids: Tensor,
         attention_mask: Tensor,
-        setting: PruneSetting = OFF,
-        align: bool = False,
-        packed: bool = False,
+        guidance: Guidance = UNPRUNED,
         slow: bool = False,
     ) -> Encoded:
-        """input_ids, attention_mask (S, L), [CLS] first; `slow`: by the momentum encoder."""
+        """Encodes texts (S, L), [CLS] first; `slow` uses the momentum encoder."""
         encoder, project = (self.text_encoder_m, self.text_proj_m) if slow else (self.text_encoder, self.text_proj)
-        tokens, layout, record = encoder(input_ids, attention_mask, (), self.learnable_tokens, setting, align, packed)
+        tokens, layout, record = encoder(input_ids, attention_mask, (), self.guided(guidance))
         return Encoded(tokens, layout, F.normalize(project(class_tokens(tokens, layout)).float(), dim=-1), record)
 
     def match(
         self, input_ids: Tensor, attention_mask: Tensor, image: tuple[Tensor, Layout], setting: PruneSetting = OFF
     ) -> tuple[Tensor, TowerRecord]:
-        """Do they fit? The first S / B texts are read with the first image, and so on, or as many as the `readers` of the images'
-        packed layout say. Logits (S, 2), class 1 is yes; record.
+        """Matches texts with images: logits (S, 2), class 1 is a match; and the text encoder's record.
 
-        input_ids, attention_mask: (S, L), [CLS] first, which becomes [ENC]
-        image: image tokens of B samples with their layout; packed ones make the text packed
+        The first S / B texts are read with the first image, and so on, or as many as the `readers` of a packed layout say.
+
+        Args:
+            input_ids, attention_mask: (S, L), [CLS] first, which is replaced by [ENC].
+            image: image tokens of B samples with their layout; texts are packed when these are.
         """
         input_ids = torch.cat([torch.full_like(input_ids[:, :1], self.enc_token), input_ids[:, 1:]], dim=1)
-        packed = isinstance(image[1], Packed)
-        tokens, layout, record = self.text_encoder(
-            input_ids, attention_mask, [image], self.learnable_tokens, setting, packed=packed
-        )
+        guidance = Guidance(setting, packed=isinstance(image[1], Packed), learnable_tokens=self.learnable_tokens)
+        tokens, layout, record = self.text_encoder(input_ids, attention_mask, [image], guidance)
         with torch.autocast(tokens.device.type, enabled=False):  # the logits are added to similarities that differ by little
             return self.itm_head(class_tokens(tokens, layout).float()), record
 
@@ -139,21 +127,22 @@ class BlipRetrieval(MomentumModel):
         input_ids: Tensor,
         attention_mask: Tensor,
         image_ids: Tensor | None = None,
-        setting: PruneSetting = OFF,
-        align: bool = False,
-        packed: bool = False,
+        guidance: Guidance = UNPRUNED,
     ) -> MatchingPasses:
-        """As of any pair model, then the matching of the pairs and of negatives; without `image_ids`, which is for counting
-        what a step costs, each pair stands for its negatives too, so that its cost does not depend on the others."""
-        pair = super().passes(images, input_ids, attention_mask, image_ids, setting, align, packed)
+        """Runs the passes of any pair model, then the matching of the pairs and of negatives.
+
+        Without `image_ids`, for counting what a step costs, each pair also stands for its negatives, so that its cost does not
+        depend on the other pairs.
+        """
+        pair = super().passes(images, input_ids, attention_mask, image_ids, guidance)
         image, text = (pair.image.tokens, pair.image.layout), (input_ids, attention_mask)
-        logits, record = self.match(*text, image, setting)
+        logits, record = self.match(*text, image, guidance.setting)
         matching = [(record, count_tokens(*image))]
         others, rows, negative_image, negative_text = self._negatives(pair, image, text, image_ids)
         if len(rows):
             two_images = concatenate(select(*others[0], negative_image), select(*image, rows))
             two_texts = [_stacked(own[rows], other[negative_text]) for own, other in zip(text, others[1], strict=True)]
-            negative, record = self.match(*two_texts, two_images, setting)
+            negative, record = self.match(*two_texts, two_images, guidance.setting)
             logits = torch.cat([logits, negative])
             matching.append((record, count_tokens(*two_images)))
         targets = torch.arange(len(logits), device=logits.device) < len(input_ids)
@@ -180,10 +169,10 @@ class BlipRetrieval(MomentumModel):
         matching = F.cross_entropy(passes.logits.float(), passes.targets)
         return {"matching": matching, **super().losses(passes, image_ids, alpha)}
 
-    def tower_flops(self, image: Encoded, text: Encoded, setting: PruneSetting) -> tuple[Tensor, Tensor]:
-        """Multiply-adds of both towers with their projections, (B,) each."""
-        vision = self.visual_encoder.flops(image.record, setting) + self.vision_proj.weight.numel()
-        return vision, self.text_encoder.flops(text.record, (), setting) + self.text_proj.weight.numel()
+    def tower_flops(self, image: Encoded, text: Encoded) -> tuple[Tensor, Tensor]:
+        """Counts the multiply-adds of both towers with their projections, (B,) each."""
+        vision = self.visual_encoder.flops(image.record) + self.vision_proj.weight.numel()
+        return vision, self.text_encoder.flops(text.record, ()) + self.text_proj.weight.numel()
 
     def dense_passes(self, text_tokens: int) -> MatchingPasses:
         image = dense_encoded(self.visual_encoder.depth, self.visual_encoder.pos_embed.shape[1])
@@ -193,18 +182,29 @@ class BlipRetrieval(MomentumModel):
         matching = [(text.record, read), (two, read.expand(2))]
         return MatchingPasses(image, text, image, text, logits=torch.empty(0), targets=torch.empty(0), matching=matching)
 
-    def gflops_by_module(self, passes: MatchingPasses, setting: PruneSetting = OFF) -> dict[str, Tensor]:
-        pairs, negatives = (self.matching_gflops(*each, setting) for each in passes.matching)
+    def gflops_by_module(self, passes: MatchingPasses) -> dict[str, Tensor]:
+        pairs, negatives = (self.matching_gflops(*each) for each in passes.matching)
         own_text, own_image = negatives.chunk(2)
-        return {**super().gflops_by_module(passes, setting), "matching": pairs + own_text + own_image}
+        return {**super().gflops_by_module(passes), "matching": pairs + own_text + own_image}
 
-    def deployment_gflops(self, passes: MatchingPasses, setting: PruneSetting = OFF) -> Tensor:
-        return super().deployment_gflops(passes, setting) + self.matching_gflops(*passes.matching[0], setting)
+    def deployment_gflops(self, passes: MatchingPasses) -> Tensor:
+        return super().deployment_gflops(passes) + self.matching_gflops(*passes.matching[0])
 
-    def matching_gflops(self, record: TowerRecord, read: Tensor, setting: PruneSetting) -> Tensor:
-        """Of `match`, which left `record`, with images of `read` (S,) tokens. (S,) float64"""
-        cost = self.text_encoder.flops(record, [read], setting) + linear(1, self.text_encoder.hidden_size, 2)
+    def matching_gflops(self, record: TowerRecord, read: Tensor) -> Tensor:
+        """Returns the GFLOPs of `match` from its record and the (S,) image tokens that its texts read, (S,) float64."""
+        cost = self.text_encoder.flops(record, [read]) + linear(1, self.text_encoder.hidden_size, 2)
         return cost.double() / GIGA
+
+
+def gather_samples(x: Tensor, layout: Layout) -> tuple[Tensor, Layout]:
+    """Gathers the samples of all processes, in the order of the ranks, into one batch; gradients flow back to each process."""
+    if not dist.is_initialized():
+        return x, layout
+    if isinstance(layout, Packed):  # padding holds tokens of other samples, and no gradient may reach them through it
+        padded = layout.pad(x) * layout.valid.unsqueeze(-1)
+        return pack(gather_padded(padded), gather_padded(layout.valid.byte()).bool())
+    valid = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device) if layout is None else layout
+    return gather_padded(x), gather_padded(valid.byte()).bool()
 
 
 def _stacked(first: Tensor, second: Tensor) -> Tensor:

@@ -12,8 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from madtp.alignment import similarity_loss
+from madtp.blocks import UNPRUNED, AlignedModel, Guidance, TowerRecord, dense_record
 from madtp.flops import GIGA
-from madtp.pruning import OFF, Layout, PruneSetting
+from madtp.packing import Layout, padded
 from models.bert import BertSize, TextEncoder
 from models.decoder import (
     IGNORED,
@@ -24,7 +25,6 @@ from models.decoder import (
     text_decoder,
     written_lengths,
 )
-from madtp.blocks import AlignedModel, TowerRecord, dense_record, padded
 from models.vit import VisionTransformer
 
 QUESTIONS, QUESTION_TOKENS, ANSWERS, ANSWER_TOKENS = 32, 14, 47, 5  # with which the paper counts 186.12 GFLOPs
@@ -84,37 +84,31 @@ class BlipVqa(AlignedModel):
         return self.text_decoder
 
     @property
-    def depth(self) -> int:
-        """Blocks of the deeper encoder: how far `prune_from` can be raised."""
-        return max(self.visual_encoder.depth, self.text_encoder.depth)
+    def branches(self) -> dict[str, nn.ModuleList]:
+        return {"vision": self.visual_encoder.blocks, "language": self.text_encoder.encoder.layer}
 
-    def read(
-        self,
-        images: Tensor,
-        question_ids: Tensor,
-        question_mask: Tensor,
-        setting: PruneSetting = OFF,
-        align: bool = False,
-        packed: bool = False,
+    def encode(
+        self, images: Tensor, question_ids: Tensor, question_mask: Tensor, guidance: Guidance = UNPRUNED
     ) -> Question:
-        """images (B, 3, H, W); question_ids, question_mask (B, L), [ENC] first."""
-        seen = self.visual_encoder(images, self.learnable_tokens, setting, align, packed)
-        return self.read_beside(seen, question_ids, question_mask, setting, align, packed)
+        """Encodes questions with their images.
 
-    def read_beside(
+        Args:
+            images: (B, 3, H, W).
+            question_ids, question_mask: (B, L), [ENC] first.
+        """
+        seen = self.visual_encoder(images, self.guided(guidance))
+        return self.encode_question(seen, question_ids, question_mask, guidance)
+
+    def encode_question(
         self,
         seen: tuple[Tensor, Layout, TowerRecord],
         question_ids: Tensor,
         question_mask: Tensor,
-        setting: PruneSetting = OFF,
-        align: bool = False,
-        packed: bool = False,
+        guidance: Guidance = UNPRUNED,
     ) -> Question:
-        """As `read`, of images encoded before: their tokens, the layout and the record."""
+        """Encodes questions about encoded images, the output of the image encoder."""
         *image, vision = seen
-        text, layout, language = self.text_encoder(
-            question_ids, question_mask, [image], self.learnable_tokens, setting, align, packed
-        )
+        text, layout, language = self.text_encoder(question_ids, question_mask, [image], self.guided(guidance))
         text, valid = padded(text, layout)
         if valid is None or self.reads_padding:
             valid = torch.ones(text.shape[:2], dtype=torch.bool, device=text.device)
@@ -128,19 +122,18 @@ class BlipVqa(AlignedModel):
         answer_ids: Tensor,
         answer_mask: Tensor,
         answer_counts: Tensor,
-        setting: PruneSetting = OFF,
-        align: bool = False,
-        packed: bool = False,
+        guidance: Guidance = UNPRUNED,
     ) -> VqaOutput:
-        """The loss of each answer.
+        """Computes the loss of each answer.
 
         Args:
+            images, question_ids, question_mask: as for `encode`.
             answer_ids, answer_mask: (A, M), [DEC] first, [SEP] last.
             answer_counts: (B,) answers of each question; they sum to A.
         """
-        question = self.read(images, question_ids, question_mask, setting, align, packed)
+        question = self.encode(images, question_ids, question_mask, guidance)
         losses, logits = self.answer(question, answer_ids, answer_mask, answer_counts)
-        similarity = similarity_loss(question.vision.features, question.language.features) if align else None
+        similarity = similarity_loss(question.vision.features, question.language.features) if guidance.align else None
         return VqaOutput(losses, similarity, logits, question)
 
     def answer(self, question: Question, answer_ids: Tensor, answer_mask: Tensor, answer_counts: Tensor) -> tuple[Tensor, Tensor]:
@@ -216,37 +209,37 @@ class BlipVqa(AlignedModel):
         """GFLOPs of answers (B, M) as `generate` wrote them, to questions of `source` (B,) tokens. (B,) float64"""
         return generation_flops(self.text_decoder, 1, written_lengths(ids, self.end), num_beams, source).double() / GIGA
 
-    def reading_gflops(self, question: Question, setting: PruneSetting = OFF) -> Tensor:
-        """GFLOPs of `read` for each question with an image of its own. (B,) float64"""
-        vision, patches = self.visual_encoder.flops(question.vision, setting), question.vision.leaving[-1]
-        total = vision + self.text_encoder.flops(question.language, [patches], setting)
+    def encoding_gflops(self, question: Question) -> Tensor:
+        """Returns the GFLOPs of `encode` for each question with an image of its own, (B,) float64."""
+        vision, patches = self.visual_encoder.flops(question.vision), question.vision.leaving[-1]
+        total = vision + self.text_encoder.flops(question.language, [patches])
         return total.to(question.valid.device).double() / GIGA
 
-    def traced(self, *inputs: Tensor, setting: PruneSetting = OFF) -> Tensor:
-        """What a tracer sees of a sample: the logits of `forward`."""
-        return self(*inputs, setting).logits
+    def traced(self, *inputs: Tensor, guidance: Guidance = UNPRUNED) -> Tensor:
+        """Returns the logits of `forward`, the single tensor that a tracer can follow."""
+        return self(*inputs, guidance).logits
 
-    def costs(self, *inputs: Tensor, setting: PruneSetting = OFF, packed: bool = False) -> tuple[dict[str, Tensor], Tensor]:
-        """GFLOPs of each image with its questions and their teacher-forced answers by module, and together; answering one is
-        `reading_gflops` with `ranking_gflops` or `writing_gflops`. inputs: as `forward` takes them."""
+    def costs(self, *inputs: Tensor, guidance: Guidance = UNPRUNED) -> tuple[dict[str, Tensor], Tensor]:
+        """Returns the GFLOPs of each image with its questions and teacher-forced answers by module, and their sum.
+
+        Answering costs `encoding_gflops` and `ranking_gflops` or `writing_gflops`. inputs: as for `forward`.
+        """
         images, question_ids, question_mask, _, answer_mask, answer_counts = inputs
-        question = self.read(images, question_ids, question_mask, setting, packed=packed)
-        by_module = self.gflops_by_module(question, answer_mask.sum(dim=1), answer_counts, setting)
+        question = self.encode(images, question_ids, question_mask, guidance)
+        by_module = self.gflops_by_module(question, answer_mask.sum(dim=1), answer_counts)
         return by_module, sum(by_module.values())
 
-    def gflops_by_module(
-        self, question: Question, answer_tokens: Tensor, answer_counts: Tensor, setting: PruneSetting = OFF
-    ) -> dict[str, Tensor]:
-        """GFLOPs of images, (I,) float64; what several texts read is mapped to keys and values once.
+    def gflops_by_module(self, question: Question, answer_tokens: Tensor, answer_counts: Tensor) -> dict[str, Tensor]:
+        """Returns the GFLOPs of images, (I,) float64; keys and values that several texts read are counted once.
 
         Args:
             question: of Q questions, Q / I about each image.
             answer_tokens: (A,); answer_counts (Q,), or (1,) where all answers are to the first question of a single image.
         """
-        vision = self.visual_encoder.flops(question.vision, setting)
+        vision = self.visual_encoder.flops(question.vision)
         images, patches = len(vision), question.vision.leaving[-1]
         each = len(question.valid) // images
-        text = self.text_encoder.flops(question.language, [patches.repeat_interleave(each)], setting)
+        text = self.text_encoder.flops(question.language, [patches.repeat_interleave(each)])
         text = text.unflatten(0, (images, each)).sum(dim=1) - (each - 1) * self._key_flops(patches)
         source = question.valid[: len(answer_counts)].sum(dim=1)
         answers = decoder_flops(self.text_decoder, answer_tokens, source.repeat_interleave(answer_counts))

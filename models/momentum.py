@@ -13,9 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from madtp.alignment import similarity_loss
+from madtp.blocks import UNPRUNED, AlignedModel, Encoded, Guidance, dense_record
 from madtp.flops import GIGA
-from madtp.pruning import OFF, PruneSetting
-from madtp.blocks import AlignedModel, Encoded, dense_record
 from utils import gather_tensors
 
 NO_IMAGE = -100  # the image id of a place of the queue that was never filled
@@ -93,9 +92,7 @@ class MomentumModel(AlignedModel):
         input_ids: Tensor,
         attention_mask: Tensor,
         image_ids: Tensor | None = None,
-        setting: PruneSetting = OFF,
-        align: bool = False,
-        packed: bool = False,
+        guidance: Guidance = UNPRUNED,
     ) -> PairPasses:
         """Every pass of a training step; nothing of the model changes.
 
@@ -105,18 +102,17 @@ class MomentumModel(AlignedModel):
             images (B, 3, H, W); input_ids, attention_mask (B, L): text i belongs to image i.
             image_ids: (B,) which of the pairs share an image; None where it does not matter.
         """
-        arguments = {"setting": setting, "align": align, "packed": packed}
         both = [
-            (self.encode_image(images, **arguments, slow=slow), self.encode_text(input_ids, attention_mask, **arguments, slow=slow))
+            (self.encode_image(images, guidance, slow), self.encode_text(input_ids, attention_mask, guidance, slow))
             for slow in (False, True)
         ]
         return PairPasses(*both[0], *both[1])
 
     def encode_pairs(
-        self, images: Tensor, input_ids: Tensor, attention_mask: Tensor, packed: bool = False
+        self, images: Tensor, input_ids: Tensor, attention_mask: Tensor, guidance: Guidance = UNPRUNED
     ) -> tuple[Encoded, Encoded]:
-        """Images and texts by the online encoders, nothing pruned. Arguments as of `passes`."""
-        return self.encode_image(images, packed=packed), self.encode_text(input_ids, attention_mask, packed=packed)
+        """Encodes images and texts by the online encoders. Arguments as for `passes`."""
+        return self.encode_image(images, guidance), self.encode_text(input_ids, attention_mask, guidance)
 
     def contrastive_loss(self, passes: PairPasses, image_ids: Tensor, alpha: float) -> Tensor:
         """Cross-entropy of each image against all texts of batch and queue, and the reverse, averaged.
@@ -152,9 +148,7 @@ class MomentumModel(AlignedModel):
         attention_mask: Tensor,
         image_ids: Tensor,
         alpha: float,
-        setting: PruneSetting = OFF,
-        align: bool = False,
-        packed: bool = False,
+        guidance: Guidance = UNPRUNED,
     ) -> dict[str, Tensor]:
         """A training step's losses by name. The momentum weights take a step, the queues take the batch in.
 
@@ -164,41 +158,44 @@ class MomentumModel(AlignedModel):
         """
         self.limit_temperature()
         self.follow()
-        passes = self.passes(images, input_ids, attention_mask, image_ids, setting, align, packed)
+        passes = self.passes(images, input_ids, attention_mask, image_ids, guidance)
         losses = self.losses(passes, image_ids, alpha)
         self.enqueue(passes, image_ids)
         return losses
 
-    def traced(self, *inputs: Tensor, setting: PruneSetting = OFF) -> Tensor:
-        """What a tracer sees of a training step: the losses, without what it leaves behind. inputs: as `passes` takes them."""
-        passes = self.passes(*inputs, setting=setting)
+    def traced(self, *inputs: Tensor, guidance: Guidance = UNPRUNED) -> Tensor:
+        """Returns the losses of a training step as one tensor that a tracer can follow, without side effects.
+
+        inputs: as for `passes`
+        """
+        passes = self.passes(*inputs, guidance=guidance)
         return torch.stack(list(self.losses(passes, torch.arange(len(inputs[0]), device=inputs[0].device), 1.0).values()))
 
-    def costs(self, *inputs: Tensor, setting: PruneSetting = OFF, packed: bool = False) -> tuple[dict[str, Tensor], Tensor]:
-        """GFLOPs of each pair of a training step by module, and in deployment. inputs: as `passes` takes them."""
-        passes = self.passes(*inputs, setting=setting, packed=packed)
-        return self.gflops_by_module(passes, setting), self.deployment_gflops(passes, setting)
+    def costs(self, *inputs: Tensor, guidance: Guidance = UNPRUNED) -> tuple[dict[str, Tensor], Tensor]:
+        """Returns the GFLOPs of each pair of a training step by module, and in deployment. inputs: as for `passes`."""
+        passes = self.passes(*inputs, guidance=guidance)
+        return self.gflops_by_module(passes), self.deployment_gflops(passes)
 
     def reference_gflops(self, text_tokens: int) -> float:
-        """GFLOPs of an uncompressed pair by the paper's convention: a training step, its text so long. No data needed."""
+        """Returns the GFLOPs of an uncompressed pair in a training step, the paper's convention. Needs no data."""
         return float(sum(self.gflops_by_module(self.dense_passes(text_tokens)).values()))
 
-    def gflops_by_module(self, passes: PairPasses, setting: PruneSetting = OFF) -> dict[str, Tensor]:
-        """GFLOPs of each pair of a training step, (B,) float64, closed form at true lengths; in a batch what they are alone."""
-        image, text = self.tower_flops(passes.image, passes.text, setting)
-        image_slow, text_slow = self.tower_flops(passes.image_momentum, passes.text_momentum, setting)
+    def gflops_by_module(self, passes: PairPasses) -> dict[str, Tensor]:
+        """Returns the GFLOPs of each pair of a training step, (B,) float64, in closed form at true lengths, as if it were alone."""
+        image, text = self.tower_flops(passes.image, passes.text)
+        image_slow, text_slow = self.tower_flops(passes.image_momentum, passes.text_momentum)
         embed_dim, places = self.image_queue.shape
         products = torch.full_like(image, 4 * embed_dim * (1 + places))  # online and slow, either way; itself and the queue
         parts = {"image": image, "text": text, "image_momentum": image_slow, "text_momentum": text_slow, "contrastive": products}
         return {name: part.double() / GIGA for name, part in parts.items()}
 
-    def deployment_gflops(self, passes: PairPasses, setting: PruneSetting = OFF) -> Tensor:
-        """What a pair costs in use, without momentum encoders and training passes: (B,) float64 GFLOPs."""
-        return sum(self.tower_flops(passes.image, passes.text, setting)).double() / GIGA
+    def deployment_gflops(self, passes: PairPasses) -> Tensor:
+        """Returns the GFLOPs of a pair in use, without momentum encoders and training passes, (B,) float64."""
+        return sum(self.tower_flops(passes.image, passes.text)).double() / GIGA
 
 
 def dense_encoded(depth: int, tokens: int) -> Encoded:
-    """What a tower leaves of one sample in which nothing is pruned: a record alone."""
+    """Returns the record, without tokens, that one sample leaves when nothing is pruned."""
     return Encoded(torch.empty(0), None, torch.empty(0), dense_record(depth, tokens, samples=1))
 
 

@@ -1,7 +1,6 @@
 """Vision transformer with a pruner slot in every block. Parameter names are those of BLIP and timm.
 
-Shapes: B batch, N tokens with the class token first, C width, K learnable tokens, D their width. Wherever tokens are (B, N, C) with
-a mask, they may also be packed, (T, C) with the T tokens of all samples and their `madtp.packing.Packed`.
+B batch, N tokens with the class token first, C channels. Tokens are (B, N, C) with a mask, or packed, (T, C) with a layout.
 """
 
 from collections.abc import Callable
@@ -11,11 +10,12 @@ from timm.layers import Mlp, PatchEmbed, trunc_normal_
 from torch import Tensor, nn
 
 from madtp import flops
+from madtp.attention.attend import attend, recomputes_scores
+from madtp.blocks import UNPRUNED, Guidance, PreNormBlock, TowerRecord, block_flops, run_blocks
 from madtp.importance import AttentionStatistics
-from madtp.packing import pack
-from madtp.pruning import OFF, Layout, PruneSetting, TokenPruner
-from madtp.attention.attend import attend, scored_again
-from madtp.blocks import PreNormBlock, TowerRecord, block_flops, checkpoint_last, run_blocks
+from madtp.packing import Layout, pack
+from madtp.pruning import PruningRule, TokenPruner
+from models.checkpointing import checkpoint_last
 
 NORM_EPS = 1e-6
 
@@ -29,8 +29,9 @@ class SelfAttention(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
 
-    def forward(self, x: Tensor, layout: Layout, pruner: TokenPruner | None):
-        out, statistics = attend(*self.qkv(x).chunk(3, dim=-1), self.num_heads, layout, layout, pruner=pruner)
+    def forward(self, x: Tensor, layout: Layout, rule: PruningRule | None) -> tuple[Tensor, AttentionStatistics | None]:
+        heads = self.qkv(x).chunk(3, dim=-1)
+        out, statistics = attend(*heads, self.num_heads, layout, layout, rule=rule, training=self.training)
         return self.proj(out), statistics
 
 
@@ -44,8 +45,8 @@ class Block(PreNormBlock):
         self.norm2 = nn.LayerNorm(dim, eps=NORM_EPS)
         self.mlp = Mlp(dim, int(dim * mlp_ratio))
 
-    def attention(self, x: Tensor, layout: Layout, pruner: TokenPruner | None) -> tuple[Tensor, AttentionStatistics | None]:
-        return self.attn(self.norm1(x), layout, pruner)
+    def attention(self, x: Tensor, layout: Layout, rule: PruningRule | None) -> tuple[Tensor, AttentionStatistics | None]:
+        return self.attn(self.norm1(x), layout, rule)
 
     def feed_forward(self, x: Tensor) -> Tensor:
         return self.mlp(self.norm2(x))
@@ -74,8 +75,8 @@ class VisionTransformer(nn.Module):
     ):
         """
         Args:
-            make_pruner: builds the pruner of one block from the block's width; None leaves the block dense.
-            checkpoint_blocks: how many of the last blocks recompute their activations in the backward pass.
+            make_pruner: builds the pruner of a block from its number of channels; None leaves the block dense.
+            checkpoint_blocks: number of last blocks that recompute their activations in the backward pass.
         """
         super().__init__()
         self.embed_dim = embed_dim
@@ -94,31 +95,21 @@ class VisionTransformer(nn.Module):
     def depth(self) -> int:
         return len(self.blocks)
 
-    def forward(
-        self,
-        images: Tensor,
-        learnable_tokens: Tensor | None = None,
-        setting: PruneSetting = OFF,
-        align: bool = False,
-        packed: bool = False,
-    ) -> tuple[Tensor, Layout, TowerRecord]:
-        """images (B, 3, H, W) -> tokens (B, M, C), their mask or None, record; `packed`: tokens (T, C), where they lie, record.
-
-        `align` collects the alignment features.
-        """
+    def forward(self, images: Tensor, guidance: Guidance = UNPRUNED) -> tuple[Tensor, Layout, TowerRecord]:
+        """Encodes images (B, 3, H, W) into tokens, padded or packed, with their layout and the record of all blocks."""
         x = self.patch_embed(images)
         x = torch.cat([self.cls_token.expand(len(x), -1, -1).to(x.dtype), x], dim=1) + self.pos_embed
-        x, layout = pack(x, None) if packed else (x, None)
-        again = scored_again(x, layout, self.blocks[0].attn.num_heads)
-        x, layout, record = run_blocks(self.blocks, x, layout, learnable_tokens, setting, align, again)
+        x, layout = pack(x, None) if guidance.packed else (x, None)
+        again = recomputes_scores(x, layout, self.blocks[0].attn.num_heads)
+        x, layout, record = run_blocks(self.blocks, x, layout, guidance, recomputes_scores=again)
         return self.norm(x), layout, record
 
-    def flops(self, record: TowerRecord, setting: PruneSetting, training: bool = False) -> Tensor:
-        """Multiply-adds of `forward` per image, (B,)."""
+    def flops(self, record: TowerRecord) -> Tensor:
+        """Counts the multiply-adds of `forward` per image, (B,)."""
         patch = self.patch_embed.proj
         first, last = record.entering[0], record.leaving[-1]
         total = flops.linear(first - 1, patch.weight[0].numel(), self.embed_dim) + flops.layer_norm(last, self.embed_dim)
-        return total + block_flops(self.blocks, record, setting, training)
+        return total + block_flops(self.blocks, record)
 
 
 def _init_linear(module: nn.Module) -> None:

@@ -1,7 +1,7 @@
-"""Retrieval over a split: features of all pictures and captions, the best candidates either way, the matching of these.
+"""Retrieval over a split: features of all pictures and captions, the best candidates in both directions, and their matching.
 
-Every picture and every caption is encoded once for its feature, on the process whose share it is; pictures once more for the
-matching, so that no picture's tokens are kept. Shapes: I images, T texts, L text tokens, E width of the common space, P pairs.
+Each process encodes its share of pictures and captions once for their features, and pictures once more for the matching, so that no
+picture's tokens are kept. I images, T texts, L text tokens, E channels of the common space, P pairs.
 """
 
 from collections.abc import Iterator
@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from data.captions import Split
 from engine.train import progress
-from madtp.pruning import PruneSetting
-from madtp.blocks import select
+from madtp.blocks import Guidance
+from madtp.packing import select
 from utils import Run, all_reduce_sum, gather_objects
 
 SIMILARITIES = 2**24  # that are in memory at a time
@@ -29,21 +29,21 @@ class Ranking:
     scores: Tensor
 
 
-def encode_images(model: nn.Module, split: Split, setting: PruneSetting, packed: bool, run: Run) -> Tensor:
+def encode_images(model: nn.Module, split: Split, guidance: Guidance, run: Run) -> Tensor:
     """The normalised features of all images, (I, E) float32 on the CPU."""
     features = [
-        model.encode_image(batch["image"].to(run.device, non_blocking=True), setting, packed=packed).feature.cpu()
+        model.encode_image(batch["image"].to(run.device, non_blocking=True), guidance).feature.cpu()
         for batch in progress(split.images, "pictures", run)
     ]
     return torch.stack(in_order(features))
 
 
-def encode_texts(model: nn.Module, split: Split, setting: PruneSetting, packed: bool, run: Run) -> tuple[Tensor, list[Tensor]]:
+def encode_texts(model: nn.Module, split: Split, guidance: Guidance, run: Run) -> tuple[Tensor, list[Tensor]]:
     """The normalised features of all texts, (T, E) float32 on the CPU, and the token ids of each without padding."""
     features, tokens = [], []
     for batch in progress(split.texts, "captions", run):
         text = [batch[name].to(run.device, non_blocking=True) for name in ("input_ids", "attention_mask")]
-        features.append(model.encode_text(*text, setting, packed=packed).feature.cpu())
+        features.append(model.encode_text(*text, guidance).feature.cpu())
         tokens.append([ids[mask.bool()] for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)])
     return torch.stack(in_order(features)), in_order(tokens)
 
@@ -79,8 +79,7 @@ def _sorted(scores: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def rerank(
-    model: nn.Module, split: Split, tokens: list[Tensor], by_image: Ranking, by_text: Ranking, setting: PruneSetting, packed: bool,
-    run: Run,
+    model: nn.Module, split: Split, tokens: list[Tensor], by_image: Ranking, by_text: Ranking, guidance: Guidance, run: Run,
 ) -> tuple[Ranking, Ranking]:  # fmt: skip
     """Both rankings by similarity plus the matching head's logit. A pair that is a candidate either way is matched once, and with
     all texts of its image at a time, so that an image's keys and values are computed once."""
@@ -90,16 +89,16 @@ def rerank(
     logits = torch.zeros(len(keys))
     place = run.rank
     for batch in progress(split.images, "matching", run):
-        image = model.encode_image(batch["image"].to(run.device, non_blocking=True), setting, packed=packed)
+        image = model.encode_image(batch["image"].to(run.device, non_blocking=True), guidance)
         places = range(place, place + len(batch["image"]) * run.world_size, run.world_size)
         place = places.stop
-        for numbers, parts in _matching_passes([range(bounds[i], bounds[i + 1]) for i in places], packed):
+        for numbers, parts in _matching_passes([range(bounds[i], bounds[i + 1]) for i in places], guidance.packed):
             some, layout = select(image.tokens, image.layout, torch.tensor(numbers, device=run.device))
-            if packed:
+            if guidance.packed:
                 layout = replace(layout, readers=tuple(map(len, parts)))
             wanted = torch.cat([torch.arange(part.start, part.stop) for part in parts])
             text = _padded([tokens[i] for i in (keys[wanted] % texts).tolist()], run.device)
-            found, _ = model.match(*text, (some, layout), setting)
+            found, _ = model.match(*text, (some, layout), guidance.setting)
             logits[wanted] = found[:, 1].float().cpu()
     logits = all_reduce_sum(logits.to(run.device)).cpu()
     return tuple(
@@ -143,17 +142,17 @@ def _reordered(ranking: Ranking, logits: Tensor) -> Ranking:
 
 
 def rank(
-    model: nn.Module, split: Split, setting: PruneSetting, packed: bool, run: Run, number: int, matching: bool
+    model: nn.Module, split: Split, guidance: Guidance, run: Run, number: int, matching: bool
 ) -> tuple[Ranking, Ranking]:
     """For each image its best `number` texts, and for each text its best images; with `matching`, ranked anew by the matching head.
 
     The same on every process.
     """
-    images = encode_images(model, split, setting, packed, run)
-    texts, tokens = encode_texts(model, split, setting, packed, run)
+    images = encode_images(model, split, guidance, run)
+    texts, tokens = encode_texts(model, split, guidance, run)
     by_image = best_candidates(images, texts, number, run.device)
     by_text = best_candidates(texts, images, number, run.device)
-    return rerank(model, split, tokens, by_image, by_text, setting, packed, run) if matching else (by_image, by_text)
+    return rerank(model, split, tokens, by_image, by_text, guidance, run) if matching else (by_image, by_text)
 
 
 def predictions(by_image: Ranking, by_text: Ranking, names: list[str]) -> dict[str, dict]:

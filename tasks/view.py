@@ -1,6 +1,6 @@
-"""A task's model at one prune setting with its test samples, and which of their tokens it keeps: what pictures and reports show.
+"""A model at one prune setting with its test samples, and the tokens that survive: the contents of drawings and reports.
 
-Shapes: B samples, P pictures each, L blocks of a tower, N text tokens of the longest text. Class tokens are left out.
+B samples, P pictures each, L blocks of a tower, N text tokens of the longest text. Class tokens are left out.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,22 +15,22 @@ from torch.utils.data import Dataset, Subset
 from configs.schema import Config
 from data.loading import Loader, build_loader
 from data.text import Tokenizer
-from engine.restore import Opened
 from engine.train import Precision, move
-from madtp.pruning import OFF
 from madtp.blocks import TowerRecord
+from madtp.pruning import OFF
 from madtp.trace import surviving, tokens_by_block
+from tasks.opened import Opened
 from transform.images import MEAN, STD
 from utils import Run, UserError
 
 
 @dataclass(frozen=True)
 class Sample:
-    """What is drawn of one sample, whatever the task.
+    """The contents of a drawing of one sample, whatever the task.
 
     pictures: label, picture (H, W, 3) in 0 ... 1, patches alive after each block (blocks, rows, columns) bool
     texts: words, words alive after each layer (layers, words) bool
-    said: label, text: what the model says, and what is true
+    said: label, text: the model's answer, and the truth
     """
 
     id: str
@@ -41,7 +41,7 @@ class Sample:
 
 
 class Samples(NamedTuple):
-    """Those of `dataset`, which are called `ids` and become batches by `collate`."""
+    """A data set with the ids of its samples, and the function that collates them."""
 
     dataset: Dataset
     ids: list[str]
@@ -49,12 +49,12 @@ class Samples(NamedTuple):
 
 
 class View:
-    """What the tasks share. A task's class says what its test samples and a forward pass are and how to head a sample.
+    """The part of views that tasks share. Subclasses define their test samples, the forward pass and the headings.
 
-    labels: of a sample's pictures, in their order
-    image_key: where a batch has its pictures, (B, 3, H, W) or (B, P, 3, H, W)
-    text_keys: where it has its texts, token ids and attention mask (B, L)
-    timed: what `forward` computes, in words
+    labels: names of a sample's pictures, in their order
+    image_key: key of a batch's pictures, (B, 3, H, W) or (B, P, 3, H, W)
+    text_keys: keys of its texts, token ids and attention mask (B, L)
+    timed: description of `forward`
     """
 
     labels: tuple[str, ...] = ("image",)
@@ -63,48 +63,50 @@ class View:
     timed = ""
 
     def __init__(self, opened: Opened, samples: Samples):
-        self.config, self.model, self.setting, self.tokenizer, self.run, _ = opened
+        self.task, self.model, self.setting, _ = opened
+        self.config, self.tokenizer, self.run = self.task.config, self.task.tokenizer, self.task.run
         self.dataset, self.ids, self.collate = samples
         self.precision = Precision(self.run.device, self.config.amp)
-        self.packed = self.config.packed
+        self.guidance = self.task.guidance(self.setting)
 
     @staticmethod
     def test_samples(config: Config, tokenizer: Tokenizer) -> Samples:
+        """Returns the samples of the test split."""
         raise NotImplementedError
 
     def compute(self, batch: dict) -> object:
-        """The forward pass over a batch that is on the device."""
+        """Runs the forward pass over a batch that is on the device."""
         raise NotImplementedError
 
     def records(self, output: object) -> dict[str, TowerRecord]:
-        """Of "image", whose samples are all first pictures, then all second ones, and of "text" where texts are pruned."""
+        """Returns the record of "image", all first pictures before all second ones, and of "text" where texts are pruned."""
         raise NotImplementedError
 
     def headings(self, batch: dict, output: object) -> list[str]:
-        """What the model finds of each sample, in a few words."""
+        """Returns a few words on each sample, such as the prediction."""
         return ["" for _ in self.names(batch)]
 
     def said(self, batch: dict, output: object) -> list[list[tuple[str, str]]]:
-        """Of each sample label and text: what the model says, and what is true."""
+        """Returns label and text of each sample's answer and truth."""
         return [[] for _ in self.names(batch)]
 
     def gflops(self, batch: dict, output: object) -> Tensor:
-        """What each sample costs in deployment, (B,)."""
-        return self.model.costs(*self.inputs(batch), setting=self.setting, packed=self.packed)[1]
+        """Returns the GFLOPs of each sample in deployment, (B,)."""
+        return self.model.costs(*self.inputs(batch), guidance=self.guidance)[1]
 
     def names(self, batch: dict) -> list[str]:
-        """The samples' ids."""
+        """Returns the samples' ids."""
         raise NotImplementedError
 
     def words(self, ids: list[int]) -> list[str]:
-        """Of a text without padding: its tokens but for the class token, in the order of the text."""
+        """Returns the tokens of an unpadded text without its class token, in the order of the text."""
         return self.tokenizer.convert_ids_to_tokens(ids)[1:]
 
     def inputs(self, batch: dict) -> tuple[Tensor, ...]:
         return batch[self.image_key], *(batch[key] for key in self.text_keys)
 
     def batches(self, ids: Sequence[str]) -> Loader:
-        """The samples with these ids, in batches of the evaluation's size."""
+        """Returns the samples with these ids in batches of the evaluation's size."""
         place = {sample: index for index, sample in enumerate(self.ids)}
         unknown = [sample for sample in ids if sample not in place]
         if unknown:
@@ -126,18 +128,18 @@ class View:
             return self.compute(batch)
 
     def tokens(self, output: object) -> dict[str, Tensor]:
-        """Tokens by block, one row a picture or a text, by the name of the tower."""
+        """Returns the tokens by block, one row per picture or text, by the name of the tower."""
         return {tower: tokens_by_block(record) for tower, record in self.records(output).items()}
 
     def tokens_left(self, output: object) -> Tensor:
-        """Tokens of each sample after the last block of all towers, class and merged tokens included, (B,)."""
+        """Counts the tokens of each sample after the last block of all towers, class and merged tokens included, (B,)."""
         left = [record.leaving[-1] for record in self.records(output).values()]
         samples = len(left[0]) // len(self.labels)
         return sum(tower.unflatten(0, (-1, samples)).sum(dim=0) for tower in left)
 
     @torch.no_grad()
     def samples(self, batch: dict) -> list[Sample]:
-        """What is to be drawn of a batch. The GFLOPs in its headings are those of deployment."""
+        """Returns the drawings of a batch. The GFLOPs in their headings are those of deployment."""
         if self.config.variant == "released":
             raise UserError("variant 'released' hands its tokens on out of order; tokens can be traced in variant 'paper' only")
         names, batch = self.names(batch), move(batch, self.run.device)
@@ -164,14 +166,14 @@ class View:
         ]
 
     def _patches(self, record: TowerRecord) -> np.ndarray:
-        """The patches alive, (P, B, L, rows, columns) bool."""
+        """Marks the surviving patches, (P, B, L, rows, columns) bool."""
         pictures, side = len(record.leaving[-1]), self.config.image_size // self.config.patch_size
         whole = torch.ones(pictures, side * side, dtype=torch.bool, device=self.run.device)
         alive = surviving(record, whole).unflatten(-1, (side, side))
         return alive.unflatten(0, (len(self.labels), -1)).cpu().numpy()
 
     def _texts(self, batch: dict, record: TowerRecord) -> list[list[tuple[list[str], np.ndarray]]]:
-        """Of each sample its words, and which are alive (L, words) bool."""
+        """Returns each sample's words, and marks the surviving ones (L, words) bool."""
         all_ids, mask = batch[self.text_keys[0]], batch[self.text_keys[1]].bool()
         alive = surviving(record, mask[:, 1:]).cpu().numpy()  # as many tokens are in memory behind the class token
         texts = []
@@ -182,6 +184,12 @@ class View:
 
 
 def displayable(picture: Tensor) -> np.ndarray:
-    """A normalised picture (3, H, W) as the eye wants it: (H, W, 3) in 0 ... 1."""
+    """Undoes the normalisation of a picture: (3, H, W) -> (H, W, 3) in 0 ... 1."""
     mean, std = torch.tensor(MEAN).view(3, 1, 1), torch.tensor(STD).view(3, 1, 1)
     return (picture.float().cpu() * std + mean).clamp(0, 1).permute(1, 2, 0).numpy()
+
+
+def spread(ids: Sequence[str], number: int) -> list[str]:
+    """Returns `number` of `ids` (all, when there are fewer), evenly spaced."""
+    number = min(number, len(ids))
+    return [ids[(2 * i + 1) * len(ids) // (2 * number)] for i in range(number)]

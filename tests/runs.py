@@ -37,7 +37,6 @@ def run_script(file: Path, argv: list[str], *launcher: str) -> subprocess.Comple
 
 DRIVER = """
 import importlib, json, sys
-sys.path.insert(0, {root!r})
 from utils import run_main
 *earlier, last = json.loads({command_lines!r})
 for sys.argv in earlier:

@@ -9,13 +9,13 @@ import sys
 import pytest
 import torch
 
+from configs.load import load_config
 from configs.schema import RetrievalConfig, VqaConfig
 from madtp.sparsity.kernels import Milliseconds
-from configs.load import load_config
+from tasks.registry import TASKS
 from tests.tiny import with_lively_weights
 from tools import benchmark
 from tools.benchmarks import sparse_shapes
-from tools.flops import BUILD
 from tools.benchmarks.rankings import RANKINGS
 from utils import UserError
 
@@ -153,7 +153,7 @@ def test_ways_of_ranking_give_equal_scores(task, config, tmp_path):
     (tmp_path / "tiny.yaml").write_text(FILES[task])
     config = load_config(config, tmp_path / "tiny.yaml", {"p": 0.0})
     torch.manual_seed(0)
-    model = with_lively_weights(BUILD[config.task](config)[0]).eval()
+    model = with_lively_weights(TASKS[config.task].reference_case(config)[0]).eval()
     ranking = RANKINGS[task]
     inputs = ranking.inputs(config, 3)
     found = [method.prepare(inputs)() for method in ranking.methods(config, model, ranking.inputs(config, 1))]

@@ -6,11 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from tools.report import METRICS
-from configs.load import load_any_config
+from tasks.registry import TASKS, demonstrated, load_any_config
 from tests.tiny_run import SAMPLES, log_of, result_of, write_run
 from tools import demo
-from tasks.views import VIEWS
 
 RECALLS = ("mean recall, % (val)", "text R@1 / 5 / 10 (test)", "both towers once")
 SAID = {
@@ -22,18 +20,18 @@ SAID = {
 }  # in a report
 
 
-@pytest.mark.parametrize("name", demo.TASKS)
+@pytest.mark.parametrize("name", demonstrated())
 def test_every_task_has_a_config_a_view_and_words_for_its_metrics(name: str) -> None:
     assert load_any_config(demo.config_of(name)).task == name
-    assert name in VIEWS and name in METRICS
+    assert TASKS[name].view and TASKS[name].columns
 
 
-@pytest.mark.parametrize("name", [name for name in demo.TASKS if name != "nlvr"])
+@pytest.mark.parametrize("name", [name for name in demonstrated() if name != "nlvr"])
 def test_a_run_need_not_meet_a_picture_twice(name: str) -> None:
     config = load_any_config(demo.config_of(name))
     epoch = config.epoch_steps * config.batch_size_train
-    assert demo.DEMO_EPOCHS * epoch <= demo.TASKS[name].demo_size
-    assert config.max_epoch * epoch <= demo.TASKS[name].study_size
+    assert demo.DEMO_EPOCHS * epoch <= TASKS[name].demo.demo_size
+    assert config.max_epoch * epoch <= TASKS[name].demo.study_size
 
 
 def test_the_demo_ends_with_the_exit_code_of_what_failed(capfd) -> None:
@@ -57,18 +55,18 @@ def test_when_one_of_them_fails_the_others_are_stopped(capfd) -> None:
     assert stopped.value.code == 3 and "b | oh" in capfd.readouterr().out
 
 
-@pytest.mark.parametrize("name", demo.TASKS)
+@pytest.mark.parametrize("name", demonstrated())
 def test_the_report_of_a_task(name: str, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(demo, "OUTPUT", tmp_path)
     monkeypatch.setattr(demo, "TIMED_ROUNDS", 1)
-    reductions = (0.0, *demo.TASKS[name].reductions)
+    reductions = (0.0, *TASKS[name].demo.reductions)
     folders = [write_run(tmp_path / f"{name}_p{p:g}", name, p) for p in reductions]
     for p, folder in zip(reductions, folders, strict=True):
         result = result_of(name, p)
         (folder / "result.json").write_text(json.dumps(result))
         if p:
             (folder / "log.txt").write_text("".join(json.dumps(entry) + "\n" for entry in log_of(result, 2)))
-    runs, path = demo.gather(demo.TASKS[name], folders, ["python x.py"])
+    runs, path = demo.gather(TASKS[name].demo, folders, ["python x.py"])
     assert json.loads((tmp_path / "summary.json").read_text()) == [run.result for run in runs]
     pictures = 2 if name == "nlvr" else 1
     for run in runs:

@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from configs.load import load_config, parse_command_line
 from configs.schema import NlvrConfig
 from data.shapes.write import make_shapes
 from data.text import load_tokenizer
-from models.build import nlvr_from_config
-from configs.load import load_config, parse_command_line
+from tasks.nlvr import nlvr_from_config
 from tests import runs
 from tests.runs import FILES, ROOT, assert_same_run, log_of, read
 
@@ -105,7 +105,7 @@ def test_the_metrics_are_those_of_the_predictions(trained, world, split, file):
 
 def test_evaluating_holds_one_batch_at_a_time_however_long_the_split(trained, world, tmp_path, monkeypatch):
     """Bytes of all tensors that are alive when a batch is asked for."""
-    import compress_nlvr_dtp
+    from tasks import nlvr
 
     alive = []
 
@@ -116,7 +116,7 @@ def test_evaluating_holds_one_batch_at_a_time_however_long_the_split(trained, wo
             alive.append(sum(tensors.values()))
             yield batch
 
-    monkeypatch.setattr(compress_nlvr_dtp, "progress", watched)
+    monkeypatch.setattr(nlvr, "progress", watched)
     run_here(flags(world, tmp_path, "--evaluate", "--pretrained", str(trained / "checkpoint_best.pth"), batch_size_test=3))
     split = alive[: len(alive) // 2]  # of two splits; its last batch is smaller
     assert len(split) > 8 and max(split[2:-1]) - min(split[2:-1]) < 0.01 * max(split)

@@ -8,10 +8,10 @@ from typing import NamedTuple
 import pytest
 import torch
 
+from configs.load import load_config
 from configs.schema import ClipRetrievalConfig, RetrievalConfig
 from data.shapes.write import make_shapes
-from models.weights.blip import read_checkpoint
-from configs.load import load_config
+from models.weights.reading import read_checkpoint
 from tests import runs
 from tests.runs import FILES, ROOT, assert_same_run, log_of, read
 
@@ -50,7 +50,7 @@ SCRIPTS = {
         },
     ),
 }  # fmt: skip
-TASKS = pytest.mark.parametrize("task", SCRIPTS)
+EACH_TASK = pytest.mark.parametrize("task", SCRIPTS)
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +82,7 @@ def trained(world, tmp_path_factory) -> Path:
     return folder
 
 
-@TASKS
+@EACH_TASK
 def test_a_run_leaves_its_files(trained, task):
     folder = trained / task
     assert FILES <= {path.name for path in folder.iterdir()} and not list(folder.glob("*.tmp"))
@@ -94,7 +94,7 @@ def test_a_run_leaves_its_files(trained, task):
     assert weighted.pop("total") == pytest.approx(sum(weighted.values()), rel=1e-4)
 
 
-@TASKS
+@EACH_TASK
 def test_the_result_has_every_key_of_the_contract(trained, task):
     result, p = read(trained / task, "result.json"), SCRIPTS[task].p
     assert {key: result[key] for key in ("task", "method", "variant", "keep", "reduce_ratio", "seed")} == {
@@ -112,7 +112,7 @@ def test_the_result_has_every_key_of_the_contract(trained, task):
     assert all(list(result["metrics"][split]) == [*sides[:4], *sides[4:], "r_mean"] for split in ("val", "test"))
 
 
-@TASKS
+@EACH_TASK
 @pytest.mark.parametrize("split", ["val", "test"])
 def test_recalls_are_those_of_the_predictions(trained, world, task, split):
     entries, found = read(world / "annotations", f"flickr30k_{split}.json"), read(trained / task, f"predictions_{split}.json")
@@ -129,7 +129,7 @@ def test_recalls_are_those_of_the_predictions(trained, world, task, split):
         assert metrics[f"img_r{cut}"] == pytest.approx(100 * sum(right) / CAPTIONS)
 
 
-@TASKS
+@EACH_TASK
 def test_a_resumed_run_gives_the_same_result_as_one_that_was_not_interrupted(trained, world, tmp_path, task):
     runs.interrupt_in_the_second_epoch(lambda: run(task, world, tmp_path))
     assert [entry["epoch"] for entry in log_of(tmp_path)] == [0] and not (tmp_path / "result.json").exists()
@@ -155,7 +155,7 @@ def evaluation(trained: Path, task: str) -> tuple[str, ...]:
     return "--evaluate", "--pretrained", str(trained / task / "checkpoint_best.pth")
 
 
-@TASKS
+@EACH_TASK
 def test_the_best_checkpoint_gives_the_result_again_in_one_process_and_in_two(trained, two_processes, world, tmp_path, task):
     run(task, world, tmp_path, *evaluation(trained, task))
     expected = read(trained / task, "result.json")
@@ -165,7 +165,7 @@ def test_the_best_checkpoint_gives_the_result_again_in_one_process_and_in_two(tr
     assert shared == expected and gflops_shared == pytest.approx(gflops)
 
 
-@TASKS
+@EACH_TASK
 def test_two_processes_with_half_the_batch_take_the_step_of_one(trained, two_processes, task):
     """What pairs lose by themselves; with how many others they are compared depends on the batch."""
     alone, shared = (log_of(folder / task)[0]["loss"] for folder in (trained, two_processes / "step"))
@@ -173,7 +173,7 @@ def test_two_processes_with_half_the_batch_take_the_step_of_one(trained, two_pro
         assert shared[name] == pytest.approx(alone[name], rel=1e-4)
 
 
-@TASKS
+@EACH_TASK
 def test_in_mixed_precision_a_run_ends_and_its_checkpoint_gives_its_result(world, tmp_path, task):
     run(task, world, tmp_path / "run", amp="true", max_epoch=1)
     best = str(tmp_path / "run" / "checkpoint_best.pth")
@@ -181,7 +181,7 @@ def test_in_mixed_precision_a_run_ends_and_its_checkpoint_gives_its_result(world
     assert read(tmp_path / "run", "result.json") == read(tmp_path / "again", "result.json")
 
 
-@TASKS
+@EACH_TASK
 def test_tokens_and_weights_go_together_and_the_teacher_is_heard(task, world, tmp_path, caplog):
     caplog.set_level("INFO")
     run(task, world, tmp_path / "dense", "--p", "0", max_epoch=1)
@@ -207,7 +207,7 @@ def refusal(capsys, task: str, world: Path, out: Path, *more: str, **settings) -
     return runs.refusal(capsys, lambda: run(task, world, out, *more, **settings))
 
 
-@TASKS
+@EACH_TASK
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
@@ -222,7 +222,7 @@ def test_settings_that_cannot_be_are_named(world, tmp_path, capsys, task, settin
     assert said in refusal(capsys, task, world, tmp_path, **settings)
 
 
-@TASKS
+@EACH_TASK
 def test_a_p_out_of_reach_names_the_range(world, tmp_path, capsys, task):
     said = refusal(capsys, task, world, tmp_path, "--p", "0.99")
     low, high = (float(part) for part in said.split("pruning removes ")[1].split(" of the")[0].split(" to "))
@@ -250,7 +250,7 @@ def test_weights_without_heads_are_not_evaluated(trained, world, tmp_path, capsy
     assert "headless.pth: lacks vision_proj.weight, vision_proj.bias, text_proj.weight and 1 more, so its answers" in said
 
 
-@TASKS
+@EACH_TASK
 def test_weights_of_another_model_are_named(trained, world, tmp_path, capsys, task):
     best, settings = str(trained / task / "checkpoint_best.pth"), {"vit.embed_dim": 48, "clip.vision_width": 48}
     key = "vit.embed_dim" if task == "retrieval" else "clip.vision_width"

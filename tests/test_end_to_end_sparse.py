@@ -8,7 +8,7 @@ import torch
 
 from data.shapes.write import make_shapes
 from madtp.sparsity.masks import Pattern, magnitude_mask
-from models.weights.blip import read_checkpoint
+from models.weights.reading import read_checkpoint
 from tests import runs
 from tests.runs import assert_same_run, log_of, read
 from tests.test_end_to_end import flags as dense_flags

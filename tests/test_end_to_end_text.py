@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from configs.schema import CONFIGS
 from data.shapes.write import make_shapes
+from tasks.registry import TASKS
 from tests import runs
 from tests.runs import FILES, ROOT, assert_same_run, log_of, read
 
@@ -19,7 +19,7 @@ SHARED = {
 }  # fmt: skip
 P = 0.15
 SUBMISSION = {"caption": "caption_result.json", "vqa": "vqa_result.json"}
-TASKS = pytest.mark.parametrize("task", SUBMISSION)
+EACH_TASK = pytest.mark.parametrize("task", SUBMISSION)
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +31,7 @@ def world(tmp_path_factory) -> Path:
 
 def flags(task: str, world: Path, out: Path, *more: str, **settings) -> list[str]:
     """The command line of a tiny run; keys in `settings` go before those of SHARED."""
-    files = {name: world / "images" for name in CONFIGS[task].image_keys}
+    files = {name: world / "images" for name in TASKS[task].config_class.image_keys}
     files |= {"ann_root": world / "annotations", "tokenizer": world / "annotations" / "vocab.txt"}
     sets = [f"--set={key}={value}" for key, value in {**files, **SHARED, **settings}.items()]
     config = str(ROOT / f"configs/shapes/{task}.yaml")
@@ -51,7 +51,7 @@ def trained(world, tmp_path_factory) -> Path:
     return folder
 
 
-@TASKS
+@EACH_TASK
 def test_a_run_leaves_its_files_and_keeps_its_contract(task, trained):
     folder = trained / task
     assert {*FILES, SUBMISSION[task]} <= {path.name for path in folder.iterdir()}
@@ -96,7 +96,7 @@ def test_answers_are_handed_in_as_the_server_wants_them(trained, world):
     assert all(set(row) == {"question_id", "answer"} and row["answer"] in choices for row in handed_in)
 
 
-@TASKS
+@EACH_TASK
 def test_the_best_checkpoint_evaluates_to_what_was_reported(task, trained, world, tmp_path):
     best = trained / task / "checkpoint_best.pth"
     run(task, world, tmp_path, "--evaluate", "--pretrained", str(best))
@@ -105,14 +105,14 @@ def test_the_best_checkpoint_evaluates_to_what_was_reported(task, trained, world
     assert read(tmp_path, "result.json")["metrics"] == read(trained / task, "result.json")["metrics"]
 
 
-@TASKS
+@EACH_TASK
 def test_a_resumed_run_is_the_uninterrupted_one(task, trained, world, tmp_path):
     runs.interrupt_in_the_second_epoch(lambda: run(task, world, tmp_path))
     run(task, world, tmp_path, "--resume")
     assert_same_run(tmp_path, trained / task)
 
 
-@TASKS
+@EACH_TASK
 def test_tokens_and_weights_go_together_and_the_teacher_is_heard(task, world, tmp_path, caplog):
     caplog.set_level("INFO")
     run(task, world, tmp_path / "dense", "--p", "0", max_epoch=1)
@@ -137,7 +137,7 @@ def two_processes(trained, world, tmp_path_factory) -> Path:
     return folder
 
 
-@TASKS
+@EACH_TASK
 def test_two_processes_give_the_metrics_of_one(task, trained, two_processes):
     alone, shared = trained / task, two_processes / "evaluated" / task
     assert read(shared, "result.json")["metrics"] == read(alone, "result.json")["metrics"]
@@ -145,7 +145,7 @@ def test_two_processes_give_the_metrics_of_one(task, trained, two_processes):
     assert {name: row["prediction"] for name, row in rows.items()} == {n: row["prediction"] for n, row in expected.items()}
 
 
-@TASKS
+@EACH_TASK
 def test_two_processes_with_half_the_batch_take_the_step_of_one(task, trained, two_processes):
     """The task's loss is a mean over words, of which the halves have more or fewer."""
     alone, shared = (log_of(folder / task)[0]["loss"] for folder in (trained, two_processes / "step"))
@@ -159,7 +159,7 @@ def test_answers_may_be_generated(trained, world, tmp_path):
     assert len(read(tmp_path, "vqa_result.json")) == PICTURES
 
 
-@TASKS
+@EACH_TASK
 def test_a_file_cut_off_is_refused_in_one_line(task, world, tmp_path, capsys):
     annotations = tmp_path / "annotations"
     shutil.copytree(world / "annotations", annotations)
@@ -169,7 +169,7 @@ def test_a_file_cut_off_is_refused_in_one_line(task, world, tmp_path, capsys):
     assert cut.name in said and "cut off" in said
 
 
-@TASKS
+@EACH_TASK
 def test_a_p_out_of_reach_names_the_range(task, world, tmp_path, capsys):
     """What is not pruned, the decoder, costs much here."""
     said = runs.refusal(capsys, lambda: run(task, world, tmp_path, "--p", "0.95"))

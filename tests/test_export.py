@@ -6,10 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from configs.schema import CONFIGS
 from data.shapes.write import make_shapes
-from engine.restore import open_checkpoint
-from models.weights.blip import is_read, read_checkpoint
+from models.weights.reading import is_read, read_checkpoint
+from tasks.registry import TASKS, open_checkpoint
 from tests import runs
 from tests.runs import read
 from tests.test_predict import evaluate, random_run
@@ -54,7 +53,7 @@ def test_the_contrastive_temperature_that_a_teacher_is_read_with_goes_along(expo
     assert open_checkpoint(tmp_path / "plain" / "model.safetensors", device="cpu").model.temp == 0.25
 
 
-@pytest.mark.parametrize("task", CONFIGS)
+@pytest.mark.parametrize("task", TASKS)
 def test_what_is_read_of_every_task_is_the_same_to_the_bit_packed_or_not(exported, world, tmp_path, task) -> None:
     random_run(task, world, run := tmp_path / "run", **SPARSE)
     exported(run, tmp_path / "plain")

@@ -9,12 +9,16 @@ import torch
 
 from configs.schema import NlvrConfig
 from engine.flop_table import analyse
+from madtp.blocks import Guidance
 from madtp.pruning import OFF, PruneSetting
-from models.blip_nlvr import reference_gflops
-from models.build import learnable_tokens
 from madtp.sparsity.layers import sparse_weights
+from models.blip_vqa import ANSWER_TOKENS
+from models.build import learnable_tokens
 from models.momentum import MomentumModel
-from configs.load import load_any_config
+from tasks.caption import END
+from tasks.registry import TASKS, load_any_config
+from tasks.retrieval import CLIP_VOCABULARY
+from tasks.task import BERT_VOCABULARY
 from tools import flops
 from utils import UserError
 
@@ -33,11 +37,8 @@ REFERENCE = {
 def test_the_papers_models_cost_what_the_paper_says(name):
     config = load_any_config(f"configs/{name}.yaml", {"p": 0})
     with torch.device("meta"):  # counting needs no weights
-        model, _ = flops.BUILD[config.task](config)
-    if config.task == "nlvr":
-        gflops = reference_gflops(model)
-    else:
-        gflops = model.reference_gflops(*([config.max_text_tokens] if config.task.startswith("retrieval") else []))
+        model, _ = TASKS[config.task].reference_case(config)
+    gflops = model.reference_gflops(*([config.max_text_tokens] if config.task.startswith("retrieval") else []))
     assert round(gflops, 4) == REFERENCE[name]
 
 
@@ -65,7 +66,7 @@ TINY = {
     "caption": f"task: caption{BLIP}{PRUNED}",
     "vqa": f"task: vqa{BLIP}{PRUNED}",
 }
-TASKS = pytest.mark.parametrize("task", TINY)
+EACH_TASK = pytest.mark.parametrize("task", TINY)
 
 
 @pytest.fixture
@@ -81,7 +82,7 @@ def report(monkeypatch, capsys, tmp_path):
     return run
 
 
-@TASKS
+@EACH_TASK
 @pytest.mark.parametrize("temperature", [None, "5"])
 def test_the_tool_reports_both_counts(report, task, temperature):
     found = report(TINY[task], *(("--temperature", temperature) if temperature else ()))
@@ -97,17 +98,17 @@ def test_the_tool_reports_both_counts(report, task, temperature):
 def test_deployment_is_what_an_evaluation_would_count(report, inference, tmp_path):
     """Of a caption as long as it may become, and of a question with its answer."""
     text = TINY["caption"] + "max_length: 9\nnum_beams: 2\n"
-    model, (images, *_) = flops.BUILD["caption"](load_any_config(written(tmp_path, text), {"p": 0}))
-    longest = torch.full((1, 9), flops.END + 1)
-    expected = model.eval().generation_gflops(model.encode(images, OFF, False, False)[2], longest, 2)
+    model, (images, *_) = TASKS["caption"].reference_case(load_any_config(written(tmp_path, text), {"p": 0}))
+    longest = torch.full((1, 9), END + 1)
+    expected = model.eval().generation_gflops(model.encode(images)[2], longest, 2)
     found = report(text)["gflops"]
     assert found["deployment"] == pytest.approx(float(expected)) and found["deployment"] != found["closed_form"]
 
     text = TINY["vqa"] + f"k_test: 7\ninference: {inference}\n"
-    model, inputs = flops.BUILD["vqa"](load_any_config(written(tmp_path, text), {"p": 0}))
-    question = model.eval().read(inputs[0], *(part[:1] for part in inputs[1:3]))
-    found, read = report(text)["gflops"], float(model.reading_gflops(question))
-    tokens = torch.full((1, 7), flops.ANSWER_TOKENS)
+    model, inputs = TASKS["vqa"].reference_case(load_any_config(written(tmp_path, text), {"p": 0}))
+    question = model.eval().encode(inputs[0], *(part[:1] for part in inputs[1:3]))
+    found, read = report(text)["gflops"], float(model.encoding_gflops(question))
+    tokens = torch.full((1, 7), ANSWER_TOKENS)
     if inference == "rank":
         assert found["deployment"] == pytest.approx(read + float(model.ranking_gflops(question.valid.sum(dim=1), tokens)))
     assert read < found["deployment"] < found["closed_form"]
@@ -117,7 +118,7 @@ def test_what_a_checkpoint_calls_masked_is_counted_as_sparse_and_no_more(report,
     sparse = TINY["nlvr"] + 'sparsity_type: "2:4"\n'
     config = load_any_config(written(tmp_path, sparse), {"p": 0.5})
     torch.manual_seed(config.seed)  # as the tool does, so its picture is the same
-    model, inputs = flops.BUILD["nlvr"](config)
+    model, inputs = TASKS["nlvr"].reference_case(config)
     names = list(sparse_weights(model, config.pattern, config.sparse_layers).weights)
     found = {}
     for masked in ((), names[:3], names):
@@ -152,9 +153,9 @@ def written(folder: Path, text: str) -> Path:
 def test_the_meter_counts_what_fvcore_does_with_sparse_layers_halved(task, setting, every, tmp_path):
     """Momentum encoders share the masks of those that they follow. VQA's input is a batch, whose padding fvcore counts."""
     (tmp_path / "tiny.yaml").write_text(TINY[task])
-    model, inputs = flops.BUILD[task](load_any_config(tmp_path / "tiny.yaml", {"p": 0.5}))
+    model, inputs = TASKS[task].reference_case(load_any_config(tmp_path / "tiny.yaml", {"p": 0.5}))
     model.eval()
-    counted = analyse(model, inputs, setting).by_module_and_operator()
+    counted = analyse(model, inputs, Guidance(setting)).by_module_and_operator()
     sparse = sparse_weights(model, (2, 4), "all")
     names = chosen = list(sparse.weights)[::every]
     if isinstance(model, MomentumModel):
@@ -174,11 +175,11 @@ def test_the_meter_counts_what_fvcore_does_with_sparse_layers_halved(task, setti
         assert flops.total(model, inputs, setting) == pytest.approx(dense - halves / 1e9, rel=1e-9)
 
 
-@TASKS
+@EACH_TASK
 def test_the_tool_counts_the_parameters_of_the_model(report, task, tmp_path):
     found = report(TINY[task])
     config = load_any_config(tmp_path / "tiny.yaml", {"p": 0})
-    assert found["params"] == sum(p.numel() for p in flops.BUILD[task](config)[0].parameters() if p.requires_grad)
+    assert found["params"] == sum(p.numel() for p in TASKS[task].reference_case(config)[0].parameters() if p.requires_grad)
 
 
 @pytest.mark.parametrize("task", ["nlvr", "retrieval", "retrieval_clip"])  # those without a head that dwarfs so small encoders
@@ -203,7 +204,7 @@ def test_the_vocabulary_is_the_tokenizers(report, task, tmp_path):
     (tmp_path / "words.txt").write_text("\n".join(words))
     text = TINY[task].replace("tokenizer: none\n", "")
     large, small = (report(f"{text}tokenizer: {source}\n") for source in ("clip", tmp_path / "words.txt"))
-    published = flops.CLIP_VOCABULARY if task == "retrieval_clip" else flops.BERT_VOCABULARY
+    published = CLIP_VOCABULARY if task == "retrieval_clip" else BERT_VOCABULARY
     assert large["params"] - small["params"] == 16 * (published - len(words) - 2)  # the momentum copy does not count
     assert large["gflops"] == small["gflops"]
 

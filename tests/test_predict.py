@@ -9,13 +9,11 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from configs.schema import CONFIGS
-from data.captions import build_loaders
-from data.shapes.write import make_shapes
-from tasks.ranking import rank
-from engine.restore import build_model, open_checkpoint
-from madtp.sparsity.layers import sparse_weights
 from configs.load import parse_command_line, save_config
+from data.shapes.write import make_shapes
+from madtp.sparsity.layers import sparse_weights
+from tasks.ranking import rank
+from tasks.registry import TASKS, build_model, open_checkpoint
 from tests import runs, tiny
 from tests.runs import ROOT, read
 from tools import predict
@@ -56,13 +54,13 @@ def evaluated(world, tmp_path_factory):
 def random_run(task: str, world: Path, out: Path, **settings) -> list[str]:
     """The checkpoint and the config of random weights; and the command line that evaluates them."""
     out.mkdir()
-    files = {**dict.fromkeys(CONFIGS[task].image_keys, world / "images"), "ann_root": world / "annotations"}
+    files = {**dict.fromkeys(TASKS[task].config_class.image_keys, world / "images"), "ann_root": world / "annotations"}
     files["tokenizer"] = world / "annotations" / "vocab.txt"
     sizes = {key: size for key, size in SIZES.items() if key.startswith("clip.") == (task == "retrieval_clip")}
     values = {**files, **SHARED, **sizes, **OWN.get(task, {}), **settings}
     argv = ["--config", str(ROOT / f"configs/shapes/{task}.yaml"), "--output_dir", str(out), "--device", "cpu", "--evaluate"]
     argv += ["--p", str(P), "--pretrained", str(out / "checkpoint_best.pth"), *(f"--set={k}={v}" for k, v in values.items())]
-    config = parse_command_line("", CONFIGS[task], argv)
+    config = parse_command_line("", TASKS[task].config_class, argv)
     model = tiny.with_lively_weights(build_model(config)[0])
     state = {"temperature": 3.0, "prune_from": 1, "batch_size": 3, **RULE}
     if config.pattern:
@@ -162,10 +160,10 @@ def test_texts_and_pictures_are_ranked_as_in_evaluation(ask, evaluated, world, t
 
 @PAIRS
 def test_scores_of_pairs_are_those_of_the_ranking(ask, evaluated, world, task) -> None:
-    config, model, setting, tokenizer, run, _ = open_checkpoint(evaluated(task) / "checkpoint_best.pth", device="cpu")
-    split, matching = build_loaders(config, run, tokenizer)["test"], task == "retrieval"
+    opened = open_checkpoint(evaluated(task) / "checkpoint_best.pth", device="cpu")
+    split, matching = opened.task.loaders()["test"], task == "retrieval"
     with torch.no_grad():
-        by_image, _ = rank(model, split, setting, True, run, 20, matching)
+        by_image, _ = rank(opened.model, split, opened.task.guidance(opened.setting), opened.task.run, 20, matching)
     said = ask(task, [world / "images" / split.names[2]], split.captions)["ranking"]
     assert [row["score"] for row in said] == pytest.approx(by_image.scores[2].tolist(), abs=1e-5)
     if matching:
@@ -218,7 +216,7 @@ def test_an_authors_temperature_is_not_taken_for_one_of_the_papers_formula(ask, 
     assert "its temperature is of the authors' formulas; set variant: released" in runs.refusal(capsys, lambda: ask(*asked))
 
 
-@pytest.mark.parametrize("task", CONFIGS)
+@pytest.mark.parametrize("task", TASKS)
 def test_what_survives_is_drawn_beside_the_same_answer(ask, world, tmp_path, task) -> None:
     sample, out = one_sample(task, world), tmp_path / "kept" / "out.png"
     assert ask(task, *sample, "--explain", out) == ask(task, *sample)

@@ -10,9 +10,8 @@ from torch import nn
 from configs.schema import Config
 from data.shapes.world import random_scene
 from data.text import Tokenizer
-from engine.restore import LOAD, build_model
-from models.weights.blip import read_checkpoint
-from configs.load import load_any_config
+from models.weights.reading import read_checkpoint
+from tasks.registry import TASKS, build_model, load_any_config
 from tools.pretrain_shapes import PRETRAINED, config_of, publish
 from tools.stages.caption import train_captions
 from tools.stages.common import Plan, draw_shown, encode_shown, patch_attributes, shown_patches, start_from_nlvr
@@ -84,6 +83,6 @@ def test_a_stage_trains_every_weight_and_what_is_published_loads(task: str, tmp_
     assert all(name.endswith("key.bias") for name in still), still  # attention does not depend on it
     publish(model, tmp_path / "model.safetensors")
     assert (tmp_path / "model.safetensors").stat().st_size < 6 * 2**20
-    LOAD[task](other, read_checkpoint(tmp_path / "model.safetensors")["model"], "model")
+    TASKS[task].load(other, read_checkpoint(tmp_path / "model.safetensors")["model"], "model")
     for name, parameter in online(other).items():
         torch.testing.assert_close(parameter, model.get_parameter(name), rtol=1e-3, atol=1e-4)

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from engine.results import write_json
+from tasks.registry import TASKS
 from tests.tiny_run import result_of
 from tools import study_shapes
 from tools.demo import SHAPES
@@ -112,7 +113,7 @@ def test_the_orders_stand_beside_the_arm_that_has_the_default_one(study) -> None
 
 def test_a_row_that_has_come_to_mean_another_command_is_run_again(study, monkeypatch) -> None:
     assert len(study("caption")[0]) == len(study_shapes.rows_of("caption")) + 3 * 2
-    monkeypatch.setitem(study_shapes.MORE_ROWS, "caption", {"trained without images": ("--p 0 --epoch 5", False)})
+    monkeypatch.setitem(TASKS["caption"].demo.blind, "trained without images", "--p 0 --epoch 5")
     (command,), _ = study("caption")
     assert "--epoch 5" in command
 

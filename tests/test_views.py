@@ -8,13 +8,12 @@ import torch
 from PIL import Image
 
 from madtp.blocks import TowerRecord
-from configs.load import load_any_config
+from tasks.registry import TASKS, load_any_config, open_view
+from tasks.view import View, spread
 from tests.tiny_run import SENTENCES, TEMPERATURE, write_run
-from tasks.view import View
-from tasks.views import VIEWS, open_view, spread
 
 FIRST, LAST = {"retrieval_clip": ["[START]"]}, {"retrieval_clip": []}  # of a text's words
-READING = [task for task in VIEWS if task != "caption"]  # those that prune a text
+READING = [task for task in TASKS if task != "caption"]  # those that prune a text
 
 
 def opened(folder: Path, task: str, p: float = 0.4) -> View:
@@ -22,7 +21,7 @@ def opened(folder: Path, task: str, p: float = 0.4) -> View:
     return open_view(load_any_config(run / "config.yaml"), run / "checkpoint_best.pth")
 
 
-@pytest.fixture(params=VIEWS)
+@pytest.fixture(params=TASKS)
 def task(request) -> str:
     return request.param
 
@@ -113,7 +112,7 @@ def test_a_sample_says_what_the_model_wrote_and_what_is_true(view: View, task: s
 @pytest.mark.parametrize("task", ["nlvr", "retrieval", "retrieval_clip"])
 def test_a_samples_gflops_are_those_of_deployment(view: View) -> None:
     (batch, *_) = view.batches(view.ids[:1])
-    _, gflops = view.model.costs(*view.inputs(batch), setting=view.setting, packed=True)
+    _, gflops = view.model.costs(*view.inputs(batch), guidance=view.guidance)
     assert view.samples(batch)[0].heading.endswith(f" tokens left, {float(gflops):.4g} GFLOPs")
 
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 from PIL import Image
 
+from tasks.view import Sample
 from tests.tiny_run import write_run
 from tools import visualize
-from tasks.view import Sample
 from tools.visualize import draw, fade
 from utils import UserError
 

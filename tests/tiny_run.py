@@ -6,9 +6,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from tools.report import METRICS
-from engine.restore import build_model
-from configs.load import load_any_config
+from tasks.registry import TASKS, build_model, load_any_config
 from tests import tiny
 
 SAMPLES = 4
@@ -60,7 +58,7 @@ def result_of(task: str, p: float, sparsity_type: str = "") -> dict:
     gflops = {name: 2 - 2 * p for name in ("target", "measured", "val", "test", "deployment")}
     if task != "nlvr":
         gflops["deployment"] = 1 - 0.6 * p
-    names = [name for column in METRICS[task].values() for name in column]
+    names = [name for column in TASKS[task].columns.values() for name in column]
     metrics = {
         split: {name: start + place for place, name in enumerate(names)} for split, start in (("val", 80.0), ("test", 81.25))
     }

@@ -45,14 +45,12 @@ from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from engine.results import write_json  # noqa: E402
-from engine.train import Precision  # noqa: E402
-from tools.benchmarks.contenders import PRUNED, TASKS, build_methods, random_inputs  # noqa: E402
-from tools.benchmarks.sparse_shapes import shapes_table, time_shapes  # noqa: E402
-from tools.benchmarks.workloads import Forward  # noqa: E402
-from utils import at_least_one, init_run, run_main  # noqa: E402
+from engine.results import write_json
+from engine.train import Precision
+from tools.benchmarks.contenders import PRUNED, TASKS, build_methods, random_inputs
+from tools.benchmarks.sparse_shapes import shapes_table, time_shapes
+from tools.benchmarks.workloads import Forward
+from utils import at_least_one, init_run, run_main
 
 MIB = 2**20
 

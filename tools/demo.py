@@ -19,24 +19,20 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from engine.results import write_json
+from tasks.registry import TASKS, demonstrated, load_any_config, open_view
+from tasks.task import Demo
+from tasks.view import View, spread
+from tools.report import Picture, ReportedRun, table, text_table, write_report
+from tools.visualize import DPI, draw
+from utils import run_main
+
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
-from configs.schema import CONFIGS  # noqa: E402
-from tools.report import Picture, ReportedRun, table, text_table, write_report  # noqa: E402
-from engine.results import write_json  # noqa: E402
-from configs.load import load_any_config  # noqa: E402
-from tasks.view import View  # noqa: E402
-from tasks.views import open_view, spread  # noqa: E402
-from tools.visualize import DPI, draw  # noqa: E402
-from utils import run_main  # noqa: E402
-
 OUTPUT, SHAPES = Path("output/demo"), Path("datasets/shapes")
 SEED = 7  # of the data; another than pretraining's: its pictures have not been seen
 
@@ -49,88 +45,11 @@ COUNTED_SAMPLES = 512
 DRAWN = (0.0, 0.25, 0.5, 0.75, 1.0)  # of the counted samples, these ranks of the tokens that they keep are drawn
 
 
-@dataclass(frozen=True)
-class Task:
-    """What differs from task to task: on what it runs, and what its report has to say.
-
-    reductions: the values of p, beside the uncompressed model
-    shapes, options: its name in tools/make_shapes.py, and what else that is told
-    demo_size, study_size: training pairs (NLVR2) or pictures; the study has the config's epochs, the demo only DEMO_EPOCHS
-    notes: how its numbers are to be read
-    """
-
-    title: str
-    reductions: tuple[float, ...]
-    shapes: str
-    options: str
-    demo_size: int
-    study_size: int
-    notes: tuple[str, ...] = ()
-
-
-RECALL_NOTE = (
-    "text R@k: of the pictures, the share with one of their five captions among the first k of all captions; image R@k: of the"
-    " captions, the share with their picture among the first k of all pictures; mean recall: the mean of the six."
-)
-PAIR_NOTE = (
-    "A sample is a pair of a picture and a caption in a training step: both encoders, both momentum encoders{}, and the products"
-    " with the queues. In deployment both encoders run once{}. The parameters leave out the momentum encoders."
-)
-RETRIEVAL = Task(
-    title="Retrieval on Shapes: which caption belongs to a picture, and which picture to a caption?",
-    reductions=(0.5, 0.75),
-    shapes="retrieval",
-    options="--eval-size 1000 --val-size 500",
-    demo_size=10_000,  # a run draws 9,600 pairs, the study's 16,000: no picture needs to come twice
-    study_size=16_000,
-    notes=(RECALL_NOTE, PAIR_NOTE.format(", three passes of the matching head's encoder", ", and that encoder once")),
-)
-SINGLES = "--eval-size 1000 --val-size 500"  # single pictures: of captions and of questions
-TASKS = {
-    "nlvr": Task(
-        title="NLVR2 on Shapes: does a sentence hold for two images?",
-        reductions=(0.5, 0.8),
-        shapes="nlvr",
-        options="--statements-per-pair 8 --eval-size 4000 --val-size 1000",
-        demo_size=9_000,
-        study_size=40_000,
-    ),
-    "retrieval": RETRIEVAL,
-    "caption": Task(
-        title="Captioning on Shapes: what is in the picture?",
-        reductions=(0.5,),
-        shapes="caption",
-        options=SINGLES,
-        demo_size=13_000,
-        study_size=13_000,  # as many as its epochs draw
-        notes=(
-            "CIDEr, BLEU-4 and ROUGE-L against the five captions of a picture, times 100.",
-            "A sample is a picture with a caption in a training step: the image encoder, and the decoder once over the caption. In"
-            " deployment the decoder writes one, word by word.",
-        ),
-    ),
-    "vqa": Task(
-        title="VQA on Shapes: what is the answer to a question about a picture?",
-        reductions=(0.5, 0.75),
-        shapes="vqa",
-        options=SINGLES,
-        demo_size=13_000,
-        study_size=13_000,  # as many as its epochs draw
-        notes=(
-            "accuracy: of ten annotators' answers, up to two of them wrong; an answer that three of them gave is right.",
-            "A sample is a question with its picture and one answer in a training step: both encoders, and the decoder once. In"
-            " deployment the decoder ranks all answers.",
-        ),
-    ),
-    "retrieval_clip": replace(RETRIEVAL, title=f"{RETRIEVAL.title} (CLIP)", notes=(RECALL_NOTE, PAIR_NOTE.format("", ""))),
-}
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--task", default="nlvr", choices=TASKS)
+    parser.add_argument("--task", default="nlvr", choices=demonstrated())
     name = parser.parse_args().task
-    task, script = TASKS[name], CONFIGS[name].script
+    task, script = TASKS[name].demo, TASKS[name].config_class.script
     os.chdir(ROOT)
     started = time.time()
     headline("1/4 data")
@@ -156,7 +75,7 @@ def config_of(name: str) -> Path:
     return Path(f"configs/shapes/{name}.yaml")
 
 
-def data_command(task: Task, folder: Path, size: int) -> list[str]:
+def data_command(task: Demo, folder: Path, size: int) -> list[str]:
     """Writes a Shapes data set of `size` to `folder`, unless the same one is there."""
     command = ["tools/make_shapes.py", "--out", str(folder), "--seed", str(SEED), "--size", str(size), "--tasks", task.shapes]
     return command + task.options.split()
@@ -218,7 +137,7 @@ def leave_if_failed(arguments: Sequence[str], code: int) -> None:
         sys.exit(code if code > 0 else 128 - code)  # below 0: the number of a signal
 
 
-def gather(task: Task, folders: Sequence[Path], commands: Sequence[str]) -> tuple[list[ReportedRun], Path]:
+def gather(task: Demo, folders: Sequence[Path], commands: Sequence[str]) -> tuple[list[ReportedRun], Path]:
     """Measure the models of the runs, write summary.json and report.html."""
     results = [json.loads((folder / "result.json").read_text()) for folder in folders]
     views = [open_run(folder) for folder in folders]

@@ -12,7 +12,6 @@ bit. --half rounds to float16.
 """
 
 import argparse
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,15 +19,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from configs.schema import CONFIGS, Config  # noqa: E402
-from engine.restore import SAVED, check_sparse, saved_rule  # noqa: E402
-from madtp.sparsity.masks import Pattern  # noqa: E402
-from models.weights.safetensors import save_exported  # noqa: E402
-from models.weights.blip import is_read, read_checkpoint  # noqa: E402
-from configs.load import load_any_config, save_config  # noqa: E402
-from utils import UserError, run_main  # noqa: E402
+from configs.load import save_config
+from configs.schema import Config
+from engine.restore import SAVED, check_sparse, saved_rule
+from madtp.sparsity.masks import Pattern
+from models.weights.reading import is_read, read_checkpoint
+from models.weights.safetensors import save_exported
+from tasks.registry import TASKS, load_any_config
+from utils import UserError, run_main
 
 MIB = 2**20
 
@@ -117,7 +115,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", type=Path, required=True, metavar="FILE", help="the weights that a run made")
     parser.add_argument("--config", type=Path, metavar="FILE", help="the run's config.yaml, where it does not lie beside them")
-    parser.add_argument("--task", choices=CONFIGS, help="where the file has no key 'task'")
+    parser.add_argument("--task", choices=TASKS, help="where the file has no key 'task'")
     parser.add_argument("--out", type=Path, required=True, help="a folder, or a .safetensors file")
     parser.add_argument("--packed", action="store_true", help="store what is kept of sparse weights, and where it goes")
     parser.add_argument("--half", action="store_true", help="float16")

@@ -6,18 +6,15 @@ python tools/make_shapes.py --out shapes --seed 1 --size 20000 --statements-per-
 import argparse
 import hashlib
 import json
-import sys
 from collections.abc import Iterable
 from pathlib import Path
 
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from data.shapes.search import FULL, Level  # noqa: E402
-from data.shapes.write import TASKS, check, make_shapes  # noqa: E402
-from engine.results import write_json  # noqa: E402
-from utils import UserError, at_least_one, run_main  # noqa: E402
+from data.shapes.search import FULL, Level
+from data.shapes.write import TASKS, check, make_shapes
+from engine.results import write_json
+from utils import UserError, at_least_one, run_main
 
 GENERATOR = Path(__file__).resolve().parents[1] / "data" / "shapes"
 WRITTEN = {"nlvr": "nlvr_*.json", "retrieval": "flickr30k_*.json", "caption": "coco_karpathy_*.json", "vqa": "vqa_*.json"}

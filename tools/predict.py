@@ -19,16 +19,12 @@ from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from configs.schema import CONFIGS  # noqa: E402
-from data.text import clean_sentence  # noqa: E402
-from engine.restore import open_checkpoint  # noqa: E402
-from engine.sparse_inference import sparse_kernels  # noqa: E402
-from engine.train import Precision  # noqa: E402
-from tasks.prediction import PREDICTORS  # noqa: E402
-from tools.visualize import write_drawings  # noqa: E402
-from utils import UserError, run_main  # noqa: E402
+from data.text import clean_sentence
+from engine.sparse_inference import sparse_kernels
+from engine.train import Precision
+from tasks.registry import TASKS, open_checkpoint
+from tools.visualize import write_drawings
+from utils import UserError, run_main
 
 
 def check_inputs(images: Sequence[str], texts: Sequence[str], explain: Path | None) -> None:
@@ -54,7 +50,7 @@ def main() -> None:
         "--checkpoint", required=True, metavar="FILE", help="the weights that a run made, or those of a dense model"
     )
     parser.add_argument("--config", metavar="FILE", help="the run's config.yaml, where it does not lie beside the checkpoint")
-    parser.add_argument("--task", choices=CONFIGS, help="where the file has no key 'task'")
+    parser.add_argument("--task", choices=TASKS, help="where the file has no key 'task'")
     parser.add_argument("--image", action="append", default=[], metavar="FILE", help="a picture; may come again")
     parser.add_argument("--text", action="append", default=[], metavar="TEXT", help="a sentence or a question; may come again")
     parser.add_argument("--explain", type=Path, metavar="PNG", help="draw what survives in each block")
@@ -64,18 +60,18 @@ def main() -> None:
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr)  # else a run's log goes to where the answer goes
     check_inputs(args.image, args.text, args.explain)
     opened = open_checkpoint(args.checkpoint, args.config, args.device, args.task)
-    predictor = PREDICTORS[opened.config.task](opened, args.image, args.text)
+    config, device = opened.task.config, opened.task.run.device
+    predictor = opened.task.predictor(opened, args.image, args.text)
     shown = predictor.shown() if args.explain else None
-    device, wanted = opened.run.device, opened.config.sparse_kernels
     with (
-        Precision(device, opened.config.amp).autocast(),
-        sparse_kernels(wanted, opened.model, opened.sparse, device, predictor.predict) as kernels,
+        Precision(device, config.amp).autocast(),
+        sparse_kernels(config.sparse_kernels, opened.model, opened.sparse, device, predictor.predict) as kernels,
     ):
         prediction = predictor.predict()
     if args.explain:
         write_drawings(predictor.samples(shown, prediction), args.explain)
     if args.json:
-        print(json.dumps({"task": opened.config.task, **prediction.content(), "sparse_kernels": kernels}))
+        print(json.dumps({"task": config.task, **prediction.content(), "sparse_kernels": kernels}))
         return
     print(prediction.report())
     if kernels["of"]:

@@ -26,53 +26,30 @@ import argparse
 import logging
 import subprocess
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
+from pkgutil import iter_modules
 
 import torch
 from safetensors.torch import save_file
 from torch import nn
 
+import tools.stages
+from configs.load import load_config
+from data.shapes.tasks import vocabulary
+from models.weights.reading import read_checkpoint
+from tasks.registry import TASKS
+from tools.stages.common import Recipe
+from utils import UserError, run_main, seed_everything
+
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
-from configs.schema import CONFIGS, Config  # noqa: E402
-from data.shapes.tasks import vocabulary  # noqa: E402
-from engine.restore import build_model  # noqa: E402
-from models.weights.blip import read_checkpoint  # noqa: E402
-from configs.load import load_config  # noqa: E402
-from tools.stages.caption import train_captions  # noqa: E402
-from tools.stages.common import Plan, start_from_nlvr, train_vision, word_directions  # noqa: E402
-from tools.stages.nlvr import train_joint, train_reading, train_sparse  # noqa: E402
-from tools.stages.retrieval import train_pairs  # noqa: E402
-from tools.stages.vqa import train_answers  # noqa: E402
-from utils import UserError, run_main, seed_everything  # noqa: E402
-
 PRETRAINED = ROOT / "pretrained/shapes"
-VISION = Plan(steps=600, batch=32, rate=1e-3, warmup=100)
-READING = Plan(steps=6_000, batch=8, rate=3e-4)
-JOINT = Plan(steps=2_400, batch=8, rate=1.5e-4, warmup=100)
-SPARSE = Plan(steps=2_400, batch=8, rate=2e-4, warmup=100)
-BLIP_PAIRS = Plan(steps=1_500, batch=0, rate=3e-4)
-CAPTIONS = Plan(steps=1_000, batch=16, rate=5e-4, warmup=100)
-ANSWERS = Plan(steps=500, batch=16, rate=4e-4, warmup=50)
-CLIP_PAIRS = Plan(steps=3_000, batch=0, rate=5e-4)
-Stage = Callable[[int, Path], None]  # seed, log
-
-
-@dataclass
-class Recipe:
-    """A task's uncompressed model, its stages by name, and how its test data are made."""
-
-    model: nn.Module
-    stages: dict[str, Stage]
-    data: list[str]
+SHARED = ("common",)  # modules of tools/stages that are no task's
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--task", required=True, choices=RECIPES)
+    parser.add_argument("--task", required=True, choices=recipes())
     parser.add_argument("--work", type=Path, required=True, help="folder for data and checkpoints")
     parser.add_argument("--seed", type=int, default=1)
     args = parser.parse_args()
@@ -82,8 +59,8 @@ def main() -> None:
     words.write_text("\n".join(vocabulary()) + "\n", encoding="utf-8")
     logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[logging.StreamHandler(sys.stdout)])
     seed_everything(args.seed)
-    config = load_config(CONFIGS[args.task], config_of(args.task), {"p": 0.0, "tokenizer": str(words)})
-    recipe = RECIPES[args.task](config)
+    config = load_config(TASKS[args.task].config_class, config_of(args.task), {"p": 0.0, "tokenizer": str(words)})
+    recipe: Recipe = import_module(f"tools.stages.{args.task}").recipe(config)
     for name, train in recipe.stages.items():
         weights = work / f"{name}.pth"
         if weights.exists():
@@ -97,6 +74,11 @@ def main() -> None:
     for log in (*(work / f"{name}.log" for name in recipe.stages), work / "test" / "result.json"):
         lines += [f"# {log.relative_to(work)}", *log.read_text().splitlines()]
     out.with_suffix(".log").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def recipes() -> list[str]:
+    """Returns the tasks that have a module in tools/stages."""
+    return sorted(module.name for module in iter_modules(tools.stages.__path__) if module.name not in SHARED)
 
 
 def config_of(task: str) -> Path:
@@ -113,9 +95,9 @@ def test(args: argparse.Namespace, recipe: Recipe, words: Path, work: Path) -> N
     """Evaluates what was published, on samples that no stage has seen."""
     data = work / "data"
     run([sys.executable, "tools/make_shapes.py", "--out", str(data), "--seed", str(args.seed + 1), *recipe.data])
-    script = CONFIGS[args.task].script
+    script = TASKS[args.task].config_class.script
     command = [script, "--config", str(config_of(args.task)), "--p", "0", "--evaluate", "--output_dir", str(work / "test")]
-    folders = {**dict.fromkeys(CONFIGS[args.task].image_keys, data / "images"), "ann_root": data / "annotations"}
+    folders = {**dict.fromkeys(TASKS[args.task].config_class.image_keys, data / "images"), "ann_root": data / "annotations"}
     for key, value in {**folders, "tokenizer": words}.items():
         command += ["--set", f"{key}={value}"]
     run([sys.executable, *command])
@@ -125,65 +107,6 @@ def run(command: list[str]) -> None:
     print("$ " + " ".join(["python", *command[1:]]), flush=True)
     if subprocess.run(command, cwd=ROOT, check=False).returncode:
         raise UserError(f"{command[1]} failed; its message stands above; mend it and start again: finished stages are kept")
-
-
-def nlvr(config: Config) -> Recipe:
-    model, tokenizer = build_model(config)
-    encoder, embeddings = model.visual_encoder, model.text_encoder.embeddings.word_embeddings.weight
-
-    def vision(seed: int, log: Path) -> None:
-        directions = word_directions(embeddings, tokenizer.convert_tokens_to_ids)
-        train_vision(encoder, lambda images: encoder(images)[0], directions, config.image_size, VISION, seed, log)
-
-    stages = {
-        "vision": vision,
-        "reading": lambda seed, log: train_reading(model, config, READING, seed, log),
-        "joint": lambda seed, log: train_joint(model, config, JOINT, seed, log),
-        "sparse": lambda seed, log: train_sparse(model, config, SPARSE, seed, log),
-    }
-    return Recipe(model, stages, ["--tasks", "nlvr", "--size", "1000", "--statements-per-pair", "8", "--eval-size", "4000"])
-
-
-RETRIEVAL_DATA = ["--tasks", "retrieval", "--size", "1000", "--eval-size", "1000"]
-
-
-def retrieval(config: Config) -> Recipe:
-    model, tokenizer = build_model(config)
-    start_from_nlvr(model, read_checkpoint(PRETRAINED / "nlvr.safetensors")["model"])
-    stages = {"pairs": lambda seed, log: train_pairs(model, config, tokenizer, BLIP_PAIRS, seed, log)}
-    return Recipe(model, stages, RETRIEVAL_DATA)
-
-
-def retrieval_clip(config: Config) -> Recipe:
-    model, tokenizer = build_model(config)
-
-    def vision(seed: int, log: Path) -> None:
-        directions = word_directions(model.token_embedding.weight, lambda names: [tokenizer.words(name)[0] for name in names])
-        tokens_of = lambda images: model.encode_image(images).tokens  # noqa: E731
-        train_vision(model.visual, tokens_of, directions, config.image_size, VISION, seed, log)
-
-    stages = {"vision": vision, "pairs": lambda seed, log: train_pairs(model, config, tokenizer, CLIP_PAIRS, seed, log)}
-    return Recipe(model, stages, RETRIEVAL_DATA)
-
-
-SINGLES = ["--size", "500", "--eval-size", "1000", "--val-size", "500"]
-
-
-def caption(config: Config) -> Recipe:
-    model, tokenizer = build_model(config)
-    start_from_nlvr(model, read_checkpoint(PRETRAINED / "nlvr.safetensors")["model"], text="text_decoder.bert")
-    stages = {"captions": lambda seed, log: train_captions(model, config, tokenizer, CAPTIONS, seed, log)}
-    return Recipe(model, stages, ["--tasks", "caption", *SINGLES])
-
-
-def vqa(config: Config) -> Recipe:
-    model, tokenizer = build_model(config)
-    start_from_nlvr(model, read_checkpoint(PRETRAINED / "nlvr.safetensors")["model"])
-    stages = {"answers": lambda seed, log: train_answers(model, config, tokenizer, ANSWERS, seed, log)}
-    return Recipe(model, stages, ["--tasks", "vqa", *SINGLES])
-
-
-RECIPES = {"nlvr": nlvr, "retrieval": retrieval, "retrieval_clip": retrieval_clip, "caption": caption, "vqa": vqa}
 
 
 if __name__ == "__main__":

@@ -14,15 +14,8 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, ScalarFormatter
 
-RECALLS = {
-    "mean recall, %": ("r_mean",),
-    "text R@1 / 5 / 10": ("txt_r1", "txt_r5", "txt_r10"),
-    "image R@1 / 5 / 10": ("img_r1", "img_r5", "img_r10"),
-}
-# The columns of a task: words for result.json's names. The first holds what selects, and stands there for validation too.
-ACCURACY = {"accuracy, %": ("acc",)}
-CAPTION_SCORES = {"CIDEr": ("CIDEr",), "BLEU-4": ("Bleu_4",), "ROUGE-L": ("ROUGE_L",)}
-METRICS = {"nlvr": ACCURACY, "retrieval": RECALLS, "retrieval_clip": RECALLS, "caption": CAPTION_SCORES, "vqa": ACCURACY}
+from tasks.registry import TASKS
+
 DENSE, COLOURS = "#6b7280", ("#2563a8", "#c2570c", "#2f7d4f", "#8b4a9c")
 BAND = (10, 90)  # percentiles
 
@@ -66,7 +59,7 @@ def _cells(run: ReportedRun, first: ReportedRun) -> dict[str, str]:
     """A run's row by the words above it. What a sample costs in deployment is shown where that is not what p counts."""
     gflops, whole = run.result["gflops"], first.result["gflops"]
     cells = {"model": run.label}
-    for number, (words, names) in enumerate(METRICS[run.result["task"]].items()):
+    for number, (words, names) in enumerate(TASKS[run.result["task"]].columns.items()):
         for split in ("test", "val") if number == 0 else ("test",):
             scores = [run.result["metrics"][split][name] for name in names]
             cells[f"{words} ({split})"] = " / ".join(f"{score:.{2 if len(names) == 1 else 1}f}" for score in scores)

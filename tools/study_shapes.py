@@ -21,28 +21,16 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 
+from engine.results import write_json
+from tasks.registry import TASKS, demonstrated
+from tools.demo import SHAPES, config_of, data_command, execute
+from utils import UserError, at_least_one, run_main
+
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
-from configs.schema import CONFIGS  # noqa: E402
-from tools.report import METRICS  # noqa: E402
-from engine.results import write_json  # noqa: E402
-from tools.demo import SHAPES, TASKS, config_of, data_command, execute  # noqa: E402
-from utils import UserError, at_least_one, run_main  # noqa: E402
-
 OUTPUT, RESULTS = Path("output/study"), Path("results")
 STUDY_SHAPES = Path("datasets/shapes_study")  # of tasks that want more data than their demo
 SEEDS = (42, 43, 44)
 COMMAND = "command.txt"  # in a run's folder
-BLIND = "--set text_only=true"
-MORE_ROWS = {  # models that see less learn what there is in half of the epochs
-    "nlvr": {
-        "trained on the text alone": (f"--p 0 --epoch 3 {BLIND}", False),
-        "trained on the left image alone": ("--p 0 --epoch 3 --set images=left", False),
-    },
-    "caption": {"trained without images": (f"--p 0 --epoch 4 {BLIND}", False)},
-    "vqa": {"trained without images": (f"--p 0 --epoch 4 {BLIND}", False)},
-}
 ARMS_P = 0.8
 ALONE_P = 0.2  # less than 2:4 weights remove: then no token goes
 WEIGHTS = "--set sparsity_type=2:4 --set order=together"
@@ -71,7 +59,7 @@ class Job:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--task", default="nlvr", choices=TASKS)
+    parser.add_argument("--task", default="nlvr", choices=demonstrated())
     parser.add_argument("--jobs", type=at_least_one, default=1, help="runs at a time, which share the processor's cores")
     instead = parser.add_mutually_exclusive_group()
     instead.add_argument("--arms", action="store_true", help=f"instead: what weights and distillation add at p = {ARMS_P:g}")
@@ -79,7 +67,7 @@ def main() -> None:
     parser.add_argument("--rows", help="run only these, by their names with ';' between them; the table has all that have been run")
     args = parser.parse_args()
     os.chdir(ROOT)
-    task = TASKS[args.task]
+    task = TASKS[args.task].demo
     data = SHAPES if task.study_size == task.demo_size else STUDY_SHAPES
     execute(data_command(task, data, task.study_size))
     kind = "arms" if args.arms else "orders" if args.orders else ""
@@ -104,9 +92,9 @@ def main() -> None:
 
 def jobs_of(name: str, data: Path, rows: Mapping[str, tuple[str, bool]]) -> list[Job]:
     """All runs, a first one of each row before the second of any; `data` is the folder of the data set, rows as of `rows_of`."""
-    shared = [CONFIGS[name].script, "--config", str(config_of(name))]
+    shared = [TASKS[name].config_class.script, "--config", str(config_of(name))]
     if data != SHAPES:  # where the config looks
-        for key in CONFIGS[name].image_keys:
+        for key in TASKS[name].config_class.image_keys:
             shared += ["--set", f"{key}={data / 'images'}"]
         shared += ["--set", f"ann_root={data / 'annotations'}"]
     jobs = []
@@ -119,12 +107,13 @@ def jobs_of(name: str, data: Path, rows: Mapping[str, tuple[str, bool]]) -> list
 
 def rows_of(name: str) -> dict[str, tuple[str, bool]]:
     """Row -> its arguments, and whether it is run once a seed."""
-    reductions = TASKS[name].reductions
+    demo = TASKS[name].demo
+    reductions = demo.reductions
     rows = {"uncompressed": ("--p 0 --evaluate", False)}
     rows |= {f"p = {p:g}": (f"--p {p:g}", True) for p in reductions}
     rows[f"p = {reductions[-1]:g}, at random"] = (f"--p {reductions[-1]:g} --set method=random", True)
     rows |= {f"p = {p:g}, not fine-tuned": (f"--p {p:g} --evaluate", True) for p in reductions}
-    return rows | MORE_ROWS.get(name, {})
+    return rows | {row: (arguments, False) for row, arguments in demo.blind.items()}
 
 
 def arms_of() -> dict[str, tuple[str, bool]]:
@@ -180,7 +169,7 @@ def write_results(task: str, jobs: Sequence[Job], name: str) -> str:
 
 def table(name: str, results: Mapping[str, Sequence[dict]]) -> str:
     """Markdown; of several seeds the mean and the standard deviation. The task's main metric stands for it."""
-    words, (metric, *_) = next(iter(METRICS[name].items()))
+    words, (metric, *_) = next(iter(TASKS[name].columns.items()))
     head = ("model", f"{words} (test)", f"{words} (val)", "GFLOPs (slice)", "fewer", "off target", "seeds")
     sparse = any(each["sparsity_type"] for found in results.values() for each in found)
     alone = ("by tokens alone", "by weights alone") if sparse else ()

@@ -7,7 +7,6 @@ out, and what the model says. Each sample becomes <out>/<id>.png; an --out that 
 """
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 
@@ -15,14 +14,11 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from engine.restore import saved_rule  # noqa: E402
-from models.weights.blip import read_checkpoint  # noqa: E402
-from configs.load import load_any_config  # noqa: E402
-from tasks.view import Sample  # noqa: E402
-from tasks.views import VIEWS, open_view, spread  # noqa: E402
-from utils import UserError, run_main  # noqa: E402
+from engine.restore import saved_rule
+from models.weights.reading import read_checkpoint
+from tasks.registry import TASKS, load_any_config, open_view
+from tasks.view import Sample, spread
+from utils import UserError, run_main
 
 # Inches, points and shades of a drawing.
 CELL, COUNT, MARGIN, LABEL, LINE, HEAD = 1.1, 0.13, 0.08, 0.75, 0.17, 0.28
@@ -122,7 +118,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True, metavar="FILE", help="the config.yaml of the run")
     parser.add_argument("--checkpoint", required=True, metavar="FILE", help="the weights that it made")
-    parser.add_argument("--task", choices=VIEWS, help="where the file has no key 'task'")
+    parser.add_argument("--task", choices=TASKS, help="where the file has no key 'task'")
     parser.add_argument("--temperature", type=float, help="prune at this temperature instead of the checkpoint's")
     chosen = parser.add_mutually_exclusive_group()
     chosen.add_argument("--samples", type=int, default=6, metavar="N", help="that many test samples, evenly spaced")

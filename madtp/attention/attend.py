@@ -1,6 +1,6 @@
-"""Multi-head attention on projected heads, with the statistics that a pruner asks for.
+"""Multi-head attention over padded or packed batches, with the statistics that a pruning rule asks for.
 
-Shapes: B batch, H heads, Q queries, N keys, D width of a head, C = H * D.
+B batch, H heads, Q queries, N keys, D channels of a head, C = H * D, T tokens of a packed batch.
 """
 
 from collections.abc import Iterator, Sequence
@@ -10,17 +10,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from madtp.alignment import Valid
-from madtp.importance import AttentionStatistics
-from madtp.packing import Groups, Packed
-from madtp.pruning import Layout, TokenPruner
 from madtp.attention import varlen
+from madtp.attention.statistics import attend_with_statistics, map_statistics, packed_statistics
+from madtp.importance import AttentionStatistics
+from madtp.packing import Groups, Layout, Packed, Valid
+from madtp.pruning import PruningRule
 
-# Where the class token of a causal sequence stands in its order; in memory it is the first token in any case.
+# The position of the class token in the order of a causal sequence; in memory it is the first token in any case.
 Causal = Literal["class_first", "class_last"] | None
 
-# Multiply-adds that take about as long as the calls for one more group of samples: measured on a CPU; on a GPU an estimate, what it
-# computes in float32 in the time of some twenty kernel launches.
+# Multiply-adds that take about as long as the calls for one more group of samples: measured on a CPU; on a GPU estimated as the
+# float32 work done in the time of some twenty kernel launches.
 GROUP_COST = {"cpu": 2**24, "cuda": 2**31}
 
 
@@ -32,27 +32,37 @@ def attend(
     queries: Layout,
     keys: Layout,
     dropout: float = 0.0,
-    pruner: TokenPruner | None = None,
+    rule: PruningRule | None = None,
     causal: Causal = None,
+    training: bool = False,
 ) -> tuple[Tensor, AttentionStatistics | None]:
-    """softmax(Q K^T / sqrt(D)) V over the valid keys; with a pruner also the statistics that it needs of a self-attention.
+    """Computes softmax(Q K^T / sqrt(D)) V over the valid keys and, for a pruning rule that scores tokens, its statistics.
 
-    query (B, Q, C), key and value (B, N, C) with `keys` their mask or None -> (B, Q, C), statistics or None; or all of them
-    packed, (T, C), where `queries` and `keys` say where the same number of samples lie. Without gradients, packed keeps no map,
-    but for a `causal` self-attention: texts are short.
+    For inference, packed batches never materialise the attention map, except in a causal self-attention: texts are short.
+
+    Args:
+        query: (B, Q, C), or packed (T, C).
+        key, value: (B, N, C), or packed.
+        queries, keys: their layouts; packed ones hold the same number of samples.
+        rule: of the block that prunes; None where no statistics are needed.
+        training: choose a path with a backward pass. Gradients choose it too, but alone they would not do: a recomputed forward
+            pass (activation checkpointing) runs once without and once with gradients and must prune the same tokens.
+    Returns:
+        (B, Q, C) or (T, C); statistics or None.
     """
-    pruner = pruner if pruner is not None and pruner.needs_scores else None
+    rule = rule if rule is not None and rule.needs_scores else None
+    training = training or torch.is_grad_enabled()
     if isinstance(keys, Packed):
         if varlen.usable(query, num_heads) and not dropout and causal is None:
-            return _attend_varlen(query, key, value, num_heads, queries, keys, pruner)
-        return _attend_groups(query, key, value, num_heads, queries, keys, dropout, pruner, causal)
+            return _attend_varlen(query, key, value, num_heads, queries, keys, rule)
+        return _attend_groups(query, key, value, num_heads, queries, keys, dropout, rule, causal, training)
     heads = [split_heads(part, num_heads) for part in (query, key, value)]
-    out, statistics = _attend_padded(*heads, keys, dropout, pruner, causal)
+    out, statistics = _attend_padded(*heads, keys, dropout, rule, causal, training)
     return merge_heads(out), statistics
 
 
-def scored_again(x: Tensor, layout: Layout, num_heads: int) -> bool:
-    """Whether scores cost `attend` on x a second Q K^T: one kernel for all samples shows nothing of its map."""
+def recomputes_scores(x: Tensor, layout: Layout, num_heads: int) -> bool:
+    """Tells whether statistics cost `attend` a second Q K^T on x: the kernel for all samples returns no attention map."""
     return isinstance(layout, Packed) and varlen.usable(x, num_heads)
 
 
@@ -67,7 +77,7 @@ def merge_heads(x: Tensor) -> Tensor:
 
 
 def causal_mask(tokens: int, causal: Causal, device: torch.device) -> Tensor:
-    """Which tokens (columns) a token (row) may see: itself and those before it in the sequence's order, (N, N) bool."""
+    """Marks the tokens (columns) that a token (row) may see: itself and those before it in the sequence's order, (N, N) bool."""
     mask = torch.ones(tokens, tokens, dtype=torch.bool, device=device).tril()
     if causal == "class_last":
         mask[0], mask[1:, 0] = True, False
@@ -75,15 +85,22 @@ def causal_mask(tokens: int, causal: Causal, device: torch.device) -> Tensor:
 
 
 def _attend_padded(
-    query: Tensor, key: Tensor, value: Tensor, valid: Valid, dropout: float, pruner: TokenPruner | None, causal: Causal = None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    valid: Valid,
+    dropout: float,
+    rule: PruningRule | None,
+    causal: Causal,
+    training: bool,
 ) -> tuple[Tensor, AttentionStatistics | None]:
-    """The form for training: (B, H, Q, D) and so on; a pruner looks at the map, which the backward pass keeps in any case."""
+    """Attends over (B, H, Q, D) and so on; statistics are read off the map, which a backward pass keeps in any case."""
     mask = None if valid is None else valid[:, None, None, :]
     if causal is not None:
         allowed = causal_mask(query.shape[2], causal, query.device)
         mask = allowed if mask is None else mask & allowed
     # Fused attention keeps no map. Its backward pass in bf16 on a CPU takes several times as long as the plain products.
-    fused = pruner is None and not (torch.is_grad_enabled() and query.device.type == "cpu")
+    fused = rule is None and not (training and query.device.type == "cpu")
     if fused:
         return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout), None
     scores = (query * query.shape[-1] ** -0.5) @ key.transpose(-2, -1)
@@ -91,19 +108,16 @@ def _attend_padded(
         scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
     attention = scores.softmax(dim=-1)
     out = F.dropout(attention, dropout).to(value.dtype) @ value
-    if pruner is None:
-        return out, None
-    with torch.no_grad():
-        return out, pruner.statistics(attention, out, valid)
+    return out, None if rule is None else map_statistics(attention, out, valid, rule)
 
 
 def _attend_varlen(
-    query: Tensor, key: Tensor, value: Tensor, num_heads: int, queries: Packed, keys: Packed, pruner: TokenPruner | None
+    query: Tensor, key: Tensor, value: Tensor, num_heads: int, queries: Packed, keys: Packed, rule: PruningRule | None
 ) -> tuple[Tensor, AttentionStatistics | None]:
-    """One kernel for all samples."""
+    """Runs one variable-length kernel for all samples."""
     parts = [part.unflatten(-1, (num_heads, -1)) for part in (query, key, value)]
     out, log_norm = varlen.attention(*parts, queries, keys)
-    statistics = None if pruner is None else pruner.packed_statistics(*parts[:2], out, log_norm, keys)
+    statistics = None if rule is None else packed_statistics(*parts[:2], out, log_norm, keys, rule)
     return out.flatten(1), statistics
 
 
@@ -115,44 +129,43 @@ def _attend_groups(
     queries: Packed,
     keys: Packed,
     dropout: float,
-    pruner: TokenPruner | None,
+    rule: PruningRule | None,
     causal: Causal,
+    training: bool,
 ) -> tuple[Tensor, AttentionStatistics | None]:
-    """Samples of about equal length are padded to one another and go together, so a short sample costs little more than its due."""
+    """Pads samples of similar length to one another and runs them together, so that a short sample costs little more than alone."""
     members = list(similar(queries.lengths, keys.lengths, query.shape[-1], GROUP_COST[query.device.type]))
     in_queries, in_keys = Groups(queries, members), Groups(keys, members)
-    outs, figures = [], query.new_zeros(2, len(keys.lengths), keys.longest - 1, dtype=torch.float32)
+    prefix = 1 if rule is None else rule.num_prefix_tokens
+    outs, figures = [], query.new_zeros(2, len(keys.lengths), keys.longest - prefix, dtype=torch.float32)
     parts = zip(members, in_keys.layouts, in_queries.split(query), in_keys.split(key), in_keys.split(value), strict=True)
     for group, layout, *projected in parts:
         heads = [split_heads(part, num_heads) for part in projected]
-        out, statistics = _attend_group(*heads, None if layout.uniform else layout.valid, dropout, pruner, causal)
+        valid = None if layout.uniform else layout.valid
+        if training or causal is not None or rule is None:
+            out, found = _attend_padded(*heads, valid, dropout, rule, causal, training)
+        else:
+            out, found = attend_with_statistics(*heads, valid, rule)
         outs.append(merge_heads(out))
-        for figure, found in zip(figures, statistics, strict=True):
-            if found is not None:
-                figure[group, : found.shape[1]] = found
-    return in_queries.join(outs), None if pruner is None else AttentionStatistics(*figures)
-
-
-def _attend_group(
-    query: Tensor, key: Tensor, value: Tensor, valid: Valid, dropout: float, pruner: TokenPruner | None, causal: Causal
-) -> tuple[Tensor, tuple[Tensor | None, Tensor | None]]:
-    """Outputs, class attention and columns of one group; with the map where a backward pass will want it."""
-    if torch.is_grad_enabled() or causal is not None or pruner is None:
-        out, found = _attend_padded(query, key, value, valid, dropout, pruner, causal)
-    else:
-        out, found = pruner.attend(query, key, value, valid)
-    return out, (None, None) if found is None else (found.class_attention, found.columns)
+        for figure, values in zip(figures, () if found is None else (found.class_attention, found.columns), strict=False):
+            if values is not None:
+                figure[group, : values.shape[1]] = values
+    return in_queries.join(outs), None if rule is None else AttentionStatistics(*figures)
 
 
 def similar(queries: Sequence[int], keys: Sequence[int], width: int, group_cost: int) -> Iterator[list[int]]:
-    """Samples that may be padded to one another, most keys first: a group ends where padding costs more than one more group.
-    In a group they stand in their own order, so that a group of all need not be moved.
+    """Groups samples that may be padded to one another, most keys first: a group ends where padding costs more than another group.
 
-    queries, keys: tokens of each sample
+    In a group samples stand in their own order, so that a group of all samples need not be moved.
+
+    Args:
+        queries, keys: tokens of each sample.
+        width: C.
+        group_cost: multiply-adds that one more group is worth.
     """
     order = sorted(range(len(keys)), key=lambda i: (-keys[i], -queries[i]))
     group: list[int] = []
-    longest, area = 0, 0  # queries of the longest, and entries of the map that are not padding
+    longest, area = 0, 0  # queries of the longest sample; entries of the map that are not padding
     for sample in order:
         stretched = max(longest, queries[sample])
         wasted = (len(group) + 1) * stretched * keys[(group or [sample])[0]] - area - queries[sample] * keys[sample]

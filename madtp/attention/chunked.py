@@ -1,11 +1,11 @@
-"""What pruning needs of a self-attention whose map is never held: the class token's row, and one figure a column.
+"""Attention statistics without materialising the attention map.
 
-On a CPU the map is made a few queries at a time, which stay in its cache, and what is needed is read off on the way. On a GPU fused
-attention hands out L_q, the log-sum-exp of each row, and an entry of the map is exp(q k / sqrt(D) - L_q) from a second product. The
-maximum commutes with the exponential, so only one exponential a column is left of the paper's form.
+On a CPU the map is computed a few queries at a time, which stay in the cache, and the statistics are accumulated on the way. On a
+GPU fused attention returns L_q, the log-sum-exp of each row, and an entry of the map is exp(q k / sqrt(D) - L_q) from a second
+product. The maximum commutes with the exponential, so one exponential per column is enough for Eq. 5.
 
-Shapes: B batch, H heads, N tokens with the class token first, D width of a head. The class token's row and column are left out of
-the columns.
+B batch, H heads, N tokens with P prefix tokens first (the class token at position 0 where there is one), D channels of a head.
+Prefix rows and columns are left out of the column statistics.
 """
 
 from collections.abc import Iterator
@@ -13,24 +13,30 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from madtp.alignment import Valid
+from madtp.packing import Valid
 
-CHUNK = {"cpu": 2**20, "cuda": 2**26}  # entries of the map at a time: on a CPU they stay in its cache
+CHUNK = {"cpu": 2**20, "cuda": 2**26}  # entries of the map computed at a time: on a CPU they stay in its cache
 
 
-def attend_in_chunks(query: Tensor, key: Tensor, value: Tensor, valid: Valid) -> tuple[Tensor, Tensor, Tensor]:
-    """Attention, the class token's row of the map, and the largest entry of each column over queries and heads (Eq. 5).
+def attend_in_chunks(
+    query: Tensor, key: Tensor, value: Tensor, valid: Valid, num_prefix_tokens: int = 1
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns attention, the first token's row of the map, and the largest entry of each column over queries and heads (Eq. 5).
 
-    query, key, value: (B, H, N, D); valid: (B, N), False is padding
-        -> (B, H, N, D), (B, H, N - 1), (B, N - 1) float32. What is said of padding means nothing.
+    Args:
+        query, key, value: (B, H, N, D).
+        valid: (B, N), False is padding.
+        num_prefix_tokens: P.
+    Returns:
+        (B, H, N, D), (B, H, N - P) and (B, N - P), the last two float32. Values at padding are undefined.
     """
     samples, heads, tokens, width = query.shape
-    chunk = CHUNK[query.device.type]
+    prefix, chunk = num_prefix_tokens, CHUNK[query.device.type]
     together = max(1, chunk // (heads * tokens**2))
     rows_at_once = max(1, chunk // (min(samples, together) * heads * tokens))
     out = torch.empty_like(query)
-    row = query.new_empty(samples, heads, tokens - 1, dtype=torch.float32)
-    columns = query.new_zeros(samples, tokens - 1, dtype=torch.float32)
+    row = query.new_empty(samples, heads, tokens - prefix, dtype=torch.float32)
+    columns = query.new_zeros(samples, tokens - prefix, dtype=torch.float32)
     for first in range(0, samples, together):
         some = slice(first, first + together)
         keys, values = key[some].flatten(0, 1).transpose(1, 2), value[some].flatten(0, 1)
@@ -43,45 +49,48 @@ def attend_in_chunks(query: Tensor, key: Tensor, value: Tensor, valid: Valid) ->
                 scores.masked_fill_(~inside.unsqueeze(1), torch.finfo(scores.dtype).min)
             attention = scores.softmax(dim=-1)
             if inside is not None:
-                attention.mul_(inside[:, start:stop].unsqueeze(2))  # a query that is padding looks at nothing
+                attention.mul_(inside[:, start:stop].unsqueeze(2))  # padding queries attend to nothing
             out[some, :, start:stop] = (attention @ values).unflatten(0, (-1, heads))
             if start == 0:
-                row[some] = attention[:, 0, 1:].unflatten(0, (-1, heads))
-                attention = attention[:, 1:]
-            if attention.shape[1] and tokens > 1:
-                largest = attention.amax(dim=1)[:, 1:].unflatten(0, (-1, heads)).amax(dim=1)
+                row[some] = attention[:, 0, prefix:].unflatten(0, (-1, heads))
+            attention = attention[:, max(0, prefix - start) :]
+            if attention.shape[1] and tokens > prefix:
+                largest = attention.amax(dim=1)[:, prefix:].unflatten(0, (-1, heads)).amax(dim=1)
                 columns[some] = torch.maximum(columns[some], largest)
     return out, row, columns
 
 
-def column_statistics(query: Tensor, key: Tensor, log_norm: Tensor, valid: Valid) -> Tensor:
-    """The largest entry of each column of the attention map over queries and heads (Eq. 5), from a second product, in memory that
-    grows with N alone.
+def column_statistics(query: Tensor, key: Tensor, log_norm: Tensor, valid: Valid, num_prefix_tokens: int = 1) -> Tensor:
+    """Returns the largest entry of each column of the attention map over queries and heads (Eq. 5), from a second product.
+
+    Memory grows with N alone.
 
     Args:
         query, key: (B, H, N, D).
         log_norm: (B, H, N) log-sum-exp of each row of q k / sqrt(D) over the valid keys.
-        valid: (B, N). Queries that are padding are left out; the figures of keys that are padding mean nothing.
+        valid: (B, N). Padding queries are left out; values at padding keys are undefined.
+        num_prefix_tokens: P.
     Returns:
-        (B, N - 1) float32.
+        (B, N - P) float32.
     """
     norm = (log_norm if valid is None else log_norm.masked_fill(~valid[:, None], float("inf"))).unsqueeze(-1)
     figures = []
-    for part in zip(query[:, :, 1:], key[:, :, 1:], norm[:, :, 1:], strict=True):
+    for part in zip(*(each[:, :, num_prefix_tokens:] for each in (query, key, norm)), strict=True):
         largest = [logits.amax(dim=0).amax(dim=0) for logits in _logits(*part, CHUNK[query.device.type])]
         figures.append(torch.stack(largest).amax(dim=0).exp())
     return torch.stack(figures)
 
 
 def _logits(query: Tensor, key: Tensor, norm: Tensor, chunk: int) -> Iterator[Tensor]:
-    """log A (H, R, N) of R queries at a time, float32. query, key (H, N, D), norm (H, N, 1)."""
+    """Yields log A (H, R, N), float32, for R queries at a time. query, key (H, N, D), norm (H, N, 1)."""
     query, key = query.float() * query.shape[-1] ** -0.5, key.float().transpose(1, 2)
     step = max(1, chunk // max(1, len(query) * key.shape[2]))
     for queries, norms in zip(query.split(step, dim=1), norm.split(step, dim=1), strict=True):
         yield (queries @ key).sub_(norms)
 
 
-def class_row(query: Tensor, key: Tensor, log_norm: Tensor) -> Tensor:
-    """The class token's attention to each token, (B, H, N - 1) float32."""
-    logits = key[:, :, 1:].float() @ (query[:, :, :1].float() * query.shape[-1] ** -0.5).transpose(-2, -1)
+def class_row(query: Tensor, key: Tensor, log_norm: Tensor, num_prefix_tokens: int = 1) -> Tensor:
+    """Returns the first token's attention to each token behind the prefix, (B, H, N - P) float32."""
+    first = query[:, :, :1].float() * query.shape[-1] ** -0.5
+    logits = key[:, :, num_prefix_tokens:].float() @ first.transpose(-2, -1)
     return (logits.squeeze(3) - log_norm[:, :, :1]).exp()

@@ -1,4 +1,4 @@
-"""Attention over packed samples in one kernel, where PyTorch has it for the device."""
+"""Attention over packed samples in one kernel, where PyTorch provides it for the device."""
 
 import torch
 from torch import Tensor
@@ -11,8 +11,8 @@ except ImportError:  # before PyTorch 2.10
     varlen_attn = None
 
 
-def lacking(device: torch.device, dtype: torch.dtype) -> str:
-    """What the kernel wants and would not have; empty where it runs."""
+def missing_requirement(device: torch.device, dtype: torch.dtype) -> str:
+    """Names the first requirement of the kernel that is not met; empty where it runs."""
     if device.type != "cuda":
         return "a GPU"
     if varlen_attn is None:
@@ -23,14 +23,17 @@ def lacking(device: torch.device, dtype: torch.dtype) -> str:
 
 
 def usable(x: Tensor, num_heads: int) -> bool:
-    """Of (T, C): whether the kernel runs, and was made for heads of such a width."""
+    """Tells whether the kernel runs for x (T, C) and supports its heads' width."""
     dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else x.dtype
     width = x.shape[-1] // num_heads
-    return width % 8 == 0 and width <= 256 and not lacking(x.device, dtype)
+    return width % 8 == 0 and width <= 256 and not missing_requirement(x.device, dtype)
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor, queries: Packed, keys: Packed) -> tuple[Tensor, Tensor]:
-    """query (Tq, H, D), key and value (Tk, H, D) -> (Tq, H, D) and the log-sum-exp of each row of the map (Tq, H) float32."""
+    """Returns attention (Tq, H, D) and the log-sum-exp of each row of the map (Tq, H), float32.
+
+    query: (Tq, H, D); key, value: (Tk, H, D)
+    """
     out, log_norm = varlen_attn(
         query, key, value, queries.offsets, keys.offsets, queries.longest, keys.longest, return_aux=AuxRequest(lse=True)
     )

@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.sparse import to_sparse_semi_structured
 
-from madtp.sparsity.masks import Pattern, magnitude_mask
 from madtp.sparsity.hooks import Watch
+from madtp.sparsity.masks import Pattern, magnitude_mask
 
 PATTERN = Pattern(2, 4)
 DTYPES = (torch.float16, torch.bfloat16)

@@ -10,7 +10,6 @@ from typing import Literal
 from torch import nn
 
 from madtp.sparsity.masks import Pattern, SparseWeights
-from models.momentum import MomentumModel
 
 Layers = Literal["mlp", "attention", "all"]
 Unit = Literal["block", "tower"]
@@ -23,7 +22,7 @@ def sparse_weights(model: nn.Module, pattern: tuple[int, int], layers: Layers) -
     """The weights of `layers`, none of them masked yet; momentum encoders follow."""
     parameters = dict(model.named_parameters())
     followers = {}
-    if isinstance(model, MomentumModel):
+    if hasattr(model, "followers"):
         names = {id(parameter): name for name, parameter in parameters.items()}
         followers = {names[id(part)]: follower for part, follower in model.followers()}
     weights = {name: parameters[name] for name in _linear_weights(model) if parameters[name].requires_grad and wanted(name, layers)}

@@ -5,7 +5,7 @@ import re
 import torch
 from torch import nn
 
-from models.weights.blip import StateDict, load_pair_weights
+from models.weights.reading import StateDict, load_pair_weights
 
 # What OpenAI's archives hold beside the weights.
 MAY_IGNORE = ("input_resolution", "context_length", "vocab_size", "position_ids")

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from clip.model import Clip, ClipSize, ResidualAttentionBlock, VisionTower
+from madtp.blocks import Guidance
 from madtp.pruning import OFF, PruneSetting, PruningRule, TokenPruner
 from models.weights.clip import PRUNER
 from tests import golden
@@ -36,7 +37,7 @@ def test_block(path):
     block.load_state_dict(weights_of(t))
     x = t["x"].transpose(0, 1)
     for temperature in [float(name[1:-4]) for name in t if re.fullmatch(r"T[\d.]+\.out", name)]:
-        out, _, _, features = block(x, None, learnable, setting(temperature).temperature, True)
+        out, _, _, features = block(x, None, Guidance(setting(temperature), align=True, learnable_tokens=learnable))
         name = f"T{temperature:g}"
         golden.assert_close(out.transpose(0, 1), t.get(f"{name}.order_cuda.out", t[f"{name}.out"]))
         golden.assert_close(features, t[f"{name}.sd_ft"])
@@ -55,7 +56,7 @@ def test_image(path):
     tower.load_state_dict(weights_of(t))
     for temperature in config["temperatures"]:
         name = f"T{temperature}"
-        encoded = tower(t["image"], learnable, setting(temperature), True, False)
+        encoded = tower(t["image"], Guidance(setting(temperature), align=True, learnable_tokens=learnable))
         assert [int(n[0]) for n in encoded.record.leaving] == t[f"{name}.tokens_per_layer"].tolist()
         golden.assert_close(encoded.feature, t.get(f"{name}.order_cuda.out", t[f"{name}.out"]))
         golden.assert_close(encoded.record.features, t[f"{name}.sd_img_ft"])
@@ -74,6 +75,6 @@ def test_text_unpruned(path):
     model = Clip(size, pruner_for(learnable), (*learnable.shape, 1.0), text_order="class_first").eval()
     loaded = model.load_state_dict(weights_of(t), strict=False)
     assert not loaded.unexpected_keys and all(name.startswith(("visual.", "logit_scale")) for name in loaded.missing_keys)
-    encoded = model.encode_text(t["text"].long(), align=True)
+    encoded = model.encode_text(t["text"].long(), Guidance(align=True))
     golden.assert_close(encoded.feature, t["T0.out"])
     golden.assert_close(encoded.record.features, t["T0.sd_txt_ft"])

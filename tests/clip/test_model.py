@@ -5,8 +5,10 @@ import torch
 from transformers import CLIPConfig, CLIPModel
 
 from clip.model import Clip, ClipSize, end_first
-from madtp.pruning import OFF, PruneSetting, PruningRule, TokenPruner
 from madtp.attention.attend import causal_mask
+from madtp.attention.statistics import map_statistics
+from madtp.blocks import Guidance
+from madtp.pruning import OFF, PruneSetting, PruningRule, TokenPruner
 from models.clip_retrieval import ClipRetrieval
 from models.weights.clip import load_clip_weights
 from tests.tiny import ended_text, with_lively_weights
@@ -51,8 +53,8 @@ def test_dense_equals_transformers(size):
     torch.testing.assert_close(text.feature, expected.text_embeds, atol=1e-5, rtol=0)
     logits = text.feature @ image.feature.t() / model.temperature
     torch.testing.assert_close(logits, expected.logits_per_text, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(model.encode_image(images, packed=True).feature, expected.image_embeds, atol=1e-5, rtol=0)
-    torch.testing.assert_close(model.encode_text(ids, packed=True).feature, expected.text_embeds, atol=1e-5, rtol=0)
+    torch.testing.assert_close(model.encode_image(images, Guidance(packed=True)).feature, expected.image_embeds, atol=1e-5, rtol=0)
+    torch.testing.assert_close(model.encode_text(ids, Guidance(packed=True)).feature, expected.text_embeds, atol=1e-5, rtol=0)
     slow = model.encode_image(images, slow=True), model.encode_text(ids, slow=True)
     assert torch.equal(slow[0].feature, image.feature) and torch.equal(slow[1].feature, text.feature)
 
@@ -75,7 +77,7 @@ def test_whatever_is_pruned_the_end_of_text_token_is_read_and_sees_the_merged_on
     model = pruned()
     ids = ended_text([11], size=SMALL)[0]
     setting = PruneSetting(0.0)
-    encoded = model.encode_text(ids, setting)
+    encoded = model.encode_text(ids, Guidance(setting))
     assert encoded.record.leaving[-1] < encoded.record.entering[0]  # something was pruned
     length = 11
     x = (model.token_embedding(ids[0, :length]) + model.positional_embedding[:length])[None]
@@ -87,11 +89,11 @@ def test_whatever_is_pruned_the_end_of_text_token_is_read_and_sees_the_merged_on
         scores = q @ k.transpose(-1, -2) / (dim // heads) ** 0.5
         attention = scores.masked_fill(~torch.ones(n, n, dtype=torch.bool).tril(), float("-inf")).softmax(-1)
         out = attention @ v
-        first = [n - 1, *range(n - 1)]  # the order in which a pruner wants them
-        products, _ = block.pruner.align(x[:, first], None, model.learnable_tokens, False)
-        statistics = block.pruner.statistics(attention[:, :, first][:, :, :, first], out[:, :, first], None)
+        first = [n - 1, *range(n - 1)]  # the order in which a pruner takes them
+        aligned, _ = block.pruner.align(x[:, first], None, model.learnable_tokens, False)
+        statistics = map_statistics(attention[:, :, first][:, :, :, first], out[:, :, first], None, block.pruner.rule)
         x = x + block.attn.out_proj(out.transpose(1, 2).reshape(1, n, dim))
-        importance, kept = block.pruner.choose(products, statistics, torch.ones(1, n - 1, dtype=torch.bool), setting.temperature)
+        importance, kept = block.pruner.choose(aligned, statistics, torch.ones(1, n - 1, dtype=torch.bool), setting.temperature)
         body, pruned_ones = x[:, :-1], ~kept[0]
         if pruned_ones.any():
             weight = importance[0, pruned_ones] / (importance[0, pruned_ones].sum() + 1e-8)
@@ -109,9 +111,9 @@ def test_a_batch_of_32_is_encoded_as_each_alone():
     images = torch.randn(32, 3, 32, 32) * torch.rand(32, 1, 1, 1) * 3
     ids = ended_text(torch.randint(3, SMALL.context_length + 1, (32,)).tolist(), size=SMALL)[0]
     for encode, inputs in ((model.encode_image, images), (model.encode_text, ids)):
-        together = encode(inputs, setting, packed=True)
+        together = encode(inputs, Guidance(setting, packed=True))
         assert len(set(together.record.leaving[-1].tolist())) > 3  # they differ in what they keep
-        alone = torch.cat([encode(one, setting, packed=True).feature for one in inputs.split(1)])
+        alone = torch.cat([encode(one, Guidance(setting, packed=True)).feature for one in inputs.split(1)])
         torch.testing.assert_close(together.feature, alone, atol=1e-5, rtol=1e-5)
 
 
@@ -123,11 +125,11 @@ def test_packed_alone_and_padded_agree(setting):
     images = torch.randn(4, 3, 32, 32) * torch.tensor([0.3, 1, 2, 3])[:, None, None, None]
     ids = ended_text([3, 12, 6, 9], size=SMALL)[0]
     for encode, inputs in ((model.encode_image, images), (model.encode_text, ids)):
-        padded, packed = encode(inputs, setting), encode(inputs, setting, packed=True)
+        padded, packed = encode(inputs, Guidance(setting)), encode(inputs, Guidance(setting, packed=True))
         torch.testing.assert_close(packed.feature, padded.feature, atol=1e-5, rtol=1e-5)
         assert [n.tolist() for n in packed.record.leaving] == [n.tolist() for n in padded.record.leaving]
         for i in range(4):
-            alone = encode(inputs[i : i + 1], setting, packed=True)
+            alone = encode(inputs[i : i + 1], Guidance(setting, packed=True))
             torch.testing.assert_close(alone.feature[0], packed.feature[i], atol=1e-5, rtol=1e-5)
 
 

@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import nn
 
+from configs.load import load_config
 from configs.schema import NlvrConfig
 from engine.compress import run_experiment
 from engine.experiment import Evaluation, Experiment
 from madtp.pruning import OFF
-from configs.load import load_config
 from utils import Run, UserError
 
 DENSE = 10.0

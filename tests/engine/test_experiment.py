@@ -6,6 +6,7 @@ import torch
 from configs.schema import NlvrConfig
 from engine import experiment
 from engine.experiment import Experiment, portions
+from madtp.blocks import Guidance
 from madtp.pruning import OFF, PruneSetting
 from madtp.sparsity.refit import second_moments
 from tests import tiny
@@ -26,7 +27,7 @@ def masked(at_once: int, **keys) -> tuple[dict[str, torch.Tensor], dict[str, tor
     batch = {"images": tiny.images(6), **dict(zip(("ids", "mask"), tiny.text([9, 4, 12, 7, 5, 10]), strict=True))}
 
     def forward(model: torch.nn.Module, batch: dict, setting: PruneSetting) -> torch.Tensor:
-        return model(batch["images"], batch["ids"], batch["mask"], setting, packed=True).logits
+        return model(batch["images"], batch["ids"], batch["mask"], Guidance(setting, packed=True)).logits
 
     task = Experiment(
         NlvrConfig(p=0.5, sparsity_type="2:4", **keys), Run(torch.device("cpu")), model, {"calibration": [batch]}, losses=None,

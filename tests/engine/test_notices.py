@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from configs.schema import NlvrConfig
-from engine.notices import say_slower_attention
+from engine.results import warn_of_slower_attention
 from madtp.attention import varlen
 
 GPU = torch.device("cuda")
@@ -19,10 +19,10 @@ GPU = torch.device("cuda")
         (object(), torch.bfloat16, (9, 0), None),
     ],
 )
-def test_a_gpu_without_the_kernel_for_packed_samples_is_told_what_it_wants(monkeypatch, caplog, kernel, dtype, capability, wanted):
+def test_a_gpu_without_the_kernel_for_packed_samples_is_told_what_it_needs(monkeypatch, caplog, kernel, dtype, capability, wanted):
     monkeypatch.setattr(varlen, "varlen_attn", kernel)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     with caplog.at_level("INFO"):
-        say_slower_attention(NlvrConfig(), GPU, dtype)
-        say_slower_attention(NlvrConfig(), torch.device("cpu"), dtype)
-    assert [text.split("wants ")[1] for text in caplog.messages] == ([wanted] if wanted else [])
+        warn_of_slower_attention(NlvrConfig(), GPU, dtype)
+        warn_of_slower_attention(NlvrConfig(), torch.device("cpu"), dtype)
+    assert [text.split("needs ")[1] for text in caplog.messages] == ([wanted] if wanted else [])

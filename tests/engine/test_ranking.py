@@ -9,9 +9,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from data.captions import Split
+from madtp.blocks import Guidance
+from madtp.pruning import OFF, PruneSetting, PruningRule
 from tasks import ranking
 from tasks.ranking import best_candidates, predictions, rank
-from madtp.pruning import OFF, PruneSetting, PruningRule
 from tests import tiny
 from utils import Run
 
@@ -37,8 +38,8 @@ def split(kind: str, batch: int) -> tuple[Split, torch.Tensor, list[tuple[torch.
 
 def by_a_plain_loop(model, images, texts, setting, number, matching):
     """The candidates of each picture and of each caption with their scores, every pair looked at alone."""
-    encoded = [model.encode_image(image[None], setting) for image in images]
-    words = [model.encode_text(*text, setting) for text in texts]
+    encoded = [model.encode_image(image[None], Guidance(setting)) for image in images]
+    words = [model.encode_text(*text, Guidance(setting)) for text in texts]
     similarity = [[float(image.feature[0] @ word.feature[0]) for word in words] for image in encoded]
 
     def score(image: int, text: int) -> float:
@@ -69,7 +70,7 @@ def test_the_order_is_that_of_a_plain_loop_over_all_pairs(kind, matching, packed
     monkeypatch.setattr(ranking, "SIMILARITIES", 25)
     model = tiny.PAIR_MODELS[kind](PruningRule(keep="instance"))
     loaders, images, texts = split(kind, batch)
-    found = rank(model, loaders, SETTING, packed, RUN, number, matching)
+    found = rank(model, loaders, Guidance(SETTING, packed=packed), RUN, number, matching)
     expected = by_a_plain_loop(model, images, texts, SETTING, number, matching)
     for here, wanted in zip(found, expected, strict=True):
         assert here.candidates.tolist() == [[target for _, target in row] for row in wanted]
@@ -82,7 +83,7 @@ def test_the_order_is_that_of_a_plain_loop_over_all_pairs(kind, matching, packed
 def test_the_matching_changes_the_order():
     """So that the comparison above compares different things."""
     model, (loaders, _, _) = tiny.retrieval(PruningRule(keep="instance")), split("blip", 5)
-    plain, matched = (rank(model, loaders, SETTING, True, RUN, 5, matching) for matching in (False, True))
+    plain, matched = (rank(model, loaders, Guidance(SETTING, packed=True), RUN, 5, matching) for matching in (False, True))
     assert plain[0].candidates.tolist() != matched[0].candidates.tolist()
     assert plain[1].candidates.sort().values.tolist() == matched[1].candidates.sort().values.tolist()
 
@@ -97,7 +98,7 @@ def test_every_candidate_pair_is_matched_once(monkeypatch):
         return match(ids, mask, image, setting)
 
     monkeypatch.setattr(model, "match", counted)
-    by_image, by_text = rank(model, loaders, OFF, False, RUN, 2, matching=True)
+    by_image, by_text = rank(model, loaders, Guidance(OFF, packed=False), RUN, 2, matching=True)
     pairs = {(i, int(text)) for i, row in enumerate(by_image.candidates) for text in row}
     pairs |= {(int(image), i) for i, row in enumerate(by_text.candidates) for image in row}
     assert sum(matched) == len(pairs) and len(matched) == len({image for image, _ in pairs})
@@ -118,7 +119,7 @@ def test_packed_pictures_share_a_pass_and_are_parted_where_they_alone_exceed_it(
 
     monkeypatch.setattr(ranking, "PAIRS", at_once)
     monkeypatch.setattr(model, "match", watched)
-    rank(model, split("blip", 5)[0], OFF, True, RUN, 3, matching=True)
+    rank(model, split("blip", 5)[0], Guidance(OFF, packed=True), RUN, 3, matching=True)
     assert matched == passes
 
 
@@ -137,7 +138,7 @@ def test_similarities_are_told_apart_in_mixed_precision():
 def test_ranking_changes_nothing_of_the_model(kind):
     model = tiny.PAIR_MODELS[kind](PruningRule(keep="instance"))
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    rank(model, split(kind, 2)[0], SETTING, True, RUN, 3, matching=kind == "blip")
+    rank(model, split(kind, 2)[0], Guidance(SETTING, packed=True), RUN, 3, matching=kind == "blip")
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
@@ -167,7 +168,7 @@ def test_a_candidate_whose_matching_is_no_number_is_last(monkeypatch):
         return logits.masked_fill(torch.arange(len(logits))[:, None] % 2 == 0, torch.nan), record
 
     monkeypatch.setattr(model, "match", overflowing)
-    for found in rank(model, loaders, OFF, True, RUN, 4, matching=True):
+    for found in rank(model, loaders, Guidance(OFF, packed=True), RUN, 4, matching=True):
         assert found.scores.isinf().any() and not found.scores.isnan().any()
         assert (found.scores.isinf().int().diff(dim=1) >= 0).all()
 
@@ -185,7 +186,7 @@ def test_pictures_are_forgotten_when_they_have_been_matched(monkeypatch):
         return encoded
 
     monkeypatch.setattr(model, "encode_image", watched)
-    rank(model, whole, SETTING, True, RUN, 3, matching=True)
+    rank(model, whole, Guidance(SETTING, packed=True), RUN, 3, matching=True)
     assert len(alive) == 2 * 5 and most == 2  # the last one while the next is encoded
 
 
@@ -217,5 +218,6 @@ def test_matching_a_longer_split_holds_no_larger_tensors(monkeypatch):
     monkeypatch.setattr(ranking, "PAIRS", 4)
     model, (whole, _, _) = tiny.retrieval(PruningRule(keep="instance")), split("blip", 2)
     thrice = Split(3 * whole.images, 3 * whole.texts, [], 3 * IMAGE_OF_TEXT, [], 3 * whole.names)
-    sizes = [largest_tensor(lambda part=part: rank(model, part, SETTING, True, RUN, 3, True)) for part in (whole, thrice)]
+    guidance = Guidance(SETTING, packed=True)
+    sizes = [largest_tensor(lambda part=part: rank(model, part, guidance, RUN, 3, True)) for part in (whole, thrice)]
     assert sizes[0] == sizes[1]

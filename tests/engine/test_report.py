@@ -5,8 +5,8 @@ from pathlib import Path
 
 import numpy as np
 
-from tools.report import Picture, ReportedRun, table, text_table, write_report
 from tests.tiny_run import log_of, result_of
+from tools.report import Picture, ReportedRun, table, text_table, write_report
 
 
 def fake_run(p: float, epochs: int = 0, task: str = "nlvr") -> ReportedRun:

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from madtp.blocks import Guidance
 from madtp.distillation import Distillation, logit_loss
 from madtp.pruning import PruneSetting, PruningRule
 from tests import tiny
@@ -30,8 +31,8 @@ def test_answers_are_compared_by_their_divergence_at_a_temperature():
 def test_an_unpruned_student_with_the_teachers_weights_has_nothing_to_learn(packed):
     student, teacher = tiny.nlvr(RULE).train(), tiny.nlvr()
     distillation = Distillation(teacher, student, 2.0)
-    student(*nlvr_inputs(), packed=packed)
-    losses = distillation.losses(lambda teacher: teacher(*nlvr_inputs(), packed=packed))
+    student(*nlvr_inputs(), Guidance(packed=packed))
+    losses = distillation.losses(lambda teacher: teacher(*nlvr_inputs(), Guidance(packed=packed)))
     assert set(losses) == {"distill_vision", "distill_language", "distill_logits"}
     assert all(float(loss.detach().abs()) < 1e-6 for loss in losses.values())
 
@@ -49,7 +50,7 @@ def test_features_are_class_tokens_of_every_block():
     with torch.no_grad():
         pair = [start(model.visual_encoder, images) for model in (student, teacher)]
         for blocks in zip(student.visual_encoder.blocks, teacher.visual_encoder.blocks, strict=True):
-            pair = [block(x, None, None, None, False)[0] for block, x in zip(blocks, pair, strict=True)]
+            pair = [block(x, None, Guidance())[0] for block, x in zip(blocks, pair, strict=True)]
             means.append(F.mse_loss(pair[0][:, 0], pair[1][:, 0]))
     torch.testing.assert_close(losses["distill_vision"], torch.stack(means).mean())
 
@@ -62,7 +63,7 @@ def start(vit: nn.Module, images: torch.Tensor) -> torch.Tensor:
 def test_the_student_learns_from_it_and_the_teacher_does_not():
     student, teacher = tiny.nlvr(RULE).train(), tiny.nlvr()
     distillation = Distillation(teacher, student, 2.0)
-    student(*nlvr_inputs(), SETTING)
+    student(*nlvr_inputs(), Guidance(SETTING))
     losses = distillation.losses(lambda teacher: teacher(*nlvr_inputs()))
     assert all(float(loss.detach()) > 1e-4 for loss in losses.values())
     sum(losses.values()).backward()

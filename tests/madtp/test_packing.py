@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from madtp.attention.chunked import CHUNK, attend_in_chunks, class_row, column_statistics
 from madtp.importance import paper_columns
 from madtp.packing import class_tokens, pack
-from madtp.pruning import gather_and_merge, packed_gather_and_merge
+from madtp.selection import gather_and_merge, packed_gather_and_merge
 
 quick = settings(max_examples=40, deadline=None, derandomize=True, database=None)
 lengths = st.lists(st.integers(1, 7), min_size=1, max_size=5)

@@ -10,18 +10,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from madtp.alignment import token_attention
+from madtp.attention.statistics import map_statistics, packed_statistics
 from madtp.importance import AttentionStatistics, normalise, token_importance
 from madtp.packing import Packed, pack
-from madtp.pruning import (
-    PruneSetting,
-    PruningRule,
-    TokenPruner,
-    best_tokens,
-    gather_and_merge,
-    keep_counts,
-    sparsemax,
-    threshold,
-)
+from madtp.pruning import PruneSetting, PruningRule, TokenPruner
+from madtp.selection import best_tokens, gather_and_merge, keep_counts, sparsemax, threshold
 
 WIDTH, LEARNABLE, HEADS = 6, 4, 3
 quick = settings(max_examples=50, deadline=None, derandomize=True, database=None)
@@ -59,26 +52,26 @@ def test_sparsemax_is_the_projection_onto_the_simplex(row):
 def test_mixed_precision_rounds_neither_the_threshold_nor_the_merged_token(packed):
     torch.manual_seed(0)
     pruner = TokenPruner(WIDTH, LEARNABLE, WIDTH, PruningRule(keep="instance"))
-    x, products = torch.randn(5, 41, WIDTH), torch.randn(5, LEARNABLE, 40)
+    x, attention = torch.randn(5, 41, WIDTH), token_attention(torch.randn(5, LEARNABLE, 40), WIDTH)
     layout = None
     if packed:
         x, layout = pack(x, None)
     statistics = AttentionStatistics(torch.rand(5, 40), torch.rand(5, 40))
-    expected, _, kept = pruner.prune(x, layout, products, statistics, 300.0)
+    expected, _, kept = pruner.prune(x, layout, attention, statistics, 300.0)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        found, _, kept_too = pruner.prune(x, layout, products, statistics, 300.0)
+        found, _, kept_too = pruner.prune(x, layout, attention, statistics, 300.0)
     assert torch.equal(kept, kept_too) and torch.equal(found, expected)
 
 
 def test_mixed_precision_does_not_round_the_class_tokens_attention():
     """Its logits are products from which a norm is subtracted."""
     torch.manual_seed(0)
-    pruner = TokenPruner(WIDTH, LEARNABLE, WIDTH, PruningRule(terms=("cls",)))
+    rule = PruningRule(terms=("cls",))
     layout = Packed.of([7, 5], torch.device("cpu"))
     query, key, out = (4 * torch.randn(12, HEADS, 8) for _ in range(3))
-    expected = pruner.packed_statistics(query, key, out, torch.zeros(12, HEADS), layout)
+    expected = packed_statistics(query, key, out, torch.zeros(12, HEADS), layout, rule)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        found = pruner.packed_statistics(query, key, out, torch.zeros(12, HEADS), layout)
+        found = packed_statistics(query, key, out, torch.zeros(12, HEADS), layout, rule)
     assert torch.equal(found.class_attention, expected.class_attention)
 
 
@@ -136,9 +129,9 @@ class Sample:
         """prune's answer: tokens, valid, kept."""
         pruner = TokenPruner(WIDTH, LEARNABLE, WIDTH, rule)
         with torch.no_grad():
-            products, _ = pruner.align(self.inputs, self.valid, self.learnable, want_features=False)
-            statistics = pruner.statistics(self.attention, self.outputs, self.valid)
-            return pruner.prune(self.x, self.valid, products, statistics, temperature)
+            aligned, _ = pruner.align(self.inputs, self.valid, self.learnable, features=False)
+            statistics = map_statistics(self.attention, self.outputs, self.valid, rule)
+            return pruner.prune(self.x, self.valid, aligned, statistics, temperature)
 
 
 def importance_by_loops(sample: Sample, terms: tuple[str, ...]) -> Tensor:
@@ -164,9 +157,8 @@ def importance_by_loops(sample: Sample, terms: tuple[str, ...]) -> Tensor:
 
 def parts(sample: Sample) -> tuple[Tensor, AttentionStatistics]:
     """A_token and the attention's statistics."""
-    pruner = TokenPruner(WIDTH, LEARNABLE, WIDTH, PruningRule())
-    products, _ = pruner.align(sample.inputs, sample.valid, sample.learnable, want_features=False)
-    return token_attention(products, WIDTH, sample.inside), pruner.statistics(sample.attention, sample.outputs, sample.valid)
+    attention, _ = TokenPruner(WIDTH, LEARNABLE, WIDTH, PruningRule()).align(sample.inputs, sample.valid, sample.learnable, False)
+    return attention, map_statistics(sample.attention, sample.outputs, sample.valid, PruningRule())
 
 
 @pytest.mark.parametrize("terms", [("cls",), ("self",), ("token",), ("cls", "token"), ("cls", "self", "token")], ids="+".join)

@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from madtp.sparsity.refit import damping, refit, second_moments
 from madtp.sparsity.masks import Pattern, magnitude_mask
+from madtp.sparsity.refit import damping, refit, second_moments
 
 
 def case(seed: int, outputs: int, inputs: int, rows: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -6,7 +6,8 @@ import torch
 from madtp import released
 from madtp.alignment import Alignment, aligned_features, token_attention
 from madtp.importance import AttentionStatistics
-from madtp.pruning import best_tokens, keep_counts, merge_weights, released_gather
+from madtp.released import released_gather
+from madtp.selection import best_tokens, keep_counts, merge_weights
 from tests import golden
 
 TERMS = ("cls", "self", "token")

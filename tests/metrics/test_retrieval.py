@@ -5,8 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tasks.ranking import best_candidates
 from metrics.retrieval import CUTS, recalls
+from tasks.ranking import best_candidates
 
 CPU = torch.device("cpu")
 

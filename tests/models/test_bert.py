@@ -5,6 +5,7 @@ import torch
 from torch import nn
 from transformers import BertConfig, BertModel
 
+from madtp.blocks import Guidance
 from madtp.pruning import PruneSetting, PruningRule, TokenPruner
 from models.bert import BertSize, Heads, PairedCrossAttention, TextEncoder
 from tests.tiny import text, with_lively_weights
@@ -34,7 +35,7 @@ def pictures(number: int = 4, tokens: int = 6) -> list[torch.Tensor]:
 
 
 def whole(images: list[torch.Tensor]) -> list[tuple[torch.Tensor, None]]:
-    """Image tokens without padding, as the encoder wants them."""
+    """Image tokens without padding, as the encoder takes them."""
     return [(image, None) for image in images]
 
 
@@ -91,11 +92,11 @@ def test_switched_off_pruners_change_not_one_number(training):
     inputs = ids, mask, whole(pictures())
     dense, sparse = encoder(cross_attention=paired).train(training), encoder(PruningRule(), paired).train(training)
     expected = dense(*inputs)[0]
-    assert torch.equal(sparse(*inputs, LEARNABLE)[0], expected)
-    aligned, _, record = sparse(*inputs, LEARNABLE, align=True)
+    assert torch.equal(sparse(*inputs, Guidance(learnable_tokens=LEARNABLE))[0], expected)
+    aligned, _, record = sparse(*inputs, Guidance(align=True, learnable_tokens=LEARNABLE))
     assert torch.equal(aligned, expected) and record.features.shape == (4, 5, 24)
-    assert torch.equal(sparse(*inputs, LEARNABLE, PruneSetting(1.0, prune_from=3))[0], expected)
-    assert sparse(*inputs, LEARNABLE, PruneSetting(1.0, prune_from=2))[0].shape[1] < expected.shape[1]
+    assert torch.equal(sparse(*inputs, Guidance(PruneSetting(1.0, prune_from=3), learnable_tokens=LEARNABLE))[0], expected)
+    assert sparse(*inputs, Guidance(PruneSetting(1.0, prune_from=2), learnable_tokens=LEARNABLE))[0].shape[1] < expected.shape[1]
 
 
 @pytest.mark.parametrize("setting", [PruneSetting(), PruneSetting(2.0), PruneSetting(30.0)], ids=str)
@@ -106,13 +107,14 @@ def test_padding_and_batch_mates_never_change_an_answer(setting):
     ids, mask = text(lengths, width=15)  # longer than any: padding for everyone
     images = pictures(8)
     images_valid = (torch.arange(6) < torch.tensor([6, 2, 4, 1, 3, 6, 5, 2])[:, None], None)
-    out, valid, record = model(ids, mask, list(zip(images, images_valid, strict=True)), LEARNABLE, setting, align=True)
+    guidance = Guidance(setting, align=True, learnable_tokens=LEARNABLE)
+    out, valid, record = model(ids, mask, list(zip(images, images_valid, strict=True)), guidance)
     if setting.temperature is not None:
         full = [int(record.leaving[-1][i]) for i, length in enumerate(lengths) if length == 12]
         assert len(set(full)) > 1, "texts of one length differ in what is kept"
     for i, length in enumerate(lengths):
         here = [(images[0][i : i + 1], images_valid[0][i : i + 1]), (images[1][i : i + 1], None)]
-        alone, _, alone_record = model(ids[i : i + 1, :length], mask[i : i + 1, :length], here, LEARNABLE, setting, align=True)
+        alone, _, alone_record = model(ids[i : i + 1, :length], mask[i : i + 1, :length], here, guidance)
         torch.testing.assert_close(out[i][valid[i]], alone[0], atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(record.features[i : i + 1], alone_record.features, atol=1e-5, rtol=1e-5)
         assert [int(n[i]) for n in record.leaving] == [int(n[0]) for n in alone_record.leaving]

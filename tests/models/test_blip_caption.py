@@ -5,6 +5,7 @@ import torch
 from transformers import BlipConfig, BlipForConditionalGeneration
 
 from engine.flop_table import fvcore_gflops
+from madtp.blocks import Guidance
 from madtp.pruning import OFF, PruneSetting, PruningRule, TokenPruner
 from models import blip_caption
 from models.bert import BertSize
@@ -80,18 +81,19 @@ def test_the_decoders_alignment_is_a_plain_loop_over_layers_and_words():
     """E_l of what enters each layer, [DEC] and padding left out (Eq. 3), summed over the layers, against E_v (Eq. 12)."""
     model, lengths = model_of(SMALL, PruningRule(keep="instance")), (9, 6, 12)
     images, ids, mask = batch(SMALL, lengths)
-    tokens, valid, record = model.encode(images, OFF, True, False)
+    tokens, valid, record = model.encode(images, Guidance(align=True))
     learnable, similar = model.learnable_tokens, []
     for sample, length in enumerate(lengths):
         one = slice(sample, sample + 1)
-        states = model.tell(tokens[one], None, ids[one, :length], mask[one, :length], hidden_states=True).hidden_states[:-1]
+        states = model.decode(tokens[one], None, ids[one, :length], mask[one, :length], hidden_states=True).hidden_states[:-1]
         language = torch.zeros_like(learnable)
         for alignment, entering in zip(model.decoder_alignment, states, strict=True):
             words = alignment.projection(entering[0, 1:])
             language += (learnable @ words.t() / learnable.shape[1] ** 0.5).softmax(dim=1) @ words
         similar.append(torch.cosine_similarity(record.features[sample], language, dim=1))
     expected = 1 - torch.stack(similar).mean()
-    torch.testing.assert_close(model(images, ids, mask, OFF, align=True).losses["similarity"], expected, atol=1e-5, rtol=1e-5)
+    found = model(images, ids, mask, Guidance(align=True)).losses["similarity"]
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("size", [SMALL, LARGER])
@@ -139,13 +141,14 @@ def test_a_caption_is_the_same_alone_and_among_others():
     strength = torch.linspace(0.2, 3, 32)[:, None, None, None]
     images, ids, mask = batch(SMALL, lengths=[5 + i % 8 for i in range(32)])
     images, setting = images * strength, PruneSetting(0.0)
-    together, (written, record) = model(images, ids, mask, setting, packed=True), model.generate(images, setting, packed=True)
+    together = model(images, ids, mask, Guidance(setting, packed=True))
+    written, record = model.generate(images, Guidance(setting, packed=True))
     assert len(set(record.leaving[-1].tolist())) > 1  # the decoder has padding to read
     for i in (0, 1, 13, 26, 31):
         length = int(mask[i].sum())
-        alone = model(images[i : i + 1], ids[i : i + 1, :length], mask[i : i + 1, :length], setting)
+        alone = model(images[i : i + 1], ids[i : i + 1, :length], mask[i : i + 1, :length], Guidance(setting))
         torch.testing.assert_close(alone.logits[0], together.logits[i, :length], atol=5e-5, rtol=1e-5)
-        by_itself = model.generate(images[i : i + 1], setting)[0][0].tolist()
+        by_itself = model.generate(images[i : i + 1], Guidance(setting))[0][0].tolist()
         assert written[i].tolist()[: len(by_itself)] == by_itself
 
 
@@ -154,8 +157,8 @@ def test_a_caption_is_the_same_alone_and_among_others():
 def test_closed_form_equals_fvcore(setting):
     model = model_of(SMALL, PruningRule(keep="instance"))
     inputs = batch(SMALL, lengths=(9,))
-    closed = {name: float(part) for name, part in model.costs(*inputs, setting=setting)[0].items()}
-    assert closed == pytest.approx(fvcore_gflops(model, inputs, setting), rel=1e-9)
+    closed = {name: float(part) for name, part in model.costs(*inputs, guidance=Guidance(setting))[0].items()}
+    assert closed == pytest.approx(fvcore_gflops(model, inputs, Guidance(setting)), rel=1e-9)
 
 
 @torch.no_grad()

@@ -7,6 +7,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from engine.flop_table import fvcore_gflops
 from engine.results import count_parameters
+from madtp.blocks import Guidance
 from madtp.flops import GIGA
 from madtp.pruning import OFF, PruneSetting, PruningRule
 from models.bert import FIRST_MERGE_LAYER
@@ -23,8 +24,8 @@ def test_a_batch_of_one_is_a_batch_of_32(setting):
     model, number = tiny.nlvr(INSTANCE), 32
     images, lengths = tiny.images(number), [4 + i % 9 for i in range(number)]
     ids, mask = tiny.text(lengths)
-    together = model(images, ids, mask, setting)
-    costs, kept = model.gflops(together, setting), model.tokens_kept(together)
+    together = model(images, ids, mask, Guidance(setting))
+    costs, kept = model.gflops(together), model.tokens_kept(together)
     assert together.logits.std(dim=0).min() > 0.01  # the samples have an effect
     if setting is SETTING:
         for tower in (together.vision, together.language):
@@ -32,10 +33,10 @@ def test_a_batch_of_one_is_a_batch_of_32(setting):
             assert shares.max() - shares.min() > 0.1  # and they differ in what is kept
     for i in range(0, number, 4):
         length = lengths[i]
-        alone = model(images[i : i + 1], ids[i : i + 1, :length], mask[i : i + 1, :length], setting)
+        alone = model(images[i : i + 1], ids[i : i + 1, :length], mask[i : i + 1, :length], Guidance(setting))
         torch.testing.assert_close(together.logits[i], alone.logits[0], atol=1e-5, rtol=1e-5)
         assert int(kept[i]) == int(model.tokens_kept(alone))
-        assert float(costs[i]) == float(model.gflops(alone, setting))
+        assert float(costs[i]) == float(model.gflops(alone))
 
 
 @pytest.mark.parametrize("setting", [OFF, SETTING], ids=["dense", "pruned"])
@@ -43,12 +44,12 @@ def test_statements_about_one_pair_share_its_pictures(setting):
     model = tiny.nlvr(INSTANCE).train()
     images = tiny.images(2)
     ids, mask = tiny.text([5, 9, 7, 6, 8, 9])
-    shared = model(images, ids, mask, setting, align=True)
-    repeated = model(images.repeat_interleave(3, dim=0), ids, mask, setting, align=True)
+    shared = model(images, ids, mask, Guidance(setting, align=True))
+    repeated = model(images.repeat_interleave(3, dim=0), ids, mask, Guidance(setting, align=True))
     torch.testing.assert_close(shared.logits, repeated.logits, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(shared.similarity, repeated.similarity)
     assert torch.equal(model.tokens_kept(shared), model.tokens_kept(repeated))
-    assert torch.equal(model.gflops(shared, setting), model.gflops(repeated, setting))
+    assert torch.equal(model.gflops(shared), model.gflops(repeated))
     assert len(shared.vision.entering[0]) == 4 and len(repeated.vision.entering[0]) == 12
     assert (shared.logits[0] - shared.logits[3]).abs().max() > 1e-3
 
@@ -57,7 +58,7 @@ def test_statements_about_one_pair_share_its_pictures(setting):
 def test_left_and_right_are_told_apart_and_kept_apart():
     model, images = tiny.nlvr(INSTANCE), tiny.images(3)
     ids, mask = tiny.text([6, 6, 6])
-    out, swapped = (model(pictures, ids, mask, SETTING) for pictures in (images, images.flip(1)))
+    out, swapped = (model(pictures, ids, mask, Guidance(SETTING)) for pictures in (images, images.flip(1)))
     assert (out.logits - swapped.logits).abs().min() > 1e-4
     assert torch.equal(out.vision.leaving[-1], swapped.vision.leaving[-1].roll(3))
 
@@ -65,7 +66,7 @@ def test_left_and_right_are_told_apart_and_kept_apart():
 @torch.no_grad()
 def test_the_similarity_compares_the_mean_of_both_pictures_with_the_text():
     model = tiny.nlvr(INSTANCE)
-    out = model(tiny.images(4), *tiny.text([5, 9, 7, 6]), SETTING, align=True)
+    out = model(tiny.images(4), *tiny.text([5, 9, 7, 6]), Guidance(SETTING, align=True))
     values = []
     for i in range(4):
         for k in range(tiny.LEARNABLE):
@@ -94,10 +95,10 @@ RULES = [  # each with a temperature at which the first blocks prune
 def assert_both_counts_agree(model, setting):
     inputs = twice_one_picture()
     torch.manual_seed(0)  # for the random method
-    out = model(*inputs, setting)
-    closed = {name: float(value) for name, value in model.gflops_by_module(out, setting).items()}
+    out = model(*inputs, Guidance(setting))
+    closed = {name: float(value) for name, value in model.gflops_by_module(out).items()}
     torch.manual_seed(0)
-    assert closed == pytest.approx(fvcore_gflops(model, inputs, setting), rel=1e-9)
+    assert closed == pytest.approx(fvcore_gflops(model, inputs, Guidance(setting)), rel=1e-9)
     return out
 
 
@@ -122,7 +123,7 @@ def test_the_closed_form_is_what_fvcore_counts_under_any_rule(rule, temperature)
 def test_different_temperatures_cost_differently_and_less_than_dense():
     """So that the comparison above compares different things."""
     model, inputs = tiny.nlvr(INSTANCE), twice_one_picture()
-    dense, *costs = (float(model.gflops(model(*inputs, setting), setting)) for setting in [OFF, *SETTINGS])
+    dense, *costs = (float(model.gflops(model(*inputs, Guidance(setting)))) for setting in [OFF, *SETTINGS])
     assert len(set(costs)) == len(costs) and max(costs) < dense
 
 
@@ -133,13 +134,13 @@ def test_the_closed_form_is_what_runs(rule):
     model, inputs = tiny.nlvr(rule), twice_one_picture()
     setting = OFF if rule is None else SETTING
     with FlopCounterMode(display=False) as counter:
-        out = model(*inputs, setting)
+        out = model(*inputs, Guidance(setting))
     norms = [  # (elements) of every layer norm, from the true lengths
         *((before + after) * 20 for before, after in both(out.vision)), out.vision.leaving[-1] * 20,
         *((before + 2 * after) * 16 for before, after in both(out.language)), out.language.entering[0] * 16,
     ]  # fmt: skip
     counted = counter.get_total_flops() / 2 + 5 * sum(int(n.sum()) for n in norms)
-    assert counted / GIGA == pytest.approx(float(model.gflops(out, setting)), rel=1e-9)
+    assert counted / GIGA == pytest.approx(float(model.gflops(out)), rel=1e-9)
 
 
 def both(record):
@@ -151,8 +152,8 @@ def test_training_counts_the_alignment_features():
     """E_v of both towers, and the products where nothing is pruned."""
     model, inputs = tiny.nlvr(INSTANCE), twice_one_picture()
     for setting in (OFF, SETTING):
-        out = model(*inputs, setting, align=True)
-        extra = float(model.gflops(out, setting, training=True) - model.gflops(out, setting)) * GIGA
+        out = model(*inputs, Guidance(setting, align=True))
+        extra = float(model.gflops(out) - model.gflops(model(*inputs, Guidance(setting)))) * GIGA
         tokens = {
             20: sum(int((n - 1).sum()) for n in out.vision.entering),
             16: sum(int((n - 1).sum()) for n in out.language.entering),
@@ -165,7 +166,7 @@ def test_training_counts_the_alignment_features():
 def train_step(model, setting=SETTING, dtype=None):
     inputs = tiny.images(4), *tiny.text([5, 9, 7, 6])
     with torch.autocast("cpu", dtype=dtype or torch.bfloat16, enabled=dtype is not None):
-        out = model.train()(*inputs, setting, align=True)
+        out = model.train()(*inputs, Guidance(setting, align=True))
         losses = {"task": cross_entropy(out.logits.float(), TARGETS), "similarity": out.similarity}
     return losses
 
@@ -203,7 +204,7 @@ def test_bfloat16_runs_close_to_float32():
     sum(pruned.values()).backward()
     assert all(bool(parameter.grad.isfinite().all()) for parameter in model.parameters())
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
-        out = model.eval()(tiny.images(4), *tiny.text([5, 9, 7, 6]), SETTING)
+        out = model.eval()(tiny.images(4), *tiny.text([5, 9, 7, 6]), Guidance(SETTING))
     assert out.logits.isfinite().all() and int(out.vision.leaving[-1].max()) < 17
 
 
@@ -218,7 +219,7 @@ def test_gradients_survive_distributed_training(checkpoint_blocks):
     try:
         model = tiny.nlvr(rule, checkpoint_blocks=checkpoint_blocks).train()
         wrapped = torch.nn.parallel.DistributedDataParallel(model)
-        out = wrapped(tiny.images(4), *tiny.text([5, 9, 7, 6]), SETTING, align=True)
+        out = wrapped(tiny.images(4), *tiny.text([5, 9, 7, 6]), Guidance(SETTING, align=True))
         (cross_entropy(out.logits, TARGETS) + out.similarity).backward()
     finally:
         torch.distributed.destroy_process_group()

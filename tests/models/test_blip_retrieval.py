@@ -5,15 +5,16 @@ import torch
 from torch.nn.functional import cross_entropy
 from transformers import BlipConfig, BlipForImageTextRetrieval
 
-from engine.restore import build_model
+from madtp.blocks import Guidance
+from madtp.packing import count_tokens
 from madtp.pruning import OFF, PruneSetting, PruningRule
 from models.bert import BertSize, CrossAttention, TextEncoder
 from models.blip_retrieval import BlipRetrieval
 from models.momentum import hard_negatives
-from models.weights.blip import load_retrieval_weights, read_checkpoint
-from madtp.blocks import count_tokens
 from models.vit import VisionTransformer
-from configs.load import load_any_config
+from models.weights.blip import load_retrieval_weights
+from models.weights.reading import read_checkpoint
+from tasks.registry import build_model, load_any_config
 from tests import tiny
 
 INSTANCE = PruningRule(keep="instance")
@@ -63,7 +64,7 @@ def test_dense_equals_transformers(sizes):
     turned = other(**{**begun, "pixel_values": images.flip(0)}).itm_score
     assert (logits - turned).abs().min() > 1e-2 and scores.diff(dim=0).abs().max() > 1e-2  # the comparison is not empty
     for packed in (False, True):
-        image, text = model.encode_image(images, packed=packed), model.encode_text(ids, mask, packed=packed)
+        image, text = model.encode_image(images, Guidance(packed=packed)), model.encode_text(ids, mask, Guidance(packed=packed))
         torch.testing.assert_close(image.feature @ text.feature.t(), scores, atol=1e-5, rtol=0)
         torch.testing.assert_close(model.match(ids, mask, (image.tokens, image.layout))[0], logits, atol=1e-5, rtol=1e-5)
     assert torch.equal(model.encode_image(images, slow=True).feature, model.encode_image(images).feature)
@@ -74,10 +75,10 @@ def test_dense_equals_transformers(sizes):
 def test_packed_padded_and_alone_agree(setting):
     """Features of both towers, online and slow, logits of pairs and negatives, and the tokens that all passes leave."""
     model, batch = tiny.retrieval(INSTANCE), tiny.pairs("blip", LENGTHS)
-    together = {packed: model.passes(*batch, setting=setting, packed=packed) for packed in (False, True)}
+    together = {packed: model.passes(*batch, guidance=Guidance(setting, packed=packed)) for packed in (False, True)}
     for i, length in enumerate(LENGTHS):
         images, ids, mask = (part[i : i + 1] for part in batch)
-        alone = model.passes(images, ids[:, :length], mask[:, :length], setting=setting)
+        alone = model.passes(images, ids[:, :length], mask[:, :length], guidance=Guidance(setting))
         for packed, passes in together.items():
             for name in ("image", "text", "image_momentum", "text_momentum"):
                 one, whole = getattr(alone, name), getattr(passes, name)
@@ -96,11 +97,11 @@ def test_a_batch_of_32_is_matched_as_each_pair_alone():
     model = tiny.retrieval(INSTANCE)
     lengths = torch.randint(4, 13, (32,), generator=torch.Generator().manual_seed(0)).tolist()
     images, ids, mask = tiny.pairs("blip", lengths)
-    image = model.encode_image(images, SETTING, packed=True)
+    image = model.encode_image(images, Guidance(SETTING, packed=True))
     together, record = model.match(ids, mask, (image.tokens, image.layout), SETTING)
     assert len(set(record.leaving[-1].tolist())) > 3  # they differ in what they keep
     for i, length in enumerate(lengths):
-        image = model.encode_image(images[i : i + 1], SETTING, packed=True)
+        image = model.encode_image(images[i : i + 1], Guidance(SETTING, packed=True))
         alone, _ = model.match(ids[i : i + 1, :length], mask[i : i + 1, :length], (image.tokens, image.layout), SETTING)
         torch.testing.assert_close(together[i].softmax(dim=0), alone[0].softmax(dim=0), atol=1e-5, rtol=0)
         torch.testing.assert_close(together[i], alone[0], atol=3e-5, rtol=0)  # of numbers up to 4, by weights larger than usual
@@ -116,11 +117,11 @@ def test_the_shapes_model_matches_a_batch_of_32_as_each_pair_alone():
     lengths = torch.randint(4, 20, (32,)).tolist()
     images, (ids, mask) = torch.rand(32, 3, 96, 96) * torch.rand(32, 1, 1, 1), tiny.text(lengths)
     setting = PruneSetting(2.0, prune_from=1)
-    image = model.eval().encode_image(images, setting, packed=True)
+    image = model.eval().encode_image(images, Guidance(setting, packed=True))
     together, record = model.match(ids, mask, (image.tokens, image.layout), setting)
     assert len(set(record.leaving[-1].tolist())) > 3 and together.abs().max() > 1
     for i, length in enumerate(lengths):
-        image = model.encode_image(images[i : i + 1], setting, packed=True)
+        image = model.encode_image(images[i : i + 1], Guidance(setting, packed=True))
         alone, _ = model.match(ids[i : i + 1, :length], mask[i : i + 1, :length], (image.tokens, image.layout), setting)
         torch.testing.assert_close(together[i], alone[0], atol=1e-5, rtol=0)
 
@@ -130,9 +131,9 @@ def test_the_shapes_model_matches_a_batch_of_32_as_each_pair_alone():
 def test_negatives_follow_the_pairs_first_another_image_then_another_text(packed):
     """Of two pairs each is the other's only negative."""
     model, (images, ids, mask) = tiny.retrieval(INSTANCE), tiny.pairs("blip", [5, 9])
-    passes = model.passes(images, ids, mask, torch.tensor([3, 8]), SETTING, packed=packed)
+    passes = model.passes(images, ids, mask, torch.tensor([3, 8]), Guidance(SETTING, packed=packed))
     assert passes.targets.tolist() == [1, 1, 0, 0, 0, 0]
-    encoded = [model.encode_image(image[None], SETTING) for image in images]
+    encoded = [model.encode_image(image[None], Guidance(SETTING)) for image in images]
     for row, (image, text) in enumerate([(0, 0), (1, 1), (1, 0), (0, 1), (0, 1), (1, 0)]):
         one = encoded[image].tokens, encoded[image].layout
         expected, _ = model.match(ids[text : text + 1], mask[text : text + 1], one, SETTING)
@@ -142,7 +143,7 @@ def test_negatives_follow_the_pairs_first_another_image_then_another_text(packed
 @pytest.mark.parametrize("packed", [False, True])
 def test_a_batch_of_one_image_has_no_negatives_and_matches_its_pairs_alone(packed):
     model = tiny.retrieval(INSTANCE).train()
-    passes = model.passes(*tiny.pairs("blip", LENGTHS), torch.full((4,), 7), SETTING, packed=packed)
+    passes = model.passes(*tiny.pairs("blip", LENGTHS), torch.full((4,), 7), Guidance(SETTING, packed=packed))
     losses = model.losses(passes, torch.full((4,), 7), alpha=0.4)
     assert passes.logits.shape == (4, 2) and len(passes.matching) == 1
     torch.testing.assert_close(losses["matching"], cross_entropy(passes.logits, torch.ones(4, dtype=torch.long)))
@@ -153,7 +154,7 @@ def test_a_batch_of_one_image_has_no_negatives_and_matches_its_pairs_alone(packe
 @pytest.mark.parametrize("packed", [False, True])
 def test_pairs_without_negatives_lack_them_alone(packed):
     """Nobody lacks one as long as there are two images in a batch."""
-    passes = tiny.retrieval().passes(*tiny.pairs("blip", LENGTHS), torch.tensor([7, 7, 2, 7]), packed=packed)
+    passes = tiny.retrieval().passes(*tiny.pairs("blip", LENGTHS), torch.tensor([7, 7, 2, 7]), Guidance(packed=packed))
     assert passes.targets.tolist() == [1] * 4 + [0] * 8
 
 

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from transformers import BlipConfig, BlipForQuestionAnswering
 
 from engine.flop_table import fvcore_gflops
+from madtp.blocks import Guidance
 from madtp.pruning import OFF, PruneSetting, PruningRule, TokenPruner
 from models.bert import BertSize, CrossAttention, TextEncoder
 from models.blip_vqa import BlipVqa, Question
@@ -90,9 +91,9 @@ def test_dense_equals_transformers(size):
     expected = other.text_encoder(
         input_ids=ids, attention_mask=mask, encoder_hidden_states=states, encoder_attention_mask=torch.ones(states.shape[:2]).long()
     ).last_hidden_state
-    question = model.read(images, ids, mask)
+    question = model.encode(images, ids, mask)
     torch.testing.assert_close(question.tokens, expected, atol=1e-8, rtol=0)
-    assert not torch.allclose(model.read(images.flip(0), ids, mask).tokens, question.tokens, atol=1e-2)  # the image matters
+    assert not torch.allclose(model.encode(images.flip(0), ids, mask).tokens, question.tokens, atol=1e-2)  # the image matters
     answered, answer_mask = answers([4] * 16)
     logits = other.text_decoder(
         answered, attention_mask=answer_mask, encoder_hidden_states=expected, encoder_attention_mask=mask
@@ -130,7 +131,7 @@ def test_a_question_is_answered_alone_as_among_longer_ones(setting):
     inputs = questions(SMALL, [9, 4, 6])
     answered, answer_mask = answers([3, 5, 4, 3])
     counts = torch.tensor([1, 2, 1])
-    together = model(*inputs, answered, answer_mask, counts, setting, packed=True)
+    together = model(*inputs, answered, answer_mask, counts, Guidance(setting, packed=True))
     choices = answers([3, 4, 3, 5, 3, 4], seed=5)
     best, costs = ranked(model, together.question, *choices)
     written, _ = model.generate(together.question)
@@ -139,7 +140,8 @@ def test_a_question_is_answered_alone_as_among_longer_ones(setting):
         own = slice(first, first + int(counts[i]))
         first = own.stop
         images, ids, mask = (part[i : i + 1] for part in inputs)
-        alone = model(images, ids[:, :length], mask[:, :length], answered[own], answer_mask[own], counts[i : i + 1], setting)
+        own_answers = answered[own], answer_mask[own], counts[i : i + 1]
+        alone = model(images, ids[:, :length], mask[:, :length], *own_answers, Guidance(setting))
         torch.testing.assert_close(alone.answer_losses, together.answer_losses[own], atol=1e-4, rtol=1e-5)
         chosen, cost = ranked(model, alone.question, *choices)
         assert chosen.tolist() == best[i : i + 1].tolist() and float(cost) == float(costs[i])
@@ -152,11 +154,11 @@ def test_an_answer_is_the_same_alone_and_among_32():
     model, lengths, setting = model_of(SMALL, PruningRule(keep="instance")), [4 + i % 6 for i in range(32)], PruneSetting(0.0)
     images, ids, mask = questions(SMALL, lengths)
     choices = answers([3, 4, 3, 5, 3, 4], seed=5)
-    question = model.read(images, ids, mask, setting, packed=True)
+    question = model.encode(images, ids, mask, Guidance(setting, packed=True))
     assert len(set(question.vision.leaving[-1].tolist())) > 1
     best, losses, _ = model.rank(question, *choices, number=4)
     for i in (0, 1, 13, 26, 31):
-        alone = model.read(images[i : i + 1], ids[i : i + 1, : lengths[i]], mask[i : i + 1, : lengths[i]], setting)
+        alone = model.encode(images[i : i + 1], ids[i : i + 1, : lengths[i]], mask[i : i + 1, : lengths[i]], Guidance(setting))
         by_itself, its_losses, _ = model.rank(alone, *choices, number=4)
         assert by_itself.tolist() == best[i : i + 1].tolist()
         torch.testing.assert_close(its_losses, losses[i : i + 1], atol=1e-4, rtol=1e-5)
@@ -168,7 +170,7 @@ def test_ranking_equals_a_plain_loop_over_the_likeliest_by_first_token(at_a_time
     monkeypatch.setattr("models.blip_vqa.TOKENS_AT_A_TIME", at_a_time)
     model = model_of(SMALL)
     model.text_decoder.label_smoothing = 0.1
-    question = model.read(*questions(SMALL, [6, 8]))
+    question = model.encode(*questions(SMALL, [6, 8]))
     ids, mask = answers([3, 4, 2, 5, 3, 4, 3, 3], seed=3)
     best, losses, likelihoods = model.rank(question, ids, mask, number=5)
     for i in range(2):
@@ -194,7 +196,7 @@ def test_ranking_equals_a_plain_loop_over_the_likeliest_by_first_token(at_a_time
 @torch.no_grad()
 def test_candidates_share_the_keys_of_their_question():
     model, mapped = model_of(SMALL), []
-    question = model.read(*questions(SMALL, [6, 8]))
+    question = model.encode(*questions(SMALL, [6, 8]))
     key = model.text_decoder.bert.encoder.layer[0].crossattention.self.key
     key.register_forward_hook(lambda module, inputs, output: mapped.append(len(inputs[0])))
     model.rank(question, *answers([3, 4, 3, 5], seed=3), number=3)
@@ -208,14 +210,14 @@ class Ranker(torch.nn.Module):
         super().__init__()
         self.model, self.question, self.number = model, question, number
 
-    def traced(self, ids: torch.Tensor, mask: torch.Tensor, setting: PruneSetting) -> torch.Tensor:
+    def traced(self, ids: torch.Tensor, mask: torch.Tensor, guidance: Guidance) -> torch.Tensor:
         return self.model.rank(self.question, ids, mask, self.number)[0]
 
 
 @torch.no_grad()
 def test_the_cost_of_ranking_equals_fvcore():
     model = model_of(SMALL)
-    question = model.read(*questions(SMALL, [8]))
+    question = model.encode(*questions(SMALL, [8]))
     ids, mask = answers([3, 4, 2, 5, 3, 4], seed=3)
     closed = float(model.ranking_gflops(question.valid.sum(dim=1), mask.sum(dim=1).unsqueeze(0)))
     assert sum(fvcore_gflops(Ranker(model, question, len(ids)), (ids, mask)).values()) == pytest.approx(closed, rel=1e-9)
@@ -226,5 +228,5 @@ def test_the_cost_of_ranking_equals_fvcore():
 def test_closed_form_equals_fvcore(setting):
     model = model_of(SMALL, PruningRule(keep="instance"))
     inputs = *questions(SMALL, [8]), *answers([4]), torch.tensor([1])
-    closed = {name: float(part) for name, part in model.costs(*inputs, setting=setting)[0].items()}
-    assert closed == pytest.approx(fvcore_gflops(model, inputs, setting), rel=1e-9)
+    closed = {name: float(part) for name, part in model.costs(*inputs, guidance=Guidance(setting))[0].items()}
+    assert closed == pytest.approx(fvcore_gflops(model, inputs, Guidance(setting)), rel=1e-9)

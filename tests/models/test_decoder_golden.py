@@ -3,12 +3,13 @@
 import pytest
 import torch
 
+from madtp.blocks import Guidance
 from madtp.pruning import OFF, PruneSetting, PruningRule, TokenPruner
 from models.bert import BertSize, CrossAttention, TextEncoder
 from models.blip_caption import BlipCaption
 from models.blip_vqa import BlipVqa, weighted_loss
-from models.weights.blip import load_decoder_weights
 from models.vit import VisionTransformer
+from models.weights.blip import load_decoder_weights
 from tests import golden
 
 RELEASED = PruningRule(variant="released", keep="max")
@@ -42,7 +43,7 @@ def test_caption(path):
     load_decoder_weights(model, weights, path.name)
     for temperature in info["config"]["temperatures"]:
         name = f"T{temperature}"
-        output = model(t["image"], t["input_ids"], t["attention_mask"], setting(temperature))
+        output = model(t["image"], t["input_ids"], t["attention_mask"], Guidance(setting(temperature)))
         golden.assert_close(output.logits, t[f"{name}.logits"])
         torch.testing.assert_close(output.losses["task"], t[f"{name}.loss_lm"], rtol=1e-5, atol=1e-4)
         assert [int(n[0]) for n in output.vision.leaving] == t[f"{name}.vit_tokens_per_layer"].tolist()
@@ -62,7 +63,7 @@ def test_vqa(path):
     question = t["image"], t["question_input_ids"], t["question_attention_mask"]
     for temperature in info["config"]["temperatures"]:
         name, here = f"T{temperature}", setting(temperature)
-        output = model(*question, t["answer_input_ids"], t["answer_attention_mask"], t["n"].long(), here, align=True)
+        output = model(*question, t["answer_input_ids"], t["answer_attention_mask"], t["n"].long(), Guidance(here, align=True))
         torch.testing.assert_close(output.answer_losses, t[f"{name}.loss_per_answer"], rtol=1e-5, atol=1e-4)
         task = weighted_loss(output.answer_losses, t["weights"], len(t["image"]))
         torch.testing.assert_close(task, t[f"{name}.loss_vqa"], rtol=1e-5, atol=1e-4)

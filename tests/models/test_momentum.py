@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from engine.flop_table import fvcore_gflops
+from madtp.blocks import Guidance
 from madtp.pruning import OFF, PruneSetting, PruningRule
 from tests import tiny
 
@@ -119,7 +120,7 @@ def test_the_contrastive_loss_is_as_exact_in_mixed_precision(kind):
 def test_momentum_weights_get_no_gradient_but_learnable_tokens_do_through_them(kind, setting, packed):
     """And all online weights get one: DistributedDataParallel waits for each."""
     model = tiny.PAIR_MODELS[kind](INSTANCE).train()
-    passes = model.passes(*tiny.pairs(kind, LENGTHS), IDS, setting, align=True, packed=packed)
+    passes = model.passes(*tiny.pairs(kind, LENGTHS), IDS, Guidance(setting, align=True, packed=packed))
     losses = model.losses(passes, IDS, alpha=0.4)
     losses["similarity_momentum"].backward(retain_graph=True)
     reached = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
@@ -133,7 +134,7 @@ def test_momentum_weights_get_no_gradient_but_learnable_tokens_do_through_them(k
 def test_a_step_changes_momentum_weights_queues_and_no_online_weight(kind):
     model = tiny.PAIR_MODELS[kind](INSTANCE).train()
     before = snapshot(model)
-    model(*tiny.pairs(kind, LENGTHS), IDS, 0.4, SETTING, align=True)
+    model(*tiny.pairs(kind, LENGTHS), IDS, 0.4, Guidance(SETTING, align=True))
     names = changed(model, before)
     assert {"image_queue", "text_queue", "idx_queue", "ptr_queue"} <= names
     assert {name for name in names if not online_name(name)} == names & set(dict(model.named_buffers()))
@@ -169,9 +170,9 @@ def test_measuring_changes_nothing(kind):
     model = tiny.PAIR_MODELS[kind](INSTANCE)
     before, batch = snapshot(model), tiny.pairs(kind, LENGTHS)
     for setting in (OFF, SETTING):
-        model.costs(*batch, setting=setting)
-        model.costs(*batch, setting=setting, packed=True)
-        model.traced(*batch, setting=setting)
+        model.costs(*batch, guidance=Guidance(setting))
+        model.costs(*batch, guidance=Guidance(setting, packed=True))
+        model.traced(*batch, guidance=Guidance(setting))
     assert changed(model, before) == set()
     model.follow()
     assert changed(model, before) != set()  # that it would show
@@ -185,9 +186,9 @@ def test_the_closed_form_is_what_fvcore_counts(kind, setting):
     model = tiny.PAIR_MODELS[kind](INSTANCE)
     batch = tiny.pairs(kind, [11])
     inputs = tuple(part if part.dim() == 4 else part[:, :11] for part in batch)
-    parts, deployment = model.costs(*inputs, setting=setting)
+    parts, deployment = model.costs(*inputs, guidance=Guidance(setting))
     closed = float(sum(parts.values()))
-    assert closed == pytest.approx(sum(fvcore_gflops(model, inputs, setting).values()), rel=1e-9)
+    assert closed == pytest.approx(sum(fvcore_gflops(model, inputs, Guidance(setting)).values()), rel=1e-9)
     dense = float(sum(model.costs(*inputs)[0].values()))
     assert float(deployment) < closed / 2 and (closed == dense if setting is OFF else closed < dense)
     if setting is OFF:
@@ -200,9 +201,10 @@ def test_the_closed_form_is_what_fvcore_counts(kind, setting):
 def test_a_pair_costs_in_a_batch_what_it_costs_alone(kind, setting):
     model, batch = tiny.PAIR_MODELS[kind](INSTANCE), tiny.pairs(kind, LENGTHS)
     for packed in (False, True):
-        parts, deployment = model.costs(*batch, setting=setting, packed=packed)
+        parts, deployment = model.costs(*batch, guidance=Guidance(setting, packed=packed))
         for i in range(len(LENGTHS)):
-            parts_alone, deployment_alone = model.costs(*(part[i : i + 1] for part in batch), setting=setting, packed=packed)
+            one = (part[i : i + 1] for part in batch)
+            parts_alone, deployment_alone = model.costs(*one, guidance=Guidance(setting, packed=packed))
             assert {name: float(part[i]) for name, part in parts.items()} == {k: float(v) for k, v in parts_alone.items()}
             assert float(deployment[i]) == float(deployment_alone)
         assert len(set(deployment.tolist())) == len(LENGTHS)
@@ -213,6 +215,6 @@ def test_the_dense_model_has_neither_learnable_tokens_nor_similarity_losses(kind
     model = tiny.PAIR_MODELS[kind]()
     assert not any("pruner" in name or "space" in name for name in model.state_dict())
     names = {"contrastive", "matching"} if kind == "blip" else {"contrastive"}
-    assert set(model(*tiny.pairs(kind, LENGTHS), IDS, 0.4, align=False)) == names
-    more = tiny.PAIR_MODELS[kind](INSTANCE)(*tiny.pairs(kind, LENGTHS), IDS, 0.4, align=True)
+    assert set(model(*tiny.pairs(kind, LENGTHS), IDS, 0.4, Guidance(align=False))) == names
+    more = tiny.PAIR_MODELS[kind](INSTANCE)(*tiny.pairs(kind, LENGTHS), IDS, 0.4, Guidance(align=True))
     assert set(more) == names | {"similarity", "similarity_momentum"}

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from madtp.blocks import Guidance
 from madtp.pruning import OFF, PruneSetting, PruningRule, TokenPruner
 from models.bert import FIRST_MERGE_LAYER, BertSize, PairedCrossAttention, TextEncoder
 from models.blip_nlvr import BlipNlvr
@@ -37,7 +38,7 @@ def test_vit(path):
     vit.load_state_dict(golden.published_weights(t))
     for temperature in config["temperatures"]:
         name = f"T{temperature}"
-        out, _, record = vit(t["image"], learnable, setting(temperature), align=True)
+        out, _, record = vit(t["image"], Guidance(setting(temperature), align=True, learnable_tokens=learnable))
         expected = t.get(f"{name}.order_cuda.out", t[f"{name}.out"])
         assert [int(n[0]) for n in record.leaving] == t[f"{name}.tokens_per_layer"].tolist()
         golden.assert_close(out, expected)
@@ -66,7 +67,7 @@ def test_nlvr(path):
         for temperature in config["temperatures"]:
             name = f"{text}.T{temperature}"
             here = f"{name}.order_cuda" if f"{name}.order_cuda.logits" in t else name
-            out = model(images, t[f"{text}.input_ids"], t[f"{text}.attention_mask"], setting=setting(temperature), align=True)
+            out = model(images, t[f"{text}.input_ids"], t[f"{text}.attention_mask"], Guidance(setting(temperature), align=True))
             golden.assert_close(out.logits, t[f"{here}.logits"])
             golden.assert_close(out.vision.features, t[f"{name}.sd_img_ft"])
             task = torch.nn.functional.cross_entropy(out.logits, t["targets"])

@@ -6,12 +6,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
+from madtp.attention import varlen
+from madtp.attention.attend import similar
+from madtp.blocks import DropPath, Guidance
 from madtp.flops import GIGA
 from madtp.packing import Packed
 from madtp.pruning import OFF, PruneSetting, PruningRule
-from madtp.attention import varlen
-from madtp.attention.attend import similar
-from madtp.blocks import DropPath
 from tests import tiny
 
 INSTANCE = PruningRule(keep="instance")
@@ -37,9 +37,9 @@ def test_packed_gives_the_padded_answer(rule):
     model, inputs = tiny.nlvr(rule, layers=3), batch()
     for setting in (OFF, SETTING):
         torch.manual_seed(0)  # for the random method
-        padded = model(*inputs, setting)
+        padded = model(*inputs, Guidance(setting))
         torch.manual_seed(0)
-        packed = model(*inputs, setting, packed=True)
+        packed = model(*inputs, Guidance(setting, packed=True))
         if rule.method == "dtp" or setting is OFF:  # random numbers fall to other tokens; how many stay is the same
             torch.testing.assert_close(packed.logits, padded.logits, atol=3e-5, rtol=1e-5)
         for one, other in ((padded.vision, packed.vision), (padded.language, packed.language)):
@@ -50,7 +50,7 @@ def test_gradients_are_those_of_the_padded_form():
     grads = []
     for packed in (False, True):
         model = tiny.nlvr(INSTANCE).train()
-        output = model(*batch(), SETTING, align=True, packed=packed)
+        output = model(*batch(), Guidance(SETTING, align=True, packed=packed))
         (output.logits.square().mean() + output.similarity).backward()
         grads.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
     assert grads[0].keys() == grads[1].keys()
@@ -65,12 +65,12 @@ def test_company_and_order_never_change_an_answer(lengths, random):
     """Kept tokens and costs exactly, logits to 1e-5."""
     model, images, (ids, mask) = tiny.nlvr(INSTANCE), tiny.images(len(lengths)), tiny.text(lengths)
     order = random.sample(range(len(lengths)), len(lengths))
-    whole = model(images[order], ids[order], mask[order], SETTING, packed=True)
+    whole = model(images[order], ids[order], mask[order], Guidance(SETTING, packed=True))
     for place, sample in enumerate(order):
         one = slice(sample, sample + 1)
-        alone = model(images[one], ids[one, : lengths[sample]], mask[one, : lengths[sample]], SETTING, packed=True)
+        alone = model(images[one], ids[one, : lengths[sample]], mask[one, : lengths[sample]], Guidance(SETTING, packed=True))
         torch.testing.assert_close(whole.logits[place : place + 1], alone.logits, atol=1e-5, rtol=1e-5)
-        assert model.gflops(whole, SETTING)[place] == model.gflops(alone, SETTING)[0]
+        assert model.gflops(whole)[place] == model.gflops(alone)[0]
         for kept, kept_alone in zip(whole.language.kept, alone.language.kept, strict=True):
             number = kept_alone.shape[1]
             assert torch.equal(kept[place, :number], kept_alone[0]) and not kept[place, number:].any()
@@ -89,11 +89,11 @@ def test_the_closed_form_is_what_runs_packed(rule):
 
     kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     with FlopCounterMode(display=False, custom_mapping={kernel: fused}) as counter:
-        out = model(*inputs, SETTING, packed=True)
+        out = model(*inputs, Guidance(SETTING, packed=True))
     norms = sum(int((a + b).sum()) * 20 for a, b in zip(out.vision.entering, out.vision.leaving, strict=True))
     norms += sum(int((a + 2 * b).sum()) * 16 for a, b in zip(out.language.entering, out.language.leaving, strict=True))
     norms += int(out.vision.leaving[-1].sum()) * 20 + int(out.language.entering[0].sum()) * 16
-    assert (counter.get_total_flops() / 2 + 5 * norms) / GIGA == pytest.approx(float(model.gflops(out, SETTING)), rel=1e-9)
+    assert (counter.get_total_flops() / 2 + 5 * norms) / GIGA == pytest.approx(float(model.gflops(out)), rel=1e-9)
 
 
 @given(

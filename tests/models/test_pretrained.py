@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from madtp.pruning import PruningRule
-from models.weights.blip import interpolate_position_embedding, load_nlvr_weights, load_weights, read_checkpoint
+from models.weights.blip import load_nlvr_weights
+from models.weights.reading import interpolate_position_embedding, load_weights, read_checkpoint
 from tests import tiny
 from utils import UserError
 

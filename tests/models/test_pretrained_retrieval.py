@@ -8,11 +8,13 @@ from torch import Tensor, nn
 from transformers import CLIPConfig, CLIPModel
 
 from clip.model import ClipSize
+from madtp.blocks import Guidance
 from madtp.pruning import PruneSetting, PruningRule, TokenPruner
 from models.clip_retrieval import ClipRetrieval
 from models.momentum import NO_IMAGE
-from models.weights.blip import interpolate_position_embedding, load_retrieval_weights, read_checkpoint
+from models.weights.blip import load_retrieval_weights
 from models.weights.clip import load_clip_weights
+from models.weights.reading import interpolate_position_embedding, read_checkpoint
 from tests import tiny
 from utils import UserError
 
@@ -228,7 +230,7 @@ def test_the_authors_checkpoints_are_read(tmp_path):
     load_clip_weights(model, checkpoint["model"], "checkpoint_best.pth")
     assert all(torch.equal(tensor, weights[name]) for name, tensor in model.state_dict().items() if name not in QUEUES)
     assert checkpoint["temperature"] == 3.5 and model.image_queue.shape == (12, 7)
-    model.encode_image(tiny.images(1)[:, 0], PruneSetting(3.5))
+    model.encode_image(tiny.images(1)[:, 0], Guidance(PruneSetting(3.5)))
 
 
 def test_of_transformers_weights_all_are_translated():

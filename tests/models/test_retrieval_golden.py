@@ -3,11 +3,12 @@
 import pytest
 import torch
 
+from madtp.blocks import Guidance
 from madtp.pruning import OFF, PruneSetting, PruningRule, TokenPruner
 from models.bert import BertSize, CrossAttention, TextEncoder
 from models.blip_retrieval import BlipRetrieval
-from models.weights.blip import load_retrieval_weights
 from models.vit import VisionTransformer
+from models.weights.blip import load_retrieval_weights
 from tests import golden
 
 RELEASED = PruningRule(variant="released", keep="max")
@@ -59,7 +60,7 @@ def test_retrieval(path, monkeypatch):
         setting = PruneSetting(float(temperature)) if temperature > 0 else OFF
         batch = t["images"], t["input_ids"], t["attention_mask"]
         model.follow()
-        passes = model.passes(*batch, t["idx"], setting, align=True)
+        passes = model.passes(*batch, t["idx"], Guidance(setting, align=True))
         losses = model.losses(passes, t["idx"], info["config"]["alpha"])
         model.enqueue(passes, t["idx"])
         golden.assert_close(passes.logits, t[f"{name}.itm_logits"])

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from madtp.pruning import PruneSetting, PruningRule, gather_and_merge
-from madtp.blocks import TowerRecord
+from madtp.blocks import Guidance, TowerRecord
+from madtp.pruning import PruneSetting, PruningRule
+from madtp.selection import gather_and_merge
 from madtp.trace import surviving, tokens_by_block
 from tests import tiny
 
@@ -59,7 +60,7 @@ def test_the_trace_follows_the_tokens_themselves(merge: bool) -> None:
 def test_survivors_and_merged_tokens_are_what_a_model_hands_on(keep: str) -> None:
     model = tiny.nlvr(PruningRule(keep=keep))
     ids, mask = tiny.text([5, 9, 12])
-    output = model(tiny.images(3), ids, mask, PruneSetting(3.0, prune_from=1))
+    output = model(tiny.images(3), ids, mask, Guidance(PruneSetting(3.0, prune_from=1)))
     for record, valid in (
         (output.vision, torch.ones(6, (tiny.IMAGE // tiny.PATCH) ** 2).bool()),
         (output.language, mask[:, 1:].bool()),

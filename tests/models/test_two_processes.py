@@ -9,9 +9,10 @@ from torch import Tensor
 
 from configs.schema import ClipRetrievalConfig
 from engine.experiment import Experiment
+from madtp.blocks import Guidance
 from madtp.packing import Packed
 from madtp.pruning import OFF, PruneSetting, PruningRule
-from madtp.blocks import gather_samples
+from models.blip_retrieval import gather_samples
 from tests import tiny
 from utils import Run
 
@@ -63,7 +64,7 @@ def one_pair(kind: str, number: int) -> tuple[Tensor, Tensor, Tensor]:
 def step(rank: int, kind: str, form: str) -> dict:
     """A training step on one pair; the gradients are those of the loss of which the pair's own process is not all."""
     model = tiny.PAIR_MODELS[kind](INSTANCE).train()
-    passes = model.passes(*one_pair(kind, rank), torch.tensor([rank]), SETTING, align=True, packed=form == "packed")
+    passes = model.passes(*one_pair(kind, rank), torch.tensor([rank]), Guidance(SETTING, align=True, packed=form == "packed"))
     losses = model.losses(passes, torch.tensor([rank]), alpha=0.4)
     model.enqueue(passes, torch.tensor([rank]))
     losses.get("matching", losses["similarity"]).backward()
@@ -82,7 +83,7 @@ def mask(rank: int) -> dict[str, list[Tensor]]:
     batch = dict(zip(("images", "ids", "mask"), one_pair("clip", rank), strict=True))
 
     def forward(model: torch.nn.Module, batch: dict, setting: PruneSetting) -> Tensor:
-        return sum(model.costs(*batch.values(), setting=setting)[0].values())
+        return sum(model.costs(*batch.values(), guidance=Guidance(setting))[0].values())
 
     task = Experiment(
         ClipRetrievalConfig(p=0.5, sparsity_type="2:4"), Run(torch.device("cpu"), rank, 2), model, {"calibration": [batch]},
@@ -135,7 +136,7 @@ def test_both_processes_hold_the_queue_of_one_with_both_batches(found, name):
     kind, form = FORMS[name]
     model = tiny.PAIR_MODELS[kind](INSTANCE).train()
     before = {name: buffer.clone() for name, buffer in queues(model).items()}
-    passes = model.passes(*tiny.pairs(kind, PAIRS), torch.arange(2), SETTING, packed=form == "packed")
+    passes = model.passes(*tiny.pairs(kind, PAIRS), torch.arange(2), Guidance(SETTING, packed=form == "packed"))
     model.enqueue(passes, torch.arange(2))
     for key, expected in queues(model).items():
         assert torch.equal(found[0][name]["queues"][key], found[1][name]["queues"][key])
@@ -148,7 +149,7 @@ def test_the_mean_of_their_gradients_is_that_of_one_process_with_both_batches(fo
     """BLIP: of the matching, where each of two pairs is the other's negative, across processes and texts of other widths."""
     kind, form = FORMS[name]
     model = tiny.PAIR_MODELS[kind](INSTANCE).train()
-    passes = model.passes(*tiny.pairs(kind, PAIRS), torch.arange(2), SETTING, align=True, packed=form == "packed")
+    passes = model.passes(*tiny.pairs(kind, PAIRS), torch.arange(2), Guidance(SETTING, align=True, packed=form == "packed"))
     losses = model.losses(passes, torch.arange(2), alpha=0.4)
     losses.get("matching", losses["similarity"]).backward()
     expected = gradients(model)

@@ -5,6 +5,7 @@ import timm
 import torch
 from transformers import BlipVisionConfig, BlipVisionModel
 
+from madtp.blocks import Guidance
 from madtp.pruning import OFF, PruneSetting, PruningRule, TokenPruner
 from models.vit import VisionTransformer
 from tests.tiny import with_lively_weights
@@ -74,20 +75,20 @@ def test_switched_off_pruners_change_not_one_number(training):
     """Neither without a temperature, nor when only the alignment features are wanted, nor before `prune_from`."""
     dense, sparse = tower().train(training), tower(PruningRule()).train(training)
     expected = dense(pictures())[0]
-    assert torch.equal(sparse(pictures(), LEARNABLE)[0], expected)
-    aligned, _, record = sparse(pictures(), LEARNABLE, OFF, align=True)
+    assert torch.equal(sparse(pictures(), Guidance(learnable_tokens=LEARNABLE))[0], expected)
+    aligned, _, record = sparse(pictures(), Guidance(OFF, align=True, learnable_tokens=LEARNABLE))
     assert torch.equal(aligned, expected) and record.features.shape == (3, 5, 24)
-    assert torch.equal(sparse(pictures(), LEARNABLE, PruneSetting(1.0, prune_from=3))[0], expected)
-    assert sparse(pictures(), LEARNABLE, PruneSetting(1.0, prune_from=2))[0].shape[1] < expected.shape[1]
+    assert torch.equal(sparse(pictures(), Guidance(PruneSetting(1.0, prune_from=3), learnable_tokens=LEARNABLE))[0], expected)
+    assert sparse(pictures(), Guidance(PruneSetting(1.0, prune_from=2), learnable_tokens=LEARNABLE))[0].shape[1] < expected.shape[1]
 
 
 @torch.no_grad()
 def test_a_batch_of_one_is_a_batch_of_many_under_instance():
     vit, setting, many = tower(PruningRule(keep="instance")), PruneSetting(8.0), pictures(8)
-    tokens, valid, record = vit(many, LEARNABLE, setting, align=True)
+    tokens, valid, record = vit(many, Guidance(setting, align=True, learnable_tokens=LEARNABLE))
     assert len(set(record.leaving[0].tolist())) > 3  # the pictures differ in what is kept
     for index in range(8):
-        alone, _, alone_record = vit(many[index : index + 1], LEARNABLE, setting, align=True)
+        alone, _, alone_record = vit(many[index : index + 1], Guidance(setting, align=True, learnable_tokens=LEARNABLE))
         torch.testing.assert_close(tokens[index][valid[index]], alone[0], atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(record.features[index : index + 1], alone_record.features, atol=1e-5, rtol=1e-5)
         assert [int(n[index]) for n in record.leaving] == [int(n[0]) for n in alone_record.leaving]
@@ -99,8 +100,8 @@ def test_a_batch_of_one_is_a_batch_of_many_under_instance():
 @torch.no_grad()
 def test_under_max_every_picture_keeps_as_many_as_the_one_that_needs_most():
     setting = PruneSetting(8.0)
-    together = tower(PruningRule(keep="max"))(pictures(8), LEARNABLE, setting)[2]
-    apart = tower(PruningRule(keep="instance"))(pictures(8), LEARNABLE, setting)[2]
+    together = tower(PruningRule(keep="max"))(pictures(8), Guidance(setting, learnable_tokens=LEARNABLE))[2]
+    apart = tower(PruningRule(keep="instance"))(pictures(8), Guidance(setting, learnable_tokens=LEARNABLE))[2]
     assert together.leaving[0].tolist() == [int(apart.leaving[0].max())] * 8
     assert int(apart.leaving[0].min()) < int(apart.leaving[0].max())
 
@@ -113,7 +114,7 @@ def test_the_features_are_those_of_the_tokens_that_enter_the_blocks():
     patches = (vit.patch_embed(pictures()) + vit.pos_embed[:, 1:]).double()
     weights = (LEARNABLE.double() @ patches.transpose(1, 2) / 24**0.5).softmax(dim=-1)
     for setting in (OFF, PruneSetting(5.0)):
-        features = vit(pictures(), LEARNABLE, setting, align=True)[2].features
+        features = vit(pictures(), Guidance(setting, align=True, learnable_tokens=LEARNABLE))[2].features
         torch.testing.assert_close(features.double(), weights @ patches, atol=1e-4, rtol=1e-4)
 
 
@@ -127,7 +128,8 @@ def test_activation_checkpointing_changes_neither_loss_nor_gradients(temperature
         vit = tower(rule, checkpoint_blocks=blocks).train()
         learnable = LEARNABLE.clone().requires_grad_()
         with torch.autocast("cpu", torch.bfloat16, enabled=amp):
-            tokens, layout, record = vit(pictures(), learnable, PruneSetting(temperature), align=True, packed=packed)
+            guidance = Guidance(PruneSetting(temperature), align=True, packed=packed, learnable_tokens=learnable)
+            tokens, layout, record = vit(pictures(), guidance)
         weight = 1.0 if layout is None or packed else layout.unsqueeze(-1)
         loss = (tokens * weight).pow(2).mean() + record.features.pow(2).mean() / 100
         loss.backward()

@@ -9,17 +9,17 @@ import torch
 from torch import nn
 
 from clip.model import MLP_RATIO
+from configs.load import load_config
 from configs.schema import Config
-from engine.restore import LOAD
 from engine.sparse_inference import sparse_kernels
 from engine.train import Precision
+from madtp.blocks import Guidance
 from madtp.pruning import OFF, PruneSetting
 from madtp.sparsity.kernels import PATTERN
-from madtp.sparsity.masks import SparseWeights
 from madtp.sparsity.layers import sparse_weights
-from models.weights.blip import read_checkpoint
-from configs.load import load_config
-from tools.flops import BUILD
+from madtp.sparsity.masks import SparseWeights
+from models.weights.reading import read_checkpoint
+from tasks import registry
 from tools.benchmarks.rankings import RANKINGS
 from tools.benchmarks.workloads import WORKLOADS, ClipImage, Forward, Inputs, Method, Prepare
 from utils import UserError
@@ -73,9 +73,10 @@ def loaded(args: argparse.Namespace, config: Config) -> nn.Module:
         if args.pretrained:
             raise UserError("--pretrained: task retrieval_clip is timed with random weights; leave it out")
         return ClipImage.built(config)
-    model, _ = BUILD[config.task](config)
+    task = registry.TASKS[config.task]
+    model, _ = task.reference_case(config)
     if args.pretrained:
-        LOAD[config.task](model, read_checkpoint(args.pretrained)["model"], args.pretrained)
+        task.load(model, read_checkpoint(args.pretrained)["model"], args.pretrained)
     return model
 
 
@@ -97,12 +98,13 @@ def forward_of(args: argparse.Namespace, model: nn.Module, setting: PruneSetting
     """inputs -> the pass that is timed of a workload's model."""
     workload = WORKLOADS[args.task]
     if not args.train:
-        return lambda inputs: lambda: workload.run(model, inputs, setting, packed)
+        return lambda inputs: lambda: workload.run(model, inputs, Guidance(setting, packed=packed))
 
     def step(inputs: Inputs) -> None:
         model.zero_grad(set_to_none=True)
         with torch.enable_grad():
-            output = workload.run(model, inputs, setting, packed and inputs[0].device.type == "cpu", align=packed)
+            on_cpu = inputs[0].device.type == "cpu"
+            output = workload.run(model, inputs, Guidance(setting, align=packed, packed=packed and on_cpu))
             workload.loss(model, output).backward()
 
     return lambda inputs: lambda: step(inputs)
@@ -113,8 +115,8 @@ def cost_of(args: argparse.Namespace, model: nn.Module, setting: PruneSetting, p
     workload = WORKLOADS[args.task]
     device = next(model.parameters()).device
     with Precision(device, args.amp).autocast():  # which kernels run, and so what scores cost, depends on it
-        output = workload.run(model, random_inputs(args, 1, device), setting, packed)
-        gflops = float(workload.gflops(model, output, setting).mean())
+        output = workload.run(model, random_inputs(args, 1, device), Guidance(setting, packed=packed))
+        gflops = float(workload.gflops(model, output).mean())
     return gflops, tuple(float(n.double().mean()) for n in workload.record(output).leaving)
 
 
@@ -125,7 +127,7 @@ def dense_method(args: argparse.Namespace, device: torch.device) -> Method:
 
 def compiled_method(args: argparse.Namespace, device: torch.device) -> Method:
     model = model_of(args, 0.0).to(device)
-    compiled = torch.compile(lambda inputs: WORKLOADS[args.task].run(model, inputs, OFF, False), dynamic=False)
+    compiled = torch.compile(lambda inputs: WORKLOADS[args.task].run(model, inputs, Guidance()), dynamic=False)
     forward_with = of_one_shape(lambda inputs: lambda: compiled(inputs))
     return Method("compiled", 0.0, forward_with, *cost_of(args, model, OFF, False))
 
@@ -205,7 +207,7 @@ def pruned_methods(args: argparse.Namespace, device: torch.device, p: float | No
     pruned = Method("madtp", round(1 - gflops / dense, 4), forward_of(args, model, setting, True), gflops, keep)
 
     def metered(inputs: Inputs) -> list[float]:
-        return workload.gflops(model, workload.run(model, inputs, setting, True), setting).tolist()
+        return workload.gflops(model, workload.run(model, inputs, Guidance(setting, packed=True))).tolist()
 
     if not args.metered:
         return [pruned]

@@ -13,14 +13,15 @@ from torch import Tensor, nn
 
 from configs.schema import RetrievalConfig, VqaConfig
 from data.captions import Split
-from tasks.ranking import Ranking, rerank
+from madtp.blocks import Encoded, Guidance, TowerRecord
 from madtp.flops import GIGA
-from madtp.pruning import OFF, Layout, PruneSetting
+from madtp.packing import Layout, count_tokens, select
+from madtp.pruning import PruneSetting
 from models.blip_retrieval import BlipRetrieval
 from models.blip_vqa import BlipVqa, Question, next_token_losses
 from models.decoder import IGNORED, decoder_flops
-from madtp.blocks import Encoded, TowerRecord, count_tokens, select
-from tools.flops import bert_vocabulary
+from tasks.ranking import Ranking, rerank
+from tasks.task import bert_vocabulary
 from tools.benchmarks.workloads import Forward, Inputs, Method
 from utils import Run
 
@@ -80,7 +81,7 @@ class Matcher(nn.Module):
         super().__init__()
         self.model, self.encoded, self.separate = model, encoded, separate
 
-    def encode_image(self, images: Tensor, setting: PruneSetting, packed: bool) -> Encoded:
+    def encode_image(self, images: Tensor, guidance: Guidance) -> Encoded:
         return self.encoded
 
     def match(
@@ -101,8 +102,9 @@ def matching(model: BlipRetrieval, packed: bool, separate: bool) -> Callable[[In
         candidates = torch.arange(len(ids)).unflatten(0, (len(images), -1))
         by_image = Ranking(candidates, torch.zeros(candidates.shape))
         by_text = Ranking(candidates.new_empty(len(ids), 0), torch.empty(len(ids), 0))
-        matcher, run = Matcher(model, model.encode_image(images, packed=packed), separate), Run(images.device)
-        return lambda: rerank(matcher, split, tokens, by_image, by_text, OFF, packed, run)[0]
+        guidance = Guidance(packed=packed)
+        matcher, run = Matcher(model, model.encode_image(images, guidance), separate), Run(images.device)
+        return lambda: rerank(matcher, split, tokens, by_image, by_text, guidance, run)[0]
 
     return prepare
 
@@ -113,7 +115,7 @@ def matching_gflops(model: BlipRetrieval, inputs: Inputs) -> tuple[float, float]
     image = model.encode_image(images)
     _, record = model.match(*text, (image.tokens, image.layout))
     read = count_tokens(image.tokens, image.layout)
-    separate = float(model.text_encoder.flops(record, [read], OFF).double().mean()) + model.itm_head.weight.numel()
+    separate = float(model.text_encoder.flops(record, [read]).double().mean()) + model.itm_head.weight.numel()
     keys = sum(float(layer.crossattention.self.flops(0, read)) for layer in model.text_encoder.encoder.layer)
     return separate / GIGA, (separate - keys * (1 - 1 / len(text[0]))) / GIGA
 
@@ -144,7 +146,7 @@ class RankAnswers:
         def ranking(rank: Callable[..., list]) -> Callable[[Inputs], Forward]:
             def prepare(inputs: Inputs) -> Forward:
                 *read, answer_ids, answer_mask = inputs
-                question = model.read(*read, packed=True)
+                question = model.encode(*read, Guidance(packed=True))
                 return lambda: rank(model, question, answer_ids, answer_mask, config.k_test)
 
             return prepare

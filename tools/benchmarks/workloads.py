@@ -13,13 +13,12 @@ from torch import Tensor, nn
 
 from clip.model import ClipSize, VisionTower
 from configs.schema import ClipRetrievalConfig, NlvrConfig
+from madtp.attention.attend import recomputes_scores
+from madtp.blocks import AlignedModel, Encoded, Guidance, TowerRecord, block_flops, run_blocks
 from madtp.flops import GIGA
 from madtp.packing import pack
-from madtp.pruning import PruneSetting
-from madtp.attention.attend import scored_again
 from models.blip_nlvr import REFERENCE_TEXT_TOKENS, BlipNlvr
 from models.build import learnable_tokens, pruner_factory
-from madtp.blocks import AlignedModel, Encoded, TowerRecord, count_tokens
 
 Inputs = tuple[Tensor, ...]
 Forward = Callable[[], object]
@@ -64,8 +63,8 @@ class Nlvr:
         return ""
 
     @staticmethod
-    def run(model: BlipNlvr, inputs: Inputs, setting: PruneSetting, packed: bool, align: bool = False):
-        return model(*inputs, setting, align, packed)
+    def run(model: BlipNlvr, inputs: Inputs, guidance: Guidance):
+        return model(*inputs, guidance)
 
     @staticmethod
     def loss(model: BlipNlvr, output) -> Tensor:
@@ -73,8 +72,8 @@ class Nlvr:
         return task if output.similarity is None else task + output.similarity
 
     @staticmethod
-    def gflops(model: BlipNlvr, output, setting: PruneSetting) -> Tensor:
-        return model.gflops(output, setting)
+    def gflops(model: BlipNlvr, output) -> Tensor:
+        return model.gflops(output)
 
     @staticmethod
     def record(output) -> TowerRecord:
@@ -89,16 +88,16 @@ class Image(Nlvr):
         return (torch.randn(batch_size, 3, config.image_size, config.image_size),)
 
     @staticmethod
-    def run(model: BlipNlvr, inputs: Inputs, setting: PruneSetting, packed: bool, align: bool = False):
-        return model.visual_encoder(*inputs, model.learnable_tokens, setting, align, packed)
+    def run(model: BlipNlvr, inputs: Inputs, guidance: Guidance):
+        return model.visual_encoder(*inputs, model.guided(guidance))
 
     @staticmethod
     def loss(model: BlipNlvr, output) -> Tensor:
         return mean_square(output[0], output[2])
 
     @staticmethod
-    def gflops(model: BlipNlvr, output, setting: PruneSetting) -> Tensor:
-        return model.visual_encoder.flops(output[2], setting).double() / GIGA
+    def gflops(model: BlipNlvr, output) -> Tensor:
+        return model.visual_encoder.flops(output[2]).double() / GIGA
 
     @staticmethod
     def record(output) -> TowerRecord:
@@ -123,16 +122,16 @@ class ClipImage(Image):
         return [model.visual.transformer.resblocks]
 
     @staticmethod
-    def run(model: AlignedModel, inputs: Inputs, setting: PruneSetting, packed: bool, align: bool = False) -> Encoded:
-        return model.visual(*inputs, model.learnable_tokens, setting, align, packed)
+    def run(model: AlignedModel, inputs: Inputs, guidance: Guidance) -> Encoded:
+        return model.visual(*inputs, model.guided(guidance))
 
     @staticmethod
     def loss(model: AlignedModel, output: Encoded) -> Tensor:
         return mean_square(output.feature, output.record)
 
     @staticmethod
-    def gflops(model: AlignedModel, output: Encoded, setting: PruneSetting) -> Tensor:
-        return model.visual.flops(output, setting).double() / GIGA
+    def gflops(model: AlignedModel, output: Encoded) -> Tensor:
+        return model.visual.flops(output).double() / GIGA
 
     @staticmethod
     def record(output: Encoded) -> TowerRecord:
@@ -152,18 +151,15 @@ class OneBlock(Nlvr):
         return (torch.randn(batch_size, tokens, config.vit_sizes.embed_dim),)
 
     @staticmethod
-    def run(model: BlipNlvr, inputs: Inputs, setting: PruneSetting, packed: bool, align: bool = False) -> TowerRecord:
-        x, layout = pack(inputs[0], None) if packed else (inputs[0], None)
-        before = count_tokens(x, layout)
-        x, layout, kept, features = model.visual_encoder.blocks[0](x, layout, model.learnable_tokens, setting.at(0), align)
-        record = TowerRecord(packed=packed, scored_again=scored_again(x, layout, model.visual_encoder.blocks[0].attn.num_heads))
-        record.add(before, count_tokens(x, layout), kept, features)
-        return record
+    def run(model: BlipNlvr, inputs: Inputs, guidance: Guidance) -> TowerRecord:
+        blocks = model.visual_encoder.blocks[:1]
+        x, layout = pack(inputs[0], None) if guidance.packed else (inputs[0], None)
+        again = recomputes_scores(x, layout, blocks[0].attn.num_heads)
+        return run_blocks(blocks, x, layout, model.guided(guidance), recomputes_scores=again)[2]
 
     @staticmethod
-    def gflops(model: BlipNlvr, output: TowerRecord, setting: PruneSetting) -> Tensor:
-        ran = output.ran(setting.at(0) is not None, training=False)
-        return model.visual_encoder.blocks[0].flops(output.entering[0], output.leaving[0], ran).double() / GIGA
+    def gflops(model: BlipNlvr, output: TowerRecord) -> Tensor:
+        return block_flops(model.visual_encoder.blocks[:1], output).double() / GIGA
 
     @staticmethod
     def record(output: TowerRecord) -> TowerRecord:

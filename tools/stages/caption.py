@@ -14,11 +14,13 @@ from configs.schema import CaptionConfig
 from data.shapes.tasks import caption
 from data.shapes.world import random_scene
 from data.text import dec_token_id, encode
+from madtp.packing import padded
 from models.blip_caption import BlipCaption
-from madtp.blocks import padded
-from tools.stages.common import ClassContent, Plan, draw_shown, encode_shown, fit
+from tasks.registry import build_model
+from tools.stages.common import SINGLES, ClassContent, Plan, Recipe, draw_shown, encode_shown, fit, nlvr_weights, start_from_nlvr
 from transform.images import eval_transform
 
+PLAN = Plan(steps=1_000, batch=16, rate=5e-4, warmup=100)
 CAPTIONS = 2  # a picture: they differ in little
 
 
@@ -53,7 +55,7 @@ def train_captions(
             tokens, layout, _ = encode_shown(model.visual_encoder, batch["images"], batch["shown"])
             told = content.loss(batch["attributes"])
             image = [part.repeat_interleave(CAPTIONS, dim=0) for part in (padded(tokens, layout)[0], layout.valid)]
-            output = model.tell(*image, ids, mask)
+            output = model.decode(*image, ids, mask)
         counted = mask[:, len(model.prompt) :].bool()
         found = output.logits[:, len(model.prompt) - 1 : -1].argmax(dim=-1) == ids[:, len(model.prompt) :]
         figures = {"loss": output.loss.item(), "next word right": found[counted].float().mean().item(), "content": told.item()}
@@ -62,3 +64,10 @@ def train_captions(
     stream = DataLoader(Captions(seed, config, tokenizer, plan), batch_size=None, num_workers=1)
     fit([*model.parameters(), *content.parameters()], plan, iter(stream), losses, log)
     content.remove()
+
+
+def recipe(config: CaptionConfig) -> Recipe:
+    model, tokenizer = build_model(config)
+    start_from_nlvr(model, nlvr_weights(), text="text_decoder.bert")
+    stages = {"captions": lambda seed, log: train_captions(model, config, tokenizer, PLAN, seed, log)}
+    return Recipe(model, stages, ["--tasks", "caption", *SINGLES])

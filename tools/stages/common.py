@@ -3,6 +3,7 @@
 import logging
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from itertools import count, islice
 from pathlib import Path
 from typing import NamedTuple
@@ -15,19 +16,11 @@ from torch.utils.data import DataLoader, IterableDataset
 from tqdm import tqdm
 
 from data.shapes.world import COLOURS, LATTICE, SHAPES, SIZES, Scene, draw, random_scene
+from madtp.blocks import UNPRUNED, Guidance, TowerRecord, run_blocks
 from madtp.packing import Packed, class_tokens, pack
-from madtp.pruning import OFF
-from madtp.blocks import TowerRecord, run_blocks
 from models.vit import VisionTransformer
+from models.weights.reading import read_checkpoint
 from transform.images import ImageTransform, eval_transform
-
-PATCH = 8  # px, in 12 x 12 patches, two to a cell of the world's lattice
-SIDE = 2 * LATTICE
-ATTRIBUTES = (SIZES, COLOURS, SHAPES)  # in the order of a Kind; named one by one, as words will name them
-GROUND_WEIGHT = 0.1
-PLACE_WEIGHT = 0.3  # of things alone; places are easy, and would drown what the patches show
-LOG_EVERY = 100
-THIN = 1.5  # the higher, the less ground is shown
 
 
 class Plan(NamedTuple):
@@ -37,6 +30,37 @@ class Plan(NamedTuple):
     batch: int
     rate: float
     warmup: int = 200
+
+
+PATCH = 8  # px, in 12 x 12 patches, two to a cell of the world's lattice
+SIDE = 2 * LATTICE
+ATTRIBUTES = (SIZES, COLOURS, SHAPES)  # in the order of a Kind; named one by one, as words will name them
+GROUND_WEIGHT = 0.1
+PLACE_WEIGHT = 0.3  # of things alone; places are easy, and would drown what the patches show
+LOG_EVERY = 100
+NLVR = Path(__file__).resolve().parents[2] / "pretrained/shapes/nlvr.safetensors"
+VISION = Plan(steps=600, batch=32, rate=1e-3, warmup=100)
+RETRIEVAL_DATA = ["--tasks", "retrieval", "--size", "1000", "--eval-size", "1000"]
+SINGLES = ["--size", "500", "--eval-size", "1000", "--val-size", "500"]
+PACKED = Guidance(packed=True)
+THIN = 1.5  # the higher, the less ground is shown
+
+
+@dataclass
+class Recipe:
+    """A task's uncompressed model, its stages by name, and the options of make_shapes for its test data.
+
+    A stage is called with a seed and the path of its log.
+    """
+
+    model: nn.Module
+    stages: dict[str, Callable[[int, Path], None]]
+    data: list[str]
+
+
+def nlvr_weights() -> dict[str, Tensor]:
+    """Returns the weights of the published model for NLVR2."""
+    return read_checkpoint(NLVR)["model"]
 
 
 def fit(parameters: list[Tensor], plan: Plan, stream: Iterator, losses: Callable, log: Path) -> None:
@@ -161,7 +185,7 @@ def encode_shown(encoder: VisionTransformer, images: Tensor, shown: Tensor) -> t
     """The image encoder's output, packed, when it sees the tokens `shown` (B, 1 + N) alone. images (B, 3, H, W)"""
     x = encoder.patch_embed(images)
     x = torch.cat([encoder.cls_token.expand(len(x), -1, -1).to(x.dtype), x], dim=1) + encoder.pos_embed
-    x, layout, record = run_blocks(encoder.blocks, *pack(x, shown), None, OFF, False, False)
+    x, layout, record = run_blocks(encoder.blocks, *pack(x, shown), UNPRUNED)
     return encoder.norm(x), layout, record
 
 

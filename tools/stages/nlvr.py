@@ -16,12 +16,28 @@ from data.shapes.search import FULL, PAIRS_PER_CHUNK, Level, make_chunk
 from data.shapes.statements import evidence
 from data.shapes.world import Scene, draw
 from data.text import load_tokenizer
-from madtp.packing import class_tokens, pack
+from madtp.packing import class_tokens, halves, pack
 from models.blip_nlvr import BlipNlvr
-from madtp.blocks import halves
-from tools.stages.common import THIN, ClassContent, Plan, encode_shown, fit, patch_attributes, shown_patches
+from tasks.registry import build_model
+from tools.stages.common import (
+    PACKED,
+    THIN,
+    VISION,
+    ClassContent,
+    Plan,
+    Recipe,
+    encode_shown,
+    fit,
+    patch_attributes,
+    shown_patches,
+    train_vision,
+    word_directions,
+)
 from transform.images import eval_transform
 
+READING = Plan(steps=6_000, batch=8, rate=3e-4)
+JOINT = Plan(steps=2_400, batch=8, rate=1.5e-4, warmup=100)
+SPARSE = Plan(steps=2_400, batch=8, rate=2e-4, warmup=100)
 LOOK = 2.0  # how sharply words look for their patches at first
 EVIDENCE = 32  # counts and rows are smaller
 EASIER_TOO = (Level(most=6), FULL)  # in turn: words are easier to tell apart where there is little to see
@@ -73,7 +89,7 @@ def train_reading(model: BlipNlvr, config: NlvrConfig, plan: Plan, seed: int, lo
             with torch.no_grad():
                 tokens, _, _ = model.visual_encoder(batch["images"].transpose(0, 1).flatten(0, 1))
             images = halves(*pack(tokens, batch["shown"]))
-            text, layout, _ = model.text_encoder(batch["input_ids"], batch["attention_mask"], images, packed=True)
+            text, layout, _ = model.text_encoder(batch["input_ids"], batch["attention_mask"], images, PACKED)
             told = class_tokens(text, layout)
             found = evidence_head(told).float().unflatten(-1, (2, EVIDENCE))
             logits = model.cls_head(told).float()
@@ -95,7 +111,7 @@ def train_joint(model: BlipNlvr, config: NlvrConfig, plan: Plan, seed: int, log:
 
     def losses(batch: dict) -> tuple[Tensor, dict[str, float]]:
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            output = model(batch["images"], batch["input_ids"], batch["attention_mask"], packed=True)
+            output = model(batch["images"], batch["input_ids"], batch["attention_mask"], PACKED)
         loss = F.cross_entropy(output.logits.float(), batch["targets"])
         true = (output.logits.argmax(dim=-1) == batch["targets"]).float().mean().item()
         return loss, {"loss": loss.item(), "judged rightly": true}
@@ -114,7 +130,7 @@ def train_sparse(model: BlipNlvr, config: NlvrConfig, plan: Plan, seed: int, log
         with torch.autocast("cpu", dtype=torch.bfloat16):
             tokens, layout, _ = encode_shown(model.visual_encoder, batch["images"].transpose(0, 1).flatten(0, 1), batch["shown"])
             images = halves(tokens, layout)
-            text, layout, _ = model.text_encoder(batch["input_ids"], batch["attention_mask"], images, packed=True)
+            text, layout, _ = model.text_encoder(batch["input_ids"], batch["attention_mask"], images, PACKED)
             logits = model.cls_head(class_tokens(text, layout)).float()
             told = content.loss(batch["attributes"])
         loss = F.cross_entropy(logits, batch["targets"])
@@ -132,3 +148,20 @@ def look_for_words(model: BlipNlvr) -> None:
     for layer in model.text_encoder.encoder.layer:
         for heads in (layer.crossattention.self0, layer.crossattention.self1):
             heads.key.weight.copy_(LOOK * heads.query.weight)
+
+
+def recipe(config: NlvrConfig) -> Recipe:
+    model, tokenizer = build_model(config)
+    encoder, embeddings = model.visual_encoder, model.text_encoder.embeddings.word_embeddings.weight
+
+    def vision(seed: int, log: Path) -> None:
+        directions = word_directions(embeddings, tokenizer.convert_tokens_to_ids)
+        train_vision(encoder, lambda images: encoder(images)[0], directions, config.image_size, VISION, seed, log)
+
+    stages = {
+        "vision": vision,
+        "reading": lambda seed, log: train_reading(model, config, READING, seed, log),
+        "joint": lambda seed, log: train_joint(model, config, JOINT, seed, log),
+        "sparse": lambda seed, log: train_sparse(model, config, SPARSE, seed, log),
+    }
+    return Recipe(model, stages, ["--tasks", "nlvr", "--size", "1000", "--statements-per-pair", "8", "--eval-size", "4000"])

@@ -15,13 +15,26 @@ from configs.schema import RetrievalConfig
 from data.captions import PairCollate
 from data.shapes.families import distinctive_caption, draw_family
 from data.text import Tokenizer
-from madtp.packing import class_tokens, pack
+from madtp.blocks import Encoded
+from madtp.packing import class_tokens, pack, select
 from models.clip_retrieval import ClipRetrieval
 from models.momentum import MomentumModel, hard_negatives
-from madtp.blocks import Encoded, select
-from tools.stages.common import ClassContent, Plan, draw_shown, encode_shown, fit
+from tasks.registry import build_model
+from tools.stages.common import (
+    PACKED,
+    RETRIEVAL_DATA,
+    ClassContent,
+    Plan,
+    Recipe,
+    draw_shown,
+    encode_shown,
+    fit,
+    nlvr_weights,
+    start_from_nlvr,
+)
 from transform.images import eval_transform
 
+PAIRS = Plan(steps=1_500, batch=0, rate=3e-4)
 FAMILIES = 8  # a batch: siblings are the negatives that teach most
 
 
@@ -64,7 +77,7 @@ def train_pairs(model: MomentumModel, config: RetrievalConfig, tokenizer: Tokeni
         model.limit_temperature()
         text, own = (batch["input_ids"], batch["attention_mask"]), batch["image_ids"]
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            image, words = encode_shown_images(model, batch), model.encode_text(*text, packed=True)
+            image, words = encode_shown_images(model, batch), model.encode_text(*text, PACKED)
             told = content.loss(batch["attributes"])
         similarities = image.feature @ words.feature.t() / model.temperature
         loss = (F.cross_entropy(similarities, own) + F.cross_entropy(similarities.t(), own)) / 2
@@ -92,8 +105,15 @@ def encode_shown_images(model: MomentumModel, batch: dict[str, Tensor]) -> Encod
     """What `encode_image` gives when the image encoder sees the tokens that are shown alone."""
     images, shown = batch["images"], batch["shown"]
     if isinstance(model, ClipRetrieval):
-        encoded = model.visual.read(*pack(model.visual.embed(images), shown))
+        encoded = model.visual.encode(*pack(model.visual.embed(images), shown))
         return replace(encoded, feature=F.normalize(encoded.feature.float(), dim=-1))
     tokens, layout, record = encode_shown(model.visual_encoder, images, shown)
     feature = model.vision_proj(class_tokens(tokens, layout))
     return Encoded(tokens, layout, F.normalize(feature.float(), dim=-1), record)
+
+
+def recipe(config: RetrievalConfig) -> Recipe:
+    model, tokenizer = build_model(config)
+    start_from_nlvr(model, nlvr_weights())
+    stages = {"pairs": lambda seed, log: train_pairs(model, config, tokenizer, PAIRS, seed, log)}
+    return Recipe(model, stages, RETRIEVAL_DATA)

@@ -16,9 +16,22 @@ from data.shapes.world import random_scene
 from data.text import enc_token_id, encode
 from data.vqa import MAX_TOKENS, encode_answers
 from models.blip_vqa import BlipVqa
-from tools.stages.common import ClassContent, Plan, draw_shown, encode_shown, fit
+from tasks.registry import build_model
+from tools.stages.common import (
+    PACKED,
+    SINGLES,
+    ClassContent,
+    Plan,
+    Recipe,
+    draw_shown,
+    encode_shown,
+    fit,
+    nlvr_weights,
+    start_from_nlvr,
+)
 from transform.images import eval_transform
 
+PLAN = Plan(steps=500, batch=16, rate=4e-4, warmup=50)
 QUESTIONS = 12  # a picture
 
 
@@ -57,7 +70,7 @@ def train_answers(model: BlipVqa, config: VqaConfig, tokenizer: PreTrainedTokeni
         with torch.autocast("cpu", dtype=torch.bfloat16):
             seen = encode_shown(model.visual_encoder, batch["images"], batch["shown"])
             told = content.loss(batch["attributes"])
-            question = model.read_beside(seen, batch["question_ids"], batch["question_mask"], packed=True)
+            question = model.encode_question(seen, batch["question_ids"], batch["question_mask"], PACKED)
             each, logits = model.answer(question, answers, mask, torch.ones_like(answers[:, 0]))
         loss = each.mean()
         right = (logits[:, 0].argmax(dim=-1) == answers[:, 1]).float().mean().item()
@@ -66,3 +79,10 @@ def train_answers(model: BlipVqa, config: VqaConfig, tokenizer: PreTrainedTokeni
     stream = DataLoader(Questions(seed, config, tokenizer, plan), batch_size=None, num_workers=1)
     fit([*model.parameters(), *content.parameters()], plan, iter(stream), losses, log)
     content.remove()
+
+
+def recipe(config: VqaConfig) -> Recipe:
+    model, tokenizer = build_model(config)
+    start_from_nlvr(model, nlvr_weights())
+    stages = {"answers": lambda seed, log: train_answers(model, config, tokenizer, PLAN, seed, log)}
+    return Recipe(model, stages, ["--tasks", "vqa", *SINGLES])

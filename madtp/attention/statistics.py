@@ -1,0 +1,69 @@
+"""The attention statistics that a pruning rule asks for, from the attention map or, packed on a GPU, without it.
+
+B batch, H heads, N tokens with P prefix tokens first, D channels of a head, T tokens of a packed batch.
+"""
+
+import torch
+from torch import Tensor
+
+from madtp import released
+from madtp.attention.chunked import attend_in_chunks, class_row, column_statistics
+from madtp.importance import AttentionStatistics, class_attention, paper_columns
+from madtp.packing import Packed, Valid
+from madtp.pruning import PruningRule
+
+
+@torch.no_grad()
+def map_statistics(attention: Tensor, head_outputs: Tensor, valid: Valid, rule: PruningRule) -> AttentionStatistics:
+    """Reads the statistics off an attention map.
+
+    Args:
+        attention: (B, H, N, N) probabilities.
+        head_outputs: (B, H, N, D).
+        valid: (B, N).
+    """
+    prefix = rule.num_prefix_tokens
+    tokens = attention[:, :, prefix:, prefix:]
+    if rule.variant == "released":
+        columns = released.released_columns(tokens)
+    else:
+        columns = paper_columns(tokens, None if valid is None else valid[:, prefix:])
+    importance = class_attention(attention[:, :, 0, prefix:], head_outputs[:, :, prefix:]) if prefix else None
+    return AttentionStatistics(importance, columns)
+
+
+@torch.no_grad()
+def attend_with_statistics(
+    query: Tensor, key: Tensor, value: Tensor, valid: Valid, rule: PruningRule
+) -> tuple[Tensor, AttentionStatistics]:
+    """Returns attention and its statistics without materialising the map. (B, H, N, D) three times, (B, N) -> (B, H, N, D)."""
+    prefix = rule.num_prefix_tokens
+    out, row, columns = attend_in_chunks(query, key, value, valid, prefix)
+    return out, AttentionStatistics(class_attention(row, out[:, :, prefix:]) if prefix else None, columns)
+
+
+@torch.no_grad()
+def packed_statistics(
+    query: Tensor, key: Tensor, head_outputs: Tensor, log_norm: Tensor, layout: Packed, rule: PruningRule
+) -> AttentionStatistics:
+    """Recomputes the statistics of packed tokens from a fused kernel's log-sum-exp, in full precision.
+
+    With a product in 16 bits, subtracting its norm would leave mostly rounding errors.
+
+    Args:
+        query, key, head_outputs: (T, H, D).
+        log_norm: (T, H).
+    """
+    importance, columns, prefix = None, None, rule.num_prefix_tokens
+    with torch.autocast(query.device.type, enabled=False):
+        queries, keys, outputs, norms = (layout.pad(part).transpose(1, 2) for part in (query, key, head_outputs, log_norm))
+        if "cls" in rule.scores:
+            importance = class_attention(class_row(queries, keys, norms, prefix), outputs[:, :, prefix:])
+        if "self" in rule.scores:
+            try:
+                from madtp.attention.triton import packed_column_statistics
+            except ImportError:  # no Triton
+                columns = column_statistics(queries, keys, norms, layout.valid, prefix)
+            else:
+                columns = packed_column_statistics(query, key, log_norm, layout, prefix)
+    return AttentionStatistics(importance, columns)

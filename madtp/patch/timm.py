@@ -1,0 +1,184 @@
+"""Pruning timm's VisionTransformer: CLIP-style and plain (class token), DINOv2 with registers, SigLIP without class token."""
+
+from functools import partial
+
+import torch
+from timm.models.vision_transformer import Attention, Block, VisionTransformer
+from torch import Tensor, nn
+
+from madtp import flops
+from madtp.attention.attend import attend, recomputes_scores
+from madtp.blocks import DropPath, PreNormBlock, TowerRecord, block_flops, run_blocks
+from madtp.importance import AttentionStatistics
+from madtp.packing import Layout, count_tokens, pack, padded
+from madtp.patch.base import ATTRIBUTE, Pruning
+from madtp.pruning import PruningRule, TokenPruner
+
+
+class TimmBlock(PreNormBlock):
+    """timm's Block with a pruner between attention and MLP. It runs the layers of the original block and owns none."""
+
+    def __init__(self, block: Block, pruner: TokenPruner):
+        super().__init__(block.norm1.normalized_shape[0], 0.0, pruner)
+        self.block = block
+        # timm's would drop single tokens of a packed batch instead of samples.
+        self.paths = [DropPath(getattr(path, "drop_prob", 0.0) or 0.0) for path in (block.drop_path1, block.drop_path2)]
+
+    def _dropped(self, path: int, branch: Tensor, layout: Layout) -> Tensor:
+        self.paths[path].training = self.block.training
+        return self.paths[path](branch, layout)
+
+    def attend(self, x: Tensor, layout: Layout, rule: PruningRule | None) -> tuple[Tensor, AttentionStatistics | None]:
+        attended, statistics = self.attention(x, layout, rule)
+        return x + self._dropped(0, self.block.ls1(attended), layout), statistics
+
+    def transform(self, x: Tensor, layout: Layout, *context: object) -> Tensor:
+        return x + self._dropped(1, self.block.ls2(self.feed_forward(x)), layout)
+
+    def attention(self, x: Tensor, layout: Layout, rule: PruningRule | None) -> tuple[Tensor, AttentionStatistics | None]:
+        attn, x = self.block.attn, self.block.norm1(x)
+        query, key, value = attn.qkv(x).chunk(3, dim=-1)
+        # Queries and keys may be normalised head by head.
+        query, key = (
+            norm(part.unflatten(-1, (attn.num_heads, -1))).flatten(-2)
+            for norm, part in ((attn.q_norm, query), (attn.k_norm, key))
+        )
+        training = self.block.training
+        dropout = attn.attn_drop.p if training else 0.0
+        out, statistics = attend(query, key, value, attn.num_heads, layout, layout, dropout, rule, training=training)
+        out = getattr(attn, "norm", nn.Identity())(out)
+        if getattr(attn, "gate", None) is not None:
+            out = out * attn.gate(x).sigmoid()
+        return attn.proj_drop(attn.proj(out)), statistics
+
+    def feed_forward(self, x: Tensor) -> Tensor:
+        return self.block.mlp(self.block.norm2(x))
+
+    def attend_flops(self, tokens: Tensor) -> Tensor:
+        attn = self.block.attn
+        width = attn.qkv.out_features // 3
+        total = layer_flops(self.block.norm1, tokens, self.dim) + flops.attention(tokens, tokens, width)
+        norms = sum(layer_flops(norm, tokens, width) for norm in (attn.q_norm, attn.k_norm, getattr(attn, "norm", None)))
+        linears = [layer for layer in (attn.qkv, getattr(attn, "gate", None), attn.proj) if layer is not None]
+        return total + norms + sum(layer_flops(layer, tokens, width) for layer in linears)
+
+    def transform_flops(self, tokens: Tensor, *context: object) -> Tensor:
+        mlp = (layer_flops(layer, tokens, self.dim) for layer in self.block.mlp.modules() if not isinstance(layer, nn.LayerNorm))
+        norms = (flops.layer_norm(tokens, layer.normalized_shape[0]) for layer in norms_of(self.block.mlp))
+        return layer_flops(self.block.norm2, tokens, self.dim) + sum(mlp) + sum(norms)
+
+
+def norms_of(module: nn.Module) -> list[nn.LayerNorm]:
+    return [layer for layer in module.modules() if isinstance(layer, nn.LayerNorm)]
+
+
+def layer_flops(layer: nn.Module | None, tokens: Tensor | int, width: int) -> Tensor | int:
+    """Counts the multiply-adds of a linear layer, or of a layer norm over `width` channels; 0 for any other layer."""
+    if isinstance(layer, nn.Linear):
+        return flops.products(tokens, layer.weight)
+    return flops.layer_norm(tokens, width) if isinstance(layer, nn.LayerNorm) else 0
+
+
+class TimmPruning(Pruning):
+    """The pruning of a timm VisionTransformer."""
+
+    def __init__(
+        self,
+        model: VisionTransformer,
+        rule: PruningRule,
+        num_learnable: int,
+        init_std: float,
+        packed: bool,
+        generator: torch.Generator,
+    ):
+        check(model)
+        dim, device = model.embed_dim, model.patch_embed.proj.weight.device
+        learnable_tokens = (torch.randn(num_learnable, dim, generator=generator) * init_std).to(device)
+        blocks = [TimmBlock(block, TokenPruner(dim, num_learnable, dim, rule)) for block in model.blocks]
+        super().__init__(blocks, learnable_tokens, packed)
+        self._model = [model]  # in a list: a submodule would make a circle
+        model.add_module(ATTRIBUTE, self)
+        model.forward = partial(forward, model)
+
+    @property
+    def model(self) -> VisionTransformer:
+        return self._model[0]
+
+    def run(self, images: Tensor) -> TowerRecord:
+        return self.encode(images)[2]
+
+    def encode(self, images: Tensor) -> tuple[Tensor, Layout, TowerRecord]:
+        """Encodes images (B, 3, H, W) into the tokens behind the last norm, with their layout and the record."""
+        model = self.model
+        x, layout = model.norm_pre(model.patch_drop(model._pos_embed(model.patch_embed(images)))), None
+        if self.packed:
+            x, layout = pack(x, None)
+        again = recomputes_scores(x, layout, self.blocks[0].block.attn.num_heads)
+        x, layout, self.record = run_blocks(self.blocks, x, layout, self.guidance(), recomputes_scores=again)
+        return model.norm(x), layout, self.record
+
+    def flops(self, record: TowerRecord) -> Tensor:
+        model, (first, last) = self.model, (record.entering[0], record.leaving[-1])
+        dim, prefix, patch = model.embed_dim, model.num_prefix_tokens, model.patch_embed.proj
+        total = flops.linear(first - prefix, patch.weight[0].numel(), dim) + block_flops(self.blocks, record)
+        total = total + layer_flops(model.norm_pre, first, dim) + layer_flops(model.norm, last, dim)
+        pooled = torch.ones_like(last) if model.global_pool else last
+        if model.attn_pool is not None:
+            total = total + pool_flops(model.attn_pool, last if model.pool_include_prefix else last - prefix)
+        return total + layer_flops(model.fc_norm, pooled, dim) + layer_flops(model.head, pooled, dim)
+
+    def detach(self) -> None:
+        model = self.model
+        del model.forward  # uncovers the class's
+        delattr(model, ATTRIBUTE)
+
+
+def check(model: VisionTransformer) -> None:
+    """
+    Raises:
+        TypeError: naming the first part that is not supported.
+    """
+    for index, block in enumerate(model.blocks):
+        if type(block) is not Block or type(block.attn) is not Attention:
+            kind = type(block).__name__ if type(block) is not Block else type(block.attn).__name__
+            raise TypeError(f"block {index} is a {kind}; supported are timm's Block and Attention")
+        if not isinstance(block.norm1, nn.LayerNorm):
+            raise TypeError(f"block {index} has a {type(block.norm1).__name__}; supported is LayerNorm")
+    pool = model.attn_pool
+    if pool is not None and type(pool).__name__ != "AttentionPoolLatent":
+        raise TypeError(f"the model pools by {type(pool).__name__}; supported is AttentionPoolLatent")
+    if pool is not None and pool.pos_embed is not None:
+        raise TypeError("the attention pool has position embeddings, which pruned tokens no longer match")
+    if model.grad_checkpointing:
+        raise TypeError("the model recomputes activations; call set_grad_checkpointing(False) first")
+
+
+def forward(model: VisionTransformer, x: Tensor, attn_mask: Tensor | None = None, **options: object) -> Tensor:
+    """Replaces VisionTransformer.forward: images (B, 3, H, W) -> the output of the head."""
+    pruning: TimmPruning = getattr(model, ATTRIBUTE)
+    if pruning.setting.temperature is None and not pruning.align:
+        return type(model).forward(model, x, **({} if attn_mask is None else {"attn_mask": attn_mask}), **options)
+    if attn_mask is not None or any(options.values()):
+        raise ValueError("a pruned model takes no attention mask")
+    tokens, layout, _ = pruning.encode(x)
+    return pool(model, tokens, layout)
+
+
+def pool(model: VisionTransformer, tokens: Tensor, layout: Layout) -> Tensor:
+    """Runs the head on the tokens of each image, without padding: images that keep the same number of tokens run together."""
+    lengths = count_tokens(tokens, layout).to(tokens.device)
+    tokens, _ = padded(tokens, layout)
+    if model.global_pool in ("token", "") or bool((lengths == tokens.shape[1]).all()):
+        return model.forward_head(tokens)
+    groups = [(lengths == length).nonzero().flatten() for length in lengths.unique()]
+    outputs = torch.cat([model.forward_head(tokens[group, : int(lengths[group[0]])]) for group in groups])
+    return outputs[torch.cat(groups).argsort()]
+
+
+def pool_flops(pool: nn.Module, tokens: Tensor) -> Tensor:
+    """Counts the multiply-adds of timm's AttentionPoolLatent over (B,) tokens."""
+    latents, width = pool.latent_len, pool.kv.out_features // 2
+    total = flops.attention(latents, tokens, width) + layer_flops(pool.kv, tokens, width)
+    others = [layer for layer in pool.modules() if layer is not pool.kv and layer not in (pool.q_norm, pool.k_norm)]
+    norms = layer_flops(pool.q_norm, latents, width) + layer_flops(pool.k_norm, tokens, width)
+    return total + norms + sum(layer_flops(layer, latents, width) for layer in others)

@@ -1,0 +1,188 @@
+"""Reading weights safely and loading them strictly; nothing here knows the names of a particular model."""
+
+import pickle
+import zipfile
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.weights.safetensors import read_safetensors
+from utils import UserError, logger
+
+StateDict = dict[str, Tensor]
+
+# Parts that retrieval training adds: momentum encoders that follow the others, and queues that fill again.
+RETRIEVAL_MAY_MISS = (
+    "space_dict", ".pruner.", "_m.", "_m", "itm_head.", "vision_proj.", "text_proj.", "temp",
+    "image_queue", "text_queue", "idx_queue", "ptr_queue",
+)  # fmt: skip
+QUEUES = ("image_queue", "text_queue", "idx_queue", "ptr_queue")
+# Used by training alone, constant, or another name of weights that are there.
+NOT_READ = (*QUEUES, "temp", "decoder_alignment.", "position_ids", "cls.predictions.decoder.")
+ALIGNMENT = ("space_dict", ".pruner.")  # added by the pruners: a published model has none
+
+LFS_POINTER = b"version https://git-lfs"
+CHECKPOINT_HEADS = (b"PK", b"\x80")  # a zip archive; a bare pickle, as older versions of PyTorch wrote
+
+
+def read_checkpoint(path: str | Path) -> dict:
+    """A checkpoint as a dict with at least "model", a state dict. Reads .safetensors, and .pth without running code from it.
+
+    Raises:
+        UserError: when the file is missing, not a checkpoint, or a pickle that wants to run code.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path}: no such checkpoint; set the key 'pretrained' (or --pretrained) to the file")
+    with open(path, "rb") as file:
+        head = file.read(len(LFS_POINTER))
+    if head == LFS_POINTER:
+        raise UserError(f"{path}: a Git LFS pointer, not the weights themselves; fetch them with 'git lfs pull'")
+    if path.suffix != ".safetensors" and not head.startswith(CHECKPOINT_HEADS):
+        raise UserError(f"{path}: not a PyTorch checkpoint (it begins with {head[:12]!r}); fetch it again")
+    try:
+        if path.suffix == ".safetensors":
+            content = read_safetensors(path)
+        elif _is_torchscript(path):
+            content = _read_torchscript(path)
+        else:
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        raise UserError(
+            f"{path}: not plain weights: it holds Python objects whose loading could run code; save its state dict alone"
+        ) from None
+    except Exception as error:  # whatever broken bytes lead the two readers into
+        reason = str(error).strip().split("\n")[0]
+        raise UserError(f"{path}: not a readable checkpoint ({reason}); is it cut off? Fetch it again") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: holds a {type(content).__name__}, not a state dict; save the model's state dict")
+    checkpoint = content if isinstance(content.get("model"), dict) else {"model": content}
+    if not checkpoint["model"] or not all(isinstance(value, Tensor) for value in checkpoint["model"].values()):
+        raise UserError(f"{path}: its weights are not all tensors; save the model's state dict alone")
+    return checkpoint
+
+
+def _is_torchscript(path: Path) -> bool:
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        return any(name.endswith("/constants.pkl") for name in archive.namelist())
+
+
+def _read_torchscript(path: Path) -> StateDict:
+    """The weights of one of OpenAI's archives. Of its code loading calls `__setstate__` alone, so none may be in it."""
+    with zipfile.ZipFile(path) as archive:
+        if any(b"__setstate__" in archive.read(entry) for entry in archive.infolist() if entry.filename.endswith(".py")):
+            raise pickle.UnpicklingError
+    return torch.jit.load(path, map_location="cpu").state_dict()
+
+
+def load_pair_weights(
+    model: nn.Module, weights: StateDict, source: str, positions: Iterable[str], may_ignore: Iterable[str]
+) -> list[str]:
+    """The part that BLIP and CLIP share: position embeddings are interpolated, queues of another size start anew, momentum
+    weights that are missing are those of the encoders. Image ids in the queue are left out: they number other data.
+
+    positions: the names of position embeddings (1, 1 + n * n, C) or (1 + n * n, C)
+    """
+    expected = model.state_dict()
+    for name in positions:
+        if name in weights and weights[name].shape != expected[name].shape:
+            embedding = weights[name].reshape(1, *weights[name].shape[-2:])
+            embedding = interpolate_position_embedding(embedding, expected[name].shape[-2])
+            weights[name] = embedding.reshape(*expected[name].shape[:-2], *embedding.shape[-2:])
+    weights.pop("idx_queue", None)
+    if any(name in weights and weights[name].shape != expected[name].shape for name in QUEUES):
+        logger.info("%s: its queues have another size and start anew", source)
+        weights = {name: tensor for name, tensor in weights.items() if name not in QUEUES}
+    for name in expected:
+        part, dot, rest = name.partition(".")
+        online = part.removesuffix("_m") + dot + rest
+        if name not in weights and online in weights:
+            weights[name] = weights[online]
+    return load_weights(model, weights, source, RETRIEVAL_MAY_MISS, may_ignore)
+
+
+def interpolate_position_embedding(embedding: Tensor, tokens: int) -> Tensor:
+    """(1, 1 + n * n, C) to (1, 1 + m * m, C) for another number of patches, bicubic; the class token's row stays.
+
+    Returns `embedding` as it is when the number agrees, or when either is not one class token and a square of patches.
+    """
+    old, new = round((embedding.shape[1] - 1) ** 0.5), round((tokens - 1) ** 0.5)
+    if old == new or old * old != embedding.shape[1] - 1 or new * new != tokens - 1:
+        return embedding
+    grid = embedding[:, 1:].unflatten(1, (old, old)).permute(0, 3, 1, 2)
+    grid = F.interpolate(grid, size=(new, new), mode="bicubic", align_corners=False)
+    logger.info("position embeddings interpolated from %d x %d to %d x %d patches", old, old, new, new)
+    return torch.cat([embedding[:, :1], grid.permute(0, 2, 3, 1).flatten(1, 2)], dim=1)
+
+
+def load_weights(
+    model: nn.Module, weights: StateDict, source: str, may_miss: Iterable[str] = (), may_ignore: Iterable[str] = ()
+) -> list[str]:
+    """Load a state dict; only names that contain one of `may_miss` may be absent, and of `may_ignore` be superfluous.
+
+    Returns the absent ones.
+
+    Raises:
+        UserError: with the first names that break this, or whose shapes do not fit.
+    """
+    expected = model.state_dict()
+    shapes = [
+        f"{name} is {_shape(weights[name])}, the model's {_shape(tensor)}"
+        for name, tensor in expected.items()
+        if name in weights and weights[name].shape != tensor.shape
+    ]
+    if shapes:
+        keys = "'vit' and 'bert' (for CLIP 'clip'), 'image_size', 'sd_num' and 'tokenizer'"
+        raise UserError(f"{source}: shapes do not fit: {_first(shapes)}; check {keys}")
+    missing = [name for name in expected if name not in weights]
+    refused = [name for name in missing if not any(part in name for part in may_miss)]
+    if refused:
+        raise UserError(f"{source}: lacks {_first(refused)}; is it a checkpoint of this kind of model?")
+    unknown = [name for name in weights if name not in expected]
+    refused = [name for name in unknown if not any(part in name for part in may_ignore)]
+    if refused:
+        hint = (
+            "it prunes tokens, and here p is 0 or method none"
+            if is_pruned(weights) and not is_pruned(expected)
+            else "is 'vit' another?"
+        )
+        raise UserError(f"{source}: holds {_first(refused)}, which this model does not have; {hint}")
+    if new := [name for name in missing if is_read(name)]:
+        logger.info("%s lacks %s: new weights there", source, _first(new))
+    model.load_state_dict({name: tensor for name, tensor in weights.items() if name in expected}, strict=False)
+    return missing
+
+
+def is_pruned(weights: StateDict) -> bool:
+    """Whether they are of a model that prunes tokens, and so has learnable tokens."""
+    return "space_dict" in weights
+
+
+def is_read(name: str) -> bool:
+    """Whether a prediction needs the weights: momentum encoders, named with `_m`, only train."""
+    return not name.split(".")[0].endswith("_m") and not any(part in name for part in NOT_READ)
+
+
+def check_readable(missing: Iterable[str], source: str) -> None:
+    """To be called with what `source` lacks of a model that is evaluated as it is, but for the alignment of its pruners.
+
+    Raises:
+        UserError: when its answers would be random.
+    """
+    random = [name for name in missing if is_read(name) and not any(part in name for part in ALIGNMENT)]
+    if random:
+        raise UserError(f"{source}: lacks {_first(random)}, so its answers would be random; give a model trained for this task")
+
+
+def _first(names: list[str], shown: int = 3) -> str:
+    more = f" and {len(names) - shown} more" if len(names) > shown else ""
+    return ", ".join(names[:shown]) + more
+
+
+def _shape(tensor: Tensor) -> str:
+    return "x".join(map(str, tensor.shape))

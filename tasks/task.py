@@ -1,0 +1,173 @@
+"""The base class of a task: the parts that entry scripts, the engine and the tools use, and the code that tasks share."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
+
+from torch import Tensor, nn
+
+from configs.schema import Config
+from data.text import Tokenizer, load_tokenizer
+from engine.experiment import Evaluation, Experiment
+from madtp.blocks import Guidance
+from madtp.distillation import Distillation
+from madtp.pruning import OFF, PruneSetting
+from utils import Run, UserError
+
+if TYPE_CHECKING:
+    from tasks.prediction import Predictor
+    from tasks.view import View
+
+ConfigT = TypeVar("ConfigT", bound=Config)
+Inputs = tuple[Tensor, ...]
+
+BERT_VOCABULARY = 30524  # bert-base-uncased with [DEC] and [ENC]
+
+
+@dataclass(frozen=True)
+class Demo:
+    """The settings of a task's demo and study on the Shapes data.
+
+    title: heading of the report
+    reductions: values of p, beside the uncompressed model
+    shapes, options: the task's name in tools/make_shapes.py, and further options of that program
+    demo_size, study_size: training pairs (NLVR2) or pictures; the study runs the config's epochs, the demo fewer
+    notes: explanations below the report's table
+    blind: rows of the study for models that see less: name -> arguments of the entry script
+    """
+
+    title: str
+    reductions: tuple[float, ...]
+    shapes: str
+    options: str
+    demo_size: int
+    study_size: int
+    notes: tuple[str, ...] = ()
+    blind: dict[str, str] = field(default_factory=dict)
+
+
+class Task(Generic[ConfigT]):
+    """A task with its config: data, model, losses and evaluation. Subclasses are listed in tasks/registry.py.
+
+    config_class: its keys
+    score: the metric that selects the checkpoint
+    columns: of reports: heading -> names of metrics; the first column is the main one
+    view, predictor: for drawings, and for predictions on given pictures and texts
+    demo: its demo and study; None where there is none
+    """
+
+    config_class: ClassVar[type[Config]]
+    score: ClassVar[str] = "acc"
+    columns: ClassVar[dict[str, tuple[str, ...]]] = {}
+    view: ClassVar["type[View]"]
+    predictor: ClassVar["type[Predictor]"]
+    demo: ClassVar[Demo | None] = None
+
+    def __init__(self, config: ConfigT, run: Run):
+        self.config, self.run = config, run
+        self.tokenizer = self.load_tokenizer(config)
+        self.teacher: Distillation | None = None
+
+    @classmethod
+    def name(cls) -> str:
+        """The value of the key `task`."""
+        return cls.config_class.model_fields["task"].default
+
+    # The model
+
+    @staticmethod
+    def load_tokenizer(config: Any) -> Tokenizer:
+        """Returns BERT's tokenizer; tasks with another one override this."""
+        return load_tokenizer(config.tokenizer)
+
+    def build(self, config: ConfigT) -> nn.Module:
+        """Builds the model of a config, this one's or the teacher's, with random weights."""
+        raise NotImplementedError
+
+    @staticmethod
+    def load(model: nn.Module, weights: dict[str, Tensor], source: str) -> list[str]:
+        """Loads weights from the file `source` and returns the names of those that it lacks."""
+        raise NotImplementedError
+
+    def reference_gflops(self, model: nn.Module) -> float:
+        """Returns the GFLOPs of the uncompressed model by the published convention."""
+        return model.reference_gflops()
+
+    # The data
+
+    def loaders(self) -> dict[str, Any]:
+        """Returns the loaders "train" (not for an evaluation), "calibration", "val" and "test"."""
+        raise NotImplementedError
+
+    def inputs(self, batch: dict) -> Inputs:
+        """Returns the tensors of a batch that the model's `costs` and `traced` take."""
+        raise NotImplementedError
+
+    def first_sample(self, batch: dict) -> Inputs:
+        """Returns `inputs` for the first sample of a batch alone."""
+        return tuple(part[:1] for part in self.inputs(batch))
+
+    # Training and evaluation
+
+    def guidance(self, setting: PruneSetting = OFF) -> Guidance:
+        """Returns the guidance of a forward pass for inference."""
+        return Guidance(setting, packed=self.config.packed)
+
+    def training_guidance(self, setting: PruneSetting) -> Guidance:
+        """Returns the guidance of a training step. Packed training is faster on a CPU and slower on a GPU, as measured."""
+        packed = self.config.packed and self.run.device.type == "cpu"
+        return Guidance(setting, align=not self.config.uncompressed, packed=packed)
+
+    def losses(self, model: nn.Module, batch: dict, setting: PruneSetting) -> dict[str, Tensor]:
+        """Returns the losses of a training step by name."""
+        raise NotImplementedError
+
+    @property
+    def loss_weights(self) -> dict[str, float]:
+        return {"similarity": self.config.sim_weight, **self.config.distill_weights}
+
+    def gflops(self, model: nn.Module, batch: dict, setting: PruneSetting) -> Tensor:
+        """Returns the GFLOPs of each sample of a batch, of which p is a share."""
+        return sum(model.costs(*self.inputs(batch), guidance=self.guidance(setting))[0].values())
+
+    # GFLOPs of each sample in use, and a pass through every layer without padding; None where they equal `gflops`.
+    deployment: Callable[[nn.Module, dict, PruneSetting], Tensor] | None = None
+    forward: Callable[[nn.Module, dict, PruneSetting], object] | None = None
+
+    def evaluate(self, model: nn.Module, loader: Any, setting: PruneSetting) -> Evaluation:
+        """Evaluates a split on all processes."""
+        raise NotImplementedError
+
+    def experiment(
+        self, model: nn.Module, loaders: dict[str, Any], checkpoint: dict, losses: Callable, evaluate: Callable
+    ) -> Experiment:
+        """Assembles the experiment that the engine runs.
+
+        Args:
+            checkpoint: the contents of the `pretrained` file beside its weights.
+            losses, evaluate: with the signatures of this class's methods.
+        """
+        return Experiment(
+            self.config, self.run, model, loaders, losses, evaluate, self.gflops, self.score, self.reference_gflops(model),
+            self.loss_weights, checkpoint, self.first_sample, self.deployment, self.forward,
+        )  # fmt: skip
+
+    # The tools
+
+    @classmethod
+    def reference_case(cls, config: Any) -> tuple[nn.Module, Inputs]:
+        """Returns a model with random weights and the inputs of the paper's reference case; needs no files."""
+        raise NotImplementedError
+
+    @staticmethod
+    def reference_deployment(config: Any, model: nn.Module, inputs: Inputs, guidance: Guidance) -> Tensor:
+        """Returns the GFLOPs (1,) of the reference case in deployment."""
+        return model.costs(*inputs, guidance=guidance)[1]
+
+
+def bert_vocabulary(config: Config) -> int:
+    """Returns the tokenizer's size, or BERT's without a tokenizer file: embeddings cost parameters, not GFLOPs."""
+    try:
+        return len(load_tokenizer(config.tokenizer))
+    except UserError:
+        return BERT_VOCABULARY
