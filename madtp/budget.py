@@ -1,7 +1,7 @@
-"""The prune setting that meets a GFLOPs target: a scan over temperatures, then interpolation inside the bracket.
+"""Searching the prune setting that meets a GFLOPs target: a scan over temperatures, then interpolation inside a bracket.
 
 GFLOPs as a function of the temperature is a black box: nearly monotone for trained models, rising in `variant: paper` and falling
-in `released`, not always monotone at random weights. So nothing is assumed but that a bracket on the scan holds a crossing.
+in `released`, not always monotone with random weights. The search only assumes that a bracket found by the scan holds a crossing.
 """
 
 import math
@@ -14,14 +14,14 @@ from madtp.pruning import PruneSetting
 
 Measure = Callable[[PruneSetting], float]  # mean GFLOPs per sample on the calibration slice
 
-COARSE_GRID = tuple(10.0 ** (k / 2) for k in range(-2, 13))  # 0.1 ... 1e6: small untrained learnable tokens want as much
-WITHIN_BUDGET = 0.01  # relative distance from the target at which a model counts as being there
-WALK, STRIDE = 5, math.log(4)  # secant steps from an earlier answer, and the longest of them
+COARSE_GRID = tuple(10.0 ** (k / 2) for k in range(-2, 13))  # 0.1 ... 1e6: small untrained learnable tokens need as much
+WITHIN_BUDGET = 0.01  # relative distance from the target that still counts as meeting it
+WALK, STRIDE = 5, math.log(4)  # secant steps from an earlier answer, and the largest step
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """A setting, the GFLOPs measured there, and how many times the slice was run to find it."""
+    """A setting, the GFLOPs measured at it, and the number of measurements that the search took."""
 
     setting: PruneSetting
     gflops: float
@@ -31,8 +31,8 @@ class Calibration:
 class UnreachableTarget(ValueError):
     """No setting reaches the target.
 
-    nearest: the setting that comes nearest; low, high: the GFLOPs that pruning can reach, the target outside them; where it lies in
-    a gap, those that the `prune_from` of the nearest setting can reach
+    nearest: the setting that comes nearest
+    low, high: the range of GFLOPs that pruning reaches; if the target lies in a gap, the range at the nearest `prune_from`
     """
 
     def __init__(self, target: float, nearest: Calibration, low: float, high: float):
@@ -41,7 +41,7 @@ class UnreachableTarget(ValueError):
 
 
 class _Meter:
-    """Measures each setting once and remembers it, `prune_from` by `prune_from`."""
+    """Measures each setting once and remembers the result."""
 
     def __init__(self, measure: Measure):
         self._measure, self._seen, self.evaluations = measure, {}, 0
@@ -54,7 +54,7 @@ class _Meter:
         return self._seen[key]
 
     def unreachable(self, target: float) -> UnreachableTarget:
-        """What to say of what was measured."""
+        """Returns the error that describes the measurements so far."""
         (temperature, first), gflops = min(self._seen.items(), key=lambda item: abs(item[1] - target))
         span = list(self._seen.values())
         if min(span) < target < max(span):
@@ -64,7 +64,7 @@ class _Meter:
 
 
 def within(measured: float, goal: float, setting: PruneSetting, limit: float = WITHIN_BUDGET) -> bool:
-    """Whether GFLOPs meet the goal; where weights alone do, no token is left to give back."""
+    """Tells whether GFLOPs meet the goal. Fewer are fine if no token is pruned: sparse weights then meet it alone."""
     return abs(measured - goal) <= limit * goal or (setting.temperature is None and measured <= goal)
 
 
@@ -78,13 +78,15 @@ def calibrate(
     tolerance: float = 0.005,
     max_evaluations: int = 20,
 ) -> Calibration:
-    """The setting whose GFLOPs come within `tolerance` (relative) of `target`.
+    """Finds the setting whose GFLOPs come within `tolerance` (relative) of `target`.
 
     Args:
-        measure: mean GFLOPs per sample at a setting; called 2 to about 35 times.
-        target: GFLOPs per sample, as `measure` gives them.
-        start: an earlier answer, from which the search walks first.
+        measure: returns the mean GFLOPs per sample at a setting; called 2 to about 35 times.
+        target: GFLOPs per sample, in the units of `measure`.
+        start: an earlier answer; the search begins with steps from it.
         prune_from: the first block that prunes; raised up to `max_prune_from` while even the gentlest pruning is below `target`.
+        tolerance: relative.
+        max_evaluations: of the interpolation.
     Raises:
         UnreachableTarget: when no temperature and no `prune_from` brackets the target.
     """
@@ -104,7 +106,7 @@ def calibrate(
 
 
 def _likely_first(meter: _Meter, target: float, firsts: Sequence[int], tolerance: float) -> Iterator[int]:
-    """First blocks to prune in: from the earliest that seems to reach as much as `target`, found by bisection; then the others."""
+    """Yields values of `prune_from`: from the earliest that seems to reach `target`, found by bisection; then the others."""
 
     def reaches(first: int) -> bool:
         return max(meter(temperature, first) for temperature in (COARSE_GRID[0], COARSE_GRID[-1])) >= target * (1 - tolerance)
@@ -121,9 +123,9 @@ def _likely_first(meter: _Meter, target: float, firsts: Sequence[int], tolerance
 
 
 def _scan(gflops: Callable[[float], float], target: float, tolerance: float) -> tuple[float, float] | None:
-    """Two temperatures with the target between their GFLOPs; equal ones when a point of the grid already meets it.
+    """Returns two temperatures with the target between their GFLOPs, or equal ones when a grid point already meets it.
 
-    The ends of the grid do, where they can; the points between are looked at for a curve that is not monotone.
+    The ends of the grid are tried first; the points between serve curves that are not monotone.
     """
     ends = COARSE_GRID[0], COARSE_GRID[-1]
     if (gflops(ends[0]) - target) * (gflops(ends[1]) - target) < 0:
@@ -141,7 +143,7 @@ def _scan(gflops: Callable[[float], float], target: float, tolerance: float) -> 
 
 
 def _walk(gflops: Callable[[float], float], start: float, target: float, tolerance: float) -> tuple[float, float] | None:
-    """The same by secant steps on the logarithm of the temperature, from an earlier answer."""
+    """Finds such a bracket by secant steps on the logarithm of the temperature, from an earlier answer."""
     here, there = start, start * 1.2
     if abs(gflops(here) - target) <= tolerance * target:
         return here, here
@@ -159,7 +161,7 @@ def _walk(gflops: Callable[[float], float], start: float, target: float, toleran
 
 
 def _narrow(gflops: Callable[[float], float], target: float, bracket: tuple[float, float], tolerance: float, steps: int) -> float:
-    """The best temperature seen while the bracket shrinks, by interpolation well inside it, on the logarithm of the temperature."""
+    """Shrinks the bracket by interpolation on the logarithm of the temperature and returns the best temperature seen."""
     low, high = bracket
     best = min(bracket, key=lambda t: abs(gflops(t) - target))
     for _ in range(steps):

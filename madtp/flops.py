@@ -1,7 +1,7 @@
-"""What a forward pass costs, in closed form, from the number of tokens that each block saw.
+"""Counting the cost of a forward pass in closed form, from the number of tokens that each block saw.
 
 1 GFLOP = 1e9 multiply-adds as fvcore counts them: linear, matmul and convolution one per multiply-add, layer norm five per
-element, everything else nothing. Token counts are integer tensors of any shape (one entry a sample), so padding costs nothing.
+element, everything else nothing. Token counts are integer tensors of any shape (one entry per sample), so padding is free.
 """
 
 from torch import Tensor, nn
@@ -15,19 +15,19 @@ def linear(tokens: Tensor | int, in_features: int, out_features: int) -> Tensor 
 
 
 def products(tokens: Tensor | int, *weights: nn.Parameter) -> Tensor | int:
-    """Linear layers with these weights, (O, I) each; N:M sparse ones cost N / M."""
+    """Counts linear layers with these weights, (O, I) each; N:M sparse ones cost N / M."""
     return tokens * sum(multiplied(weight) for weight in weights)
 
 
 def multiplied(weight: nn.Parameter) -> int:
-    """The entries of a weight, or of the one that it stands for, that cost a multiply-add a token."""
+    """Counts the entries of a weight that cost a multiply-add per token; a stand-in counts as the weight it stands for."""
     weight = getattr(weight, "stands_for", weight)
     kept, group = getattr(weight, "sparse_pattern", None) or (1, 1)
     return weight.numel() * kept // group
 
 
 def mark_sparse(weight: nn.Parameter, pattern: tuple[int, int] | None) -> None:
-    """Have `multiplied` count a weight as N:M sparse, or as dense."""
+    """Makes `multiplied` count a weight as N:M sparse, or as dense for None."""
     weight.sparse_pattern = pattern
 
 
@@ -36,10 +36,10 @@ def layer_norm(tokens: Tensor | int, dim: int) -> Tensor | int:
 
 
 def scores(queries: Tensor | int, keys: Tensor | int, dim: int) -> Tensor | int:
-    """QK^T, all heads together `dim` wide."""
+    """Counts QK^T; all heads together have `dim` channels."""
     return queries * keys * dim
 
 
 def attention(queries: Tensor | int, keys: Tensor | int, dim: int) -> Tensor | int:
-    """QK^T and AV, all heads together `dim` wide."""
+    """Counts QK^T and AV; all heads together have `dim` channels."""
     return 2 * scores(queries, keys, dim)

@@ -71,19 +71,19 @@ class BlipRetrieval(MomentumModel):
         image = F.normalize(self.vision_proj(self.visual_encoder.norm(vision)).float(), dim=-1)
         text = F.normalize(self.text_proj(language).float(), dim=-1)
         with torch.autocast(vision.device.type, enabled=False):  # a low temperature makes much of little rounding
-            return image @ text.t() / self.temperature
+            return image @ text.t() / self.contrastive_temperature
 
     @property
     def branches(self) -> dict[str, nn.ModuleList]:
         return {"vision": self.visual_encoder.blocks, "language": self.text_encoder.encoder.layer}
 
     @property
-    def temperature(self) -> Tensor:
+    def contrastive_temperature(self) -> Tensor:
         """The contrastive temperature."""
         return self.temp
 
     @torch.no_grad()
-    def limit_temperature(self) -> None:
+    def limit_contrastive_temperature(self) -> None:
         self.temp.clamp_(*TEMPERATURES)
 
     def encode_image(self, images: Tensor, guidance: Guidance = UNPRUNED, slow: bool = False) -> Encoded:

@@ -36,15 +36,15 @@ class ClipRetrieval(Clip, MomentumModel):
         image = F.normalize((self.visual.ln_post(vision) @ self.visual.proj).float(), dim=-1)
         text = F.normalize((self.ln_final(language) @ self.text_projection).float(), dim=-1)
         with torch.autocast(vision.device.type, enabled=False):  # a low temperature makes much of little rounding
-            return image @ text.t() / self.temperature
+            return image @ text.t() / self.contrastive_temperature
 
     @property
-    def temperature(self) -> Tensor:
+    def contrastive_temperature(self) -> Tensor:
         """The contrastive temperature."""
         return (-self.logit_scale).exp()
 
     @torch.no_grad()
-    def limit_temperature(self) -> None:
+    def limit_contrastive_temperature(self) -> None:
         self.logit_scale.clamp_(max=LARGEST_SCALE)
 
     def encode_image(self, images: Tensor, guidance: Guidance = UNPRUNED, slow: bool = False) -> Encoded:

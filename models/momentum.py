@@ -33,7 +33,7 @@ class PairPasses:
 class MomentumModel(AlignedModel):
     """A model of pairs whose named parts each have a copy, with `_m` behind the name, that follows them slowly.
 
-    Subclasses give `encode_image`, `encode_text`, `temperature`, `limit_temperature`, `tower_flops`, and in `dense_passes` what a
+    Subclasses give `encode_image`, `encode_text`, `contrastive_temperature`, `limit_contrastive_temperature`, `tower_flops`, and in `dense_passes` what a
     pair with a text of so many tokens would leave on record if nothing was pruned.
     """
 
@@ -128,8 +128,8 @@ class MomentumModel(AlignedModel):
         with torch.autocast(images.device.type, enabled=False):  # a low temperature makes much of little rounding
             for online, slow, others in ((passes.image.feature, image_slow, texts), (passes.text.feature, text_slow, images)):
                 with torch.no_grad():
-                    targets = alpha * F.softmax(slow @ others / self.temperature, dim=1) + (1 - alpha) * pairs
-                losses.append(-(F.log_softmax(online @ others / self.temperature, dim=1) * targets).sum(dim=1).mean())
+                    targets = alpha * F.softmax(slow @ others / self.contrastive_temperature, dim=1) + (1 - alpha) * pairs
+                losses.append(-(F.log_softmax(online @ others / self.contrastive_temperature, dim=1) * targets).sum(dim=1).mean())
         return sum(losses) / 2
 
     def losses(self, passes: PairPasses, image_ids: Tensor, alpha: float) -> dict[str, Tensor]:
@@ -156,7 +156,7 @@ class MomentumModel(AlignedModel):
             images (B, 3, H, W); input_ids, attention_mask (B, L); image_ids (B,): pairs of one image share an id.
             alpha: share of the targets that the momentum encoders give.
         """
-        self.limit_temperature()
+        self.limit_contrastive_temperature()
         self.follow()
         passes = self.passes(images, input_ids, attention_mask, image_ids, guidance)
         losses = self.losses(passes, image_ids, alpha)

@@ -1,7 +1,7 @@
-"""2:4 weights on PyTorch's semi-structured sparse kernels, where these are faster than dense ones: of a GPU, in 16 bits.
+"""Running 2:4 weights on PyTorch's semi-structured sparse kernels, where these are faster than dense ones: on a GPU, in 16 bits.
 
-What a weight is multiplied with depends on the model, on its data and on what is pruned, so it is watched in a forward pass; the
-time of each such product is measured dense and sparse.
+The shapes of a weight's products depend on the model, the data and the pruning. They are recorded in a forward pass, and each
+product is timed dense and sparse.
 """
 
 from collections import Counter
@@ -15,21 +15,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.sparse import to_sparse_semi_structured
 
-from madtp.sparsity.hooks import Watch
+from madtp.sparsity.hooks import LinearInputHook
 from madtp.sparsity.masks import Pattern, magnitude_mask
 
 PATTERN = Pattern(2, 4)
 DTYPES = (torch.float16, torch.bfloat16)
-GAIN = 0.03  # the share of a weight's time that sparse kernels must save
-TOLERANCE = 0.02  # of a sparse product, relative to the largest number in it
-WARM_UP, REPEATS, ROUNDS = 10, 50, 3  # in turn: a GPU that was idle takes a while to run at full speed
+GAIN = 0.03  # share of a weight's time that sparse kernels must save
+TOLERANCE = 0.02  # of a sparse product, relative to its largest entry
+WARM_UP, REPEATS, ROUNDS = 10, 50, 3  # dense and sparse in turn: an idle GPU takes a while to reach full speed
 
 Convert = Callable[[Tensor], Tensor]
 Clock = Callable[[Callable[[], object]], float]
 
 
 class Product(NamedTuple):
-    """A linear layer's product of `rows` vectors of `inputs` channels with an (outputs, inputs) weight."""
+    """The product of `rows` vectors of `inputs` channels with an (outputs, inputs) weight."""
 
     rows: int
     outputs: int
@@ -43,7 +43,7 @@ class Milliseconds(NamedTuple):
 
 
 def milliseconds(call: Callable[[], object]) -> float:
-    """What a call takes, on average of many after a warm-up: on the GPU, or where that is longer, to launch."""
+    """Times a call, averaged over many after a warm-up: its time on the GPU, or the time to launch it if that is longer."""
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     for _ in range(WARM_UP):
         call()
@@ -56,20 +56,22 @@ def milliseconds(call: Callable[[], object]) -> float:
 
 
 def to_sparse(weight: Tensor) -> Tensor:
-    """A 2:4 weight in the kernels' form."""
+    """Converts a 2:4 weight to the kernels' format."""
     return by_rows(to_sparse_semi_structured(weight))
 
 
 def by_rows(weight: Tensor) -> Tensor:
-    """Has its products handed over by rows, as dense ones are: of cuSPARSELt, older versions of PyTorch transpose them otherwise,
-    and forget this whenever the tensor is wrapped."""
+    """Makes products row-major, as dense ones are.
+
+    With cuSPARSELt, older versions of PyTorch transpose them otherwise, and lose this setting whenever the tensor is wrapped.
+    """
     if hasattr(weight, "fuse_transpose_cusparselt"):
         weight.fuse_transpose_cusparselt = True
     return weight
 
 
 class Stopwatch:
-    """How long products take, dense and sparse. Each is measured once; what sparse kernels refuse or get wrong takes for ever."""
+    """Times products dense and sparse, each once. A product that sparse kernels refuse or compute wrongly takes infinite time."""
 
     def __init__(self, device: torch.device, clock: Clock = milliseconds, convert: Convert = to_sparse):
         self.device, self.clock, self.convert = device, clock, convert
@@ -98,16 +100,16 @@ class Stopwatch:
 
 
 def _is_as_good(result: Tensor, expected: Tensor) -> bool:
-    """Whether a product may stand for another. Older versions of PyTorch hand it over transposed; attention's kernels read rows."""
+    """Tells whether a product may replace another. Older versions of PyTorch return it transposed; attention kernels read rows."""
     return result.is_contiguous() and bool((result - expected).abs().max() <= TOLERANCE * expected.abs().max())
 
 
 def products_of(weights: Mapping[str, Tensor], forward: Callable[[], object]) -> dict[str, Counter[Product]]:
-    """What each weight is multiplied with in a forward pass, and how often; without those that sparse kernels cannot serve."""
+    """Counts each weight's products in a forward pass; weights that sparse kernels cannot run are left out."""
     products: dict[str, Counter[Product]] = {}
     unfit: set[str] = set()
 
-    def see(name: str, x: Tensor) -> None:
+    def record(name: str, x: Tensor) -> None:
         outputs, inputs = weights[name].shape
         kind = x.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
@@ -117,13 +119,13 @@ def products_of(weights: Mapping[str, Tensor], forward: Callable[[], object]) ->
         if dtype not in DTYPES or mixed or not x.is_contiguous():  # the kernels take a view of the rows
             unfit.add(name)
 
-    with torch.no_grad(), Watch(weights, see):
+    with torch.no_grad(), LinearInputHook(weights, record):
         forward()
     return {name: counts for name, counts in products.items() if name not in unfit}
 
 
 def faster_sparse(products: Mapping[str, Counter[Product]], stopwatch: Callable[[Product], Milliseconds]) -> list[str]:
-    """The weights whose products together take sparse kernels less time, by more than noise."""
+    """Returns the weights whose products together are faster on sparse kernels, by more than noise."""
     chosen = []
     for name, counts in products.items():
         times = [(number, stopwatch(product)) for product, number in counts.items()]
@@ -135,7 +137,7 @@ def faster_sparse(products: Mapping[str, Counter[Product]], stopwatch: Callable[
 
 @contextmanager
 def on_sparse_kernels(model: nn.Module, dtypes: Mapping[str, torch.dtype], convert: Convert = to_sparse) -> Iterator[None]:
-    """Inside, the parameters of these names are sparse tensors of these types, for inference alone."""
+    """Context manager that replaces the named parameters by sparse tensors of these types, for inference only."""
     weights = {name: model.get_parameter(name) for name in dtypes}
     try:
         for name, dtype in dtypes.items():

@@ -1,6 +1,6 @@
-"""Which weights of a model may become sparse: those of the linear layers in its blocks.
+"""The weights of a model that may become sparse: those of the linear layers in its blocks.
 
-Embeddings, heads and the alignment of the pruners stay dense.
+Embeddings, heads and the pruners' alignment stay dense.
 """
 
 import re
@@ -19,7 +19,7 @@ ATTENTION = re.compile(r"\.(attn|attention|crossattention)\.")
 
 
 def sparse_weights(model: nn.Module, pattern: tuple[int, int], layers: Layers) -> SparseWeights:
-    """The weights of `layers`, none of them masked yet; momentum encoders follow."""
+    """Collects the weights of `layers`, none of them masked yet; the weights of momentum encoders follow them."""
     parameters = dict(model.named_parameters())
     followers = {}
     if hasattr(model, "followers"):
@@ -30,14 +30,14 @@ def sparse_weights(model: nn.Module, pattern: tuple[int, int], layers: Layers) -
 
 
 def wanted(name: str, layers: Layers) -> bool:
-    """Whether a weight of this name lies in a block, and there in `layers`."""
+    """Tells whether the weight of this name belongs to the given layers of a block."""
     if not BLOCK.search(name) or ".pruner." in name:
         return False
     return layers == "all" or (layers == "attention") == bool(ATTENTION.search(name))
 
 
 def groups(names: Iterable[str], unit: Unit) -> dict[str, list[str]]:
-    """Weights that are masked together: those of the attention, and of the MLP, of one block or of a whole tower."""
+    """Groups weights that are masked together: the attention's and the MLP's, of one block or of a whole tower."""
     found: dict[str, list[str]] = {}
     for name in names:
         kind = "attention" if ATTENTION.search(name) else "mlp"
@@ -47,6 +47,6 @@ def groups(names: Iterable[str], unit: Unit) -> dict[str, list[str]]:
 
 
 def _linear_weights(model: nn.Module) -> list[str]:
-    """Names of two-dimensional weights that are no embeddings."""
+    """Returns the names of two-dimensional weights that are not embeddings."""
     embeddings = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Embedding)}
     return [name for name, parameter in model.named_parameters() if name not in embeddings and parameter.dim() == 2]

@@ -1,8 +1,8 @@
-"""N:M weight sparsity: of every M neighbouring weights along a layer's input, at most N are not zero (MADTP++).
+"""N:M weight sparsity: of every M neighbouring weights along a layer's input, at most N are nonzero (MADTP++).
 
-The masks are by magnitude; what is kept can take over what was dropped (`madtp.refit`). They hold exactly: gradients of masked
-weights are dropped before anything reads them, and the weights are set to zero again after every optimiser step, since weight decay
-and momentum of the time before would move them.
+Masks are chosen by magnitude, and kept weights can be refitted (`sparsity.refit`). Masks hold exactly: the gradients of masked
+weights are zeroed before anything reads them, and the weights are reset to zero after every optimiser step, because weight decay
+and earlier momentum would move them.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -18,7 +18,7 @@ from madtp.sparsity.refit import refit
 
 
 class Pattern(NamedTuple):
-    """At most `kept` of `group` neighbours."""
+    """At most `kept` nonzero weights in every `group` neighbours."""
 
     kept: int
     group: int
@@ -28,22 +28,23 @@ class Pattern(NamedTuple):
 
 
 def magnitude_mask(weight: Tensor, pattern: Pattern) -> Tensor:
-    """The largest weights of each group; of equals the earlier one. (O, I) -> (O, I) bool, I a multiple of the group."""
+    """Marks the largest weights of each group; ties go to the earlier one. (O, I) -> (O, I) bool, I a multiple of the group."""
     groups = weight.detach().abs().unflatten(1, (-1, pattern.group))
     best = groups.argsort(dim=-1, descending=True, stable=True)[..., : pattern.kept]
     return torch.zeros_like(groups, dtype=torch.bool).scatter_(-1, best, True).flatten(1)
 
 
 def most_in_a_group(weight: Tensor, group: int) -> int:
-    """The most weights of a group that are not zero. (O, I), I a multiple of the group."""
+    """Returns the largest number of nonzero weights in a group. (O, I), I a multiple of the group."""
     return int(weight.unflatten(1, (-1, group)).count_nonzero(dim=-1).max())
 
 
 def pack_weight(weight: Tensor, pattern: Pattern) -> tuple[Tensor, Tensor]:
-    """An N:M sparse weight as what is kept of it: values (O, I * N / M) and positions (O, I / M * B) uint8.
+    """Packs an N:M sparse weight into its kept values (O, I * N / M) and their positions (O, I / M * B) uint8.
 
-    The values of a group are in their order. Of each, b bits say its place in the group, b as many as M - 1 has; those of a group
-    are one number, its first value in the lowest bits, in B bytes, the lowest first. So 2:4 has a byte a group, with p0 + 4 * p1.
+    The values of a group keep their order. The position of each value in its group takes as many bits as M - 1 has; the positions
+    of a group form one number, the first value in the lowest bits, stored in B bytes, the lowest first. For 2:4 that is one byte
+    per group, p0 + 4 * p1.
     """
     mask = magnitude_mask(weight, pattern).unflatten(1, (-1, pattern.group))
     places = mask.nonzero()[:, 2].view(*mask.shape[:2], pattern.kept)
@@ -54,7 +55,7 @@ def pack_weight(weight: Tensor, pattern: Pattern) -> tuple[Tensor, Tensor]:
 
 
 def unpack_weight(values: Tensor, positions: Tensor, pattern: Pattern) -> Tensor:
-    """What `pack_weight` was given, to the bit. -> (O, I)"""
+    """Reverses `pack_weight` to the bit; returns the dense weight (O, I)."""
     values = values.unflatten(1, (-1, pattern.kept))
     bits = (positions.view(*values.shape[:2], -1, 1) >> torch.arange(8, device=values.device, dtype=torch.uint8) & 1).flatten(2)
     bits = bits[..., : pattern.kept * _bits(pattern)].unflatten(2, (pattern.kept, -1)).long()
@@ -63,43 +64,43 @@ def unpack_weight(values: Tensor, positions: Tensor, pattern: Pattern) -> Tensor
 
 
 def _bits(pattern: Pattern) -> int:
-    """Of a place in a group."""
+    """Returns the number of bits of a position in a group."""
     return (pattern.group - 1).bit_length()
 
 
 def counted_dense(sparse: "SparseWeights | None") -> AbstractContextManager:
-    """Inside, the meter counts all weights as dense."""
+    """Returns a context manager in which the meter counts all weights as dense."""
     return nullcontext() if sparse is None else sparse.counted(())
 
 
 class SparseWeights:
-    """Weights of a model under N:M masks, each from the moment when it is selected.
+    """The weights of a model under N:M masks; each is masked once it has been selected.
 
-    left_dense: names of those whose input is no multiple of the group
+    left_dense: names of weights whose input is not a multiple of the group
     """
 
     def __init__(self, weights: Mapping[str, nn.Parameter], pattern: Pattern, followers: Mapping[str, nn.Parameter] | None = None):
         """
         Args:
             weights: (O, I) each, by name.
-            followers: weights of the same names that move after these, as momentum encoders' do, and share their masks.
+            followers: weights that follow those of the same names, as momentum encoders' do, and share their masks.
         """
         self.pattern = pattern
         self.left_dense = [name for name, weight in weights.items() if weight.shape[1] % pattern.group]
         self.weights = {name: weight for name, weight in weights.items() if name not in self.left_dense}
         self.masks: dict[str, Tensor] = {}
         self._followers = {name: [weight] for name, weight in (followers or {}).items()}
-        self._taken: dict[str, list[Tensor]] = {}  # what masking took from weight and followers, until the masks are fixed
+        self._taken: dict[str, list[Tensor]] = {}  # removed by masking, until the masks are fixed
         for name, weight in self.weights.items():
             if weight.requires_grad:
                 weight.register_hook(lambda gradient, name=name: self._masked(name, gradient))
 
     @torch.no_grad()
     def select(self, names: Iterable[str], moments: Mapping[str, Tensor] | None = None) -> None:
-        """Masks for these weights, by what they are; what an earlier mask took counts as it was then.
+        """Masks these weights by their magnitude; values that an earlier mask removed count as they were.
 
         Args:
-            moments: by name, see `madtp.refit.second_moments`; with them kept weights, and followers', take over from dropped ones.
+            moments: by name, from `refit.second_moments`; with them the kept weights, and their followers', are refitted.
         """
         for name in names:
             if name in self._taken:
@@ -112,12 +113,12 @@ class SparseWeights:
         self._mark(self.masks)
 
     def fix(self) -> None:
-        """No mask changes from here on: what was there before is forgotten."""
+        """Makes the masks final: removed values are forgotten."""
         self._taken = {}
 
     @contextmanager
     def tried(self, names: Iterable[str]) -> Iterator[None]:
-        """Inside, these weights, none of them masked yet, may be masked; afterwards they are as they were, to the bit."""
+        """Context manager in which these weights, not masked yet, may be masked; afterwards they are restored to the bit."""
         before = {name: [weight.detach().clone() for weight in self.members(name)] for name in names}
         try:
             yield
@@ -131,14 +132,14 @@ class SparseWeights:
 
     @torch.no_grad()
     def apply(self) -> None:
-        """Set masked weights to zero."""
+        """Sets masked weights to zero."""
         for name, mask in self.masks.items():
             for weight in self.members(name):
                 weight.masked_fill_(~mask, 0.0)
 
     @contextmanager
     def counted(self, names: Iterable[str]) -> Iterator[None]:
-        """Inside, the meter counts exactly these weights as sparse, whether they are masked or not."""
+        """Context manager in which the meter counts exactly these weights as sparse, masked or not."""
         self._mark(names)
         try:
             yield
@@ -146,21 +147,21 @@ class SparseWeights:
             self._mark(self.masks)
 
     def members(self, name: str) -> list[nn.Parameter]:
-        """The weight of this name and its followers."""
+        """Returns the weight of this name and its followers."""
         return [self.weights[name], *self._followers.get(name, [])]
 
     def tensors(self, name: str) -> list[Tensor]:
-        """All that masking has made of a weight: it and its followers, its mask, what was taken; to be written to."""
+        """Returns, for writing, a weight and its followers, its mask, and the values that masking removed."""
         return [*(weight.data for weight in self.members(name)), self.masks[name], *self._taken[name]]
 
     @property
     def changing(self) -> bool:
-        """Whether masks may still change."""
+        """True while masks may still change."""
         return bool(self._taken)
 
     @property
     def nonzero(self) -> tuple[int, int]:
-        """Of the masked weights, those that are not zero, and all of them."""
+        """The number of nonzero masked-layer weights, and of all of them."""
         weights = [self.weights[name] for name in self.masks]
         return sum(int(weight.count_nonzero()) for weight in weights), sum(weight.numel() for weight in weights)
 
@@ -174,12 +175,12 @@ class SparseWeights:
         self.apply()
 
     def _give_back(self, name: str) -> None:
-        """What masking took, on top of what training has done since."""
+        """Adds the values that masking removed back to the weights, on top of the training since."""
         for weight, taken in zip(self.members(name), self._taken[name], strict=True):
             weight.add_(taken)
 
     def _masked(self, name: str, gradient: Tensor) -> Tensor:
-        """A masked weight gets none, not even one that has overflowed."""
+        """Zeroes the gradient of masked weights, even where it has overflowed."""
         return gradient.masked_fill(~self.masks[name], 0.0) if name in self.masks else gradient
 
     def _mark(self, sparse: Iterable[str]) -> None:

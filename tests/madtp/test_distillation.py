@@ -93,7 +93,7 @@ def test_pairs_are_compared_by_their_similarities_either_way(kind):
     assert all(float(loss.detach().abs()) < 1e-5 for loss in losses.values())
     encoded = teacher.encode_pairs(*pairs)
     vision, language = (block_end(teacher, name, pairs) for name in ("vision", "language"))
-    expected = encoded[0].feature @ encoded[1].feature.t() / teacher.temperature
+    expected = encoded[0].feature @ encoded[1].feature.t() / teacher.contrastive_temperature
     torch.testing.assert_close(teacher.pair_logits(vision, language), expected, atol=1e-5, rtol=1e-5)
 
 

@@ -95,8 +95,8 @@ def test_the_contrastive_loss_is_a_cross_entropy_against_soft_targets(kind, alph
     ):
         others = [*other_slow, *queue.t()]
         for i in range(4):
-            logits = [float(own[i] @ other / model.temperature) for other in others]
-            slow = [math.exp(float(own_slow[i] @ other / model.temperature)) for other in others]
+            logits = [float(own[i] @ other / model.contrastive_temperature) for other in others]
+            slow = [math.exp(float(own_slow[i] @ other / model.contrastive_temperature)) for other in others]
             same = [float(number == int(IDS[i])) for number in all_ids]
             log_sum = math.log(sum(map(math.exp, logits)))
             for logit, found, pair in zip(logits, slow, same, strict=True):
@@ -149,7 +149,7 @@ def test_a_step_keeps_the_temperature_in_its_limits(kind, name, value, limit):
     with torch.no_grad():
         getattr(model, name).fill_(value)
     model(*tiny.pairs(kind, LENGTHS), IDS, 0.4)
-    assert model.temperature.item() == pytest.approx(limit)
+    assert model.contrastive_temperature.item() == pytest.approx(limit)
 
 
 @KINDS

@@ -96,6 +96,16 @@ def mask(rank: int) -> dict[str, list[Tensor]]:
     return {name: [tensor.clone() for tensor in task.sparse.tensors(name)] for name in task.sparse.masks}
 
 
+def distributed(rank: int, checkpoint_blocks: int) -> dict[str, Tensor]:
+    """The gradients of a DDP step on two pairs of images each, with the learnable tokens that all blocks share."""
+    model = tiny.nlvr(INSTANCE, checkpoint_blocks=checkpoint_blocks).train()
+    wrapped = torch.nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
+    ids, mask = tiny.text([5, 9], seed=rank)
+    output = wrapped(tiny.images(2, seed=rank), ids, mask, Guidance(SETTING, align=True, packed=True))
+    (output.logits.square().mean() + output.similarity).backward()
+    return gradients(model)
+
+
 def gradients(model: torch.nn.Module) -> dict[str, Tensor]:
     return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
 
@@ -108,6 +118,7 @@ def work(rank: int, folder: Path) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     found = {name: gather(rank, name) for name in LAYOUTS}
     found |= {name: step(rank, *form) for name, form in FORMS.items()}
+    found |= {f"DDP, {number} recompute": distributed(rank, number) for number in (0, 2)}
     torch.save({**found, "alone": alone(rank), "masked": mask(rank)}, folder / f"{rank}.pt")
     dist.destroy_process_group()
 
@@ -164,6 +175,15 @@ def test_masks_and_what_they_took_are_the_same_on_both(found):
     assert here.keys() == there.keys() and len(here) > 4
     for name, tensors in here.items():
         assert len(tensors) == 5 and all(map(torch.equal, tensors, there[name])), name  # with the momentum encoder's
+
+
+def test_recomputed_activations_change_no_gradient_of_distributed_training(found):
+    for here in found:
+        plain, recomputed = here["DDP, 0 recompute"], here["DDP, 2 recompute"]
+        assert plain["space_dict"].abs().max() > 0
+        for name, gradient in plain.items():
+            torch.testing.assert_close(recomputed[name], gradient, atol=1e-6, rtol=1e-5, msg=name)
+        assert torch.equal(plain["space_dict"], found[0]["DDP, 0 recompute"]["space_dict"])  # averaged over both
 
 
 def test_negatives_may_be_drawn_from_the_own_batch_alone(found):

@@ -118,28 +118,6 @@ def test_the_features_are_those_of_the_tokens_that_enter_the_blocks():
         torch.testing.assert_close(features.double(), weights @ patches, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("amp", [False, True])
-@pytest.mark.parametrize(("temperature", "checkpointed"), [(None, 2), (6.0, 2), (6.0, 9)])
-def test_activation_checkpointing_changes_neither_loss_nor_gradients(temperature, checkpointed, amp, packed):
-    """9: more than there are."""
-    rule, results = PruningRule(keep="instance"), []
-    for blocks in (0, checkpointed):
-        vit = tower(rule, checkpoint_blocks=blocks).train()
-        learnable = LEARNABLE.clone().requires_grad_()
-        with torch.autocast("cpu", torch.bfloat16, enabled=amp):
-            guidance = Guidance(PruneSetting(temperature), align=True, packed=packed, learnable_tokens=learnable)
-            tokens, layout, record = vit(pictures(), guidance)
-        weight = 1.0 if layout is None or packed else layout.unsqueeze(-1)
-        loss = (tokens * weight).pow(2).mean() + record.features.pow(2).mean() / 100
-        loss.backward()
-        results.append((loss.detach(), learnable.grad, {name: p.grad for name, p in vit.named_parameters()}))
-    (loss, grad, grads), (other_loss, other_grad, other_grads) = results
-    assert grad.abs().max() > 0.01
-    for ours, other in ((loss, other_loss), (grad, other_grad), (grads, other_grads)):
-        torch.testing.assert_close(ours, other, atol=1e-5, rtol=1e-4)
-
-
 def test_stochastic_depth_rises_to_the_last_block():
     vit = tower(drop_path=0.2)
     assert [block.drop_path.rate for block in vit.blocks] == pytest.approx([0.0, 0.1, 0.2])

@@ -74,17 +74,17 @@ def train_pairs(model: MomentumModel, config: RetrievalConfig, tokenizer: Tokeni
     content = ClassContent(model.branches["vision"], width)
 
     def losses(batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, float]]:
-        model.limit_temperature()
+        model.limit_contrastive_temperature()
         text, own = (batch["input_ids"], batch["attention_mask"]), batch["image_ids"]
         with torch.autocast("cpu", dtype=torch.bfloat16):
             image, words = encode_shown_images(model, batch), model.encode_text(*text, PACKED)
             told = content.loss(batch["attributes"])
-        similarities = image.feature @ words.feature.t() / model.temperature
+        similarities = image.feature @ words.feature.t() / model.contrastive_temperature
         loss = (F.cross_entropy(similarities, own) + F.cross_entropy(similarities.t(), own)) / 2
         figures = {"contrastive": loss.item(), "first": (similarities.argmax(dim=1) == own).float().mean().item()}
         if matching:
-            others = hard_negatives(image.feature, words.feature, own, own, model.temperature)
-            others_images = hard_negatives(words.feature, image.feature, own, own, model.temperature)
+            others = hard_negatives(image.feature, words.feature, own, own, model.contrastive_temperature)
+            others_images = hard_negatives(words.feature, image.feature, own, own, model.contrastive_temperature)
             picked = torch.cat([own, own, others_images])
             three = [torch.cat([part, part[others], part]) for part in text]
             with torch.autocast("cpu", dtype=torch.bfloat16):

@@ -9,7 +9,7 @@ from pycocoevalcap.cider.cider import Cider
 from data.shapes.tasks import ask, caption, ten_answers
 from data.shapes.world import Kind, Thing, random_scene
 from metrics.vqa import accuracy
-from tests.test_families import satisfied
+from tests.data.shapes.test_families import satisfied
 
 CAPTIONS = 5
 

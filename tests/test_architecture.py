@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[1]
 OUTSIDE = {"tests", "build", "output", "datasets"}
 FILES = [
     path.relative_to(ROOT)

@@ -19,7 +19,7 @@ from utils import UserError
 @pytest.fixture
 def study(tmp_path: Path, monkeypatch):
     """Runs the study of a task; `outcomes` maps a command to its exit code. Returns the commands and the table's rows."""
-    monkeypatch.chdir(Path(__file__).parents[1])
+    monkeypatch.chdir(Path(__file__).parents[2])
     monkeypatch.setattr(study_shapes, "OUTPUT", tmp_path / "study")
     monkeypatch.setattr(study_shapes, "RESULTS", tmp_path / "results")
     monkeypatch.setattr(study_shapes, "execute", lambda command: "")

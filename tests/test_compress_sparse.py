@@ -11,7 +11,7 @@ from madtp.sparsity.masks import Pattern, magnitude_mask
 from models.weights.reading import read_checkpoint
 from tests import runs
 from tests.runs import assert_same_run, log_of, read
-from tests.test_end_to_end import flags as dense_flags
+from tests.test_compress_nlvr_dtp import flags as dense_flags
 
 P = 0.6  # weights alone remove 0.28
 BOTH = ("--enable-sparse-api", "--token_reduce", "--p", str(P))

@@ -11,7 +11,7 @@ from models.weights.reading import is_read, read_checkpoint
 from tasks.registry import TASKS, open_checkpoint
 from tests import runs
 from tests.runs import read
-from tests.test_predict import evaluate, random_run
+from tests.tools.test_predict import evaluate, random_run
 from tools import export, predict
 
 SPARSE = {"sparsity_type": "2:4"}
