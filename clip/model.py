@@ -100,7 +100,7 @@ class Transformer(nn.Module):
         self._init_weights(dim, depth)
 
     def _init_weights(self, dim: int, depth: int) -> None:
-        """As OpenAI draws them: what writes to the residual stream the smaller, the deeper the tower."""
+        """Draws weights as OpenAI does: layers that write to the residual stream are the smaller, the deeper the tower."""
         residual = dim**-0.5 * (2 * depth) ** -0.5
         for block in self.resblocks:
             nn.init.normal_(block.attn.in_proj_weight, std=dim**-0.5)

@@ -1,4 +1,4 @@
-"""What a run leaves behind: log.txt, TensorBoard scalars, predictions and result.json (formats in the README)."""
+"""What a run leaves behind: log.txt, TensorBoard scalars, predictions and result.json (docs/training.md has the formats)."""
 
 import json
 import os

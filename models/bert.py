@@ -1,8 +1,8 @@
-"""BERT text encoder with cross-attention to images, or without, and a pruner slot in every layer. Parameter names are BLIP's.
+"""BERT text encoder with optional cross-attention to images and a pruner slot in every layer. Parameter names are BLIP's.
 
-Shapes: S texts, L text tokens with [ENC]/[CLS] first, C width; B images, M image tokens, V their width. S is a multiple of B:
-the first S / B texts are about the first image, and so on. Instead of padded with a mask, texts and images may be packed: (T, C)
-with the T tokens of all samples and their `madtp.packing.Packed`, where that of the images may say how many texts are about each.
+S texts, L text tokens with [ENC]/[CLS] first, C channels; B images, M image tokens, V their channels. S is a multiple of B: the
+first S / B texts are about the first image, and so on. Texts and images may be packed instead of padded; the images' layout may
+then hold the number of texts about each image.
 """
 
 from collections.abc import Callable, Sequence
@@ -20,7 +20,7 @@ from madtp.packing import Layout, Packed, pack
 from madtp.pruning import PruningRule, TokenPruner
 
 NORM_EPS = 1e-12
-FIRST_MERGE_LAYER = 6  # BLIP-NLVR: from this layer on two cross-attentions meet in a linear layer, before it in their mean
+FIRST_MERGE_LAYER = 6  # BLIP-NLVR: from here on a linear layer joins the two cross-attentions, before it their mean
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,7 @@ class PairedOutput(nn.Module):
 
 
 class PairedCrossAttention(nn.Module):
-    """BLIP-NLVR: one cross-attention an image, each with weights of its own."""
+    """BLIP-NLVR's cross-attention to two images, each with its own weights."""
 
     def __init__(self, size: BertSize, image_width: int, merge: bool):
         super().__init__()
@@ -144,7 +144,7 @@ class PairedCrossAttention(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """BLIP: cross-attention to one image."""
+    """BLIP's cross-attention to one image."""
 
     def __init__(self, size: BertSize, image_width: int):
         super().__init__()
@@ -201,7 +201,7 @@ class Layer(PrunedBlock):
 
 
 class Embeddings(nn.Module):
-    """Word plus position; no token types."""
+    """Word and position embeddings; there are no token types."""
 
     def __init__(self, size: BertSize):
         super().__init__()
@@ -231,7 +231,7 @@ class TextEncoder(nn.Module):
         """
         Args:
             make_cross_attention: builds the cross-attention of a layer from the layer's index.
-            make_pruner: builds the pruner of a layer from its width; None leaves the layer dense.
+            make_pruner: builds the pruner of a layer from its channels; None leaves the layer dense.
         """
         super().__init__()
         self.hidden_size = size.hidden_size

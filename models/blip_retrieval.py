@@ -1,6 +1,6 @@
-"""BLIP for image-text retrieval: contrastive features of both, and a matching head that reads them together.
+"""BLIP for image-text retrieval: contrastive features of images and texts, and a matching head that reads them together.
 
-Shapes: B pairs of an image and a text, S texts, L text tokens, E width of the common space, K learnable tokens, D their width.
+B pairs of an image and a text, S texts, L text tokens, E channels of the common space, K learnable tokens, D their channels.
 """
 
 from dataclasses import dataclass
@@ -19,16 +19,17 @@ from models.momentum import MomentumModel, PairPasses, dense_encoded, hard_negat
 from models.vit import VisionTransformer
 from utils import gather_padded, gather_tensors
 
-TEMPERATURES = (0.001, 0.5)  # between which the contrastive temperature may learn to be
+TEMPERATURES = (0.001, 0.5)  # range of the learned contrastive temperature
 START_TEMPERATURE = 0.07
 
 
 @dataclass
 class MatchingPasses(PairPasses):
-    """With the matching passes: the B pairs, and then, unless R is 0, twice R negatives (another image; another text).
+    """The outputs of a training step with matching: B pairs, then, unless R is 0, R negatives with another image or another text.
 
-    logits: (B + 2 R, 2) of the matching head, class 1 is a match; targets: (B + 2 R,)
-    matching: of each of these passes the text's record and the number of image tokens that each of its texts read
+    logits: (B + 2 R, 2) of the matching head, class 1 is a match
+    targets: (B + 2 R,)
+    matching: the text's record of each matching pass, and the number of image tokens that each text read
     """
 
     logits: Tensor
@@ -50,9 +51,9 @@ class BlipRetrieval(MomentumModel):
     ):
         """
         Args:
-            enc_token: id of [ENC], with which a text begins that is read with an image.
-            embed_dim: width E of the common space.
-            negative_all_rank: whether negatives are drawn from the batches of all processes, or from its own.
+            enc_token: id of [ENC], the first token of a text that is read with an image.
+            embed_dim: channels E of the common space.
+            negative_all_rank: draw negatives from the batches of all processes, not only from the own one.
             learnable_tokens: number K, width D and initial std of the tokens that all towers share; None without pruners.
         """
         super().__init__()
@@ -70,7 +71,7 @@ class BlipRetrieval(MomentumModel):
         """Returns the similarities (B, B) of the class tokens (B, C) behind the last blocks."""
         image = F.normalize(self.vision_proj(self.visual_encoder.norm(vision)).float(), dim=-1)
         text = F.normalize(self.text_proj(language).float(), dim=-1)
-        with torch.autocast(vision.device.type, enabled=False):  # a low temperature makes much of little rounding
+        with torch.autocast(vision.device.type, enabled=False):  # a low temperature amplifies rounding errors
             return image @ text.t() / self.contrastive_temperature
 
     @property
@@ -149,8 +150,12 @@ class BlipRetrieval(MomentumModel):
         return MatchingPasses(**vars(pair), logits=logits, targets=targets.long(), matching=matching)
 
     def _negatives(self, pair: PairPasses, image: tuple[Tensor, Layout], text: tuple[Tensor, ...], image_ids: Tensor | None):
-        """What negatives are drawn from (images with their layout, and texts); the pairs (R,) for which there are any; and for
-        each of these the number of a negative image and of a negative text."""
+        """Draws negatives.
+
+        Returns:
+            the images with their layout and the texts to draw from; the R pairs that have negatives; and for each of these the
+            index of a negative image and of a negative text.
+        """
         own = torch.arange(len(text[0]), device=text[0].device)
         if image_ids is None:
             return (image, text), own, own, own
@@ -208,5 +213,5 @@ def gather_samples(x: Tensor, layout: Layout) -> tuple[Tensor, Layout]:
 
 
 def _stacked(first: Tensor, second: Tensor) -> Tensor:
-    """Two batches of texts, (R, L) and (R, L') with L' >= L, as one: padding is 0."""
+    """Joins two batches of texts, (R, L) and (R, L') with L' >= L; padding is 0."""
     return torch.cat([F.pad(first, (0, second.shape[1] - first.shape[1])), second])

@@ -1,7 +1,7 @@
-"""BLIP for visual question answering: pruned image and question encoders, and a decoder that answers.
+"""BLIP for visual question answering: image and question encoders that prune, and an answer decoder.
 
-Shapes: B questions, each with its image, L question tokens, A answers (those to the first question, then the next one's), M answer
-tokens, W candidate answers, C width.
+B questions, each with its image, L question tokens, A answers (those to the first question, then those to the next), M answer
+tokens, W candidate answers, C channels.
 """
 
 from collections.abc import Iterator
@@ -27,13 +27,17 @@ from models.decoder import (
 )
 from models.vit import VisionTransformer
 
-QUESTIONS, QUESTION_TOKENS, ANSWERS, ANSWER_TOKENS = 32, 14, 47, 5  # with which the paper counts 186.12 GFLOPs
-TOKENS_AT_A_TIME = 4096  # of candidates: each has a logit for every word
+QUESTIONS, QUESTION_TOKENS, ANSWERS, ANSWER_TOKENS = 32, 14, 47, 5  # for which the paper counts 186.12 GFLOPs
+TOKENS_AT_A_TIME = 4096  # of candidates: each token has a logit for every word
 
 
 @dataclass
 class Question:
-    """What the decoder reads of each question: tokens (B, N, C) and mask (B, N); and the records of both encoders."""
+    """Encoded questions, as the decoder reads them.
+
+    tokens, valid: (B, N, C) and their mask (B, N)
+    vision, language: records of both encoders
+    """
 
     tokens: Tensor
     valid: Tensor
@@ -43,7 +47,10 @@ class Question:
 
 @dataclass
 class VqaOutput:
-    """answer_losses: (A,) summed over tokens; similarity: L_sim, None without alignment features; logits (A, M, words)."""
+    """answer_losses: (A,), summed over tokens
+    similarity: L_sim, None without alignment features
+    logits: (A, M, words)
+    """
 
     answer_losses: Tensor
     similarity: Tensor | None
@@ -66,10 +73,10 @@ class BlipVqa(AlignedModel):
     ):
         """
         Args:
-            size: of the answer decoder.
+            size: sizes of the answer decoder.
             start, end, padding: ids of [DEC], [SEP] and [PAD].
             learnable_tokens: number K, width D and initial std of the tokens that both encoders share; None without pruners.
-            reads_padding: whether the decoder attends to a question's padding, as the authors' code lets it (`variant: released`).
+            reads_padding: let the decoder attend to a question's padding, as the authors' code does (`variant: released`).
         """
         super().__init__()
         self.reads_padding = reads_padding
@@ -137,14 +144,16 @@ class BlipVqa(AlignedModel):
         return VqaOutput(losses, similarity, logits, question)
 
     def answer(self, question: Question, answer_ids: Tensor, answer_mask: Tensor, answer_counts: Tensor) -> tuple[Tensor, Tensor]:
-        """The losses (A,) and logits (A, M, words) of given answers; arguments as of `forward`."""
+        """Returns the losses (A,) and logits (A, M, words) of given answers; arguments as for `forward`."""
         logits = self._decode(question, answer_ids, answer_mask, answer_counts).logits
         targets = answer_ids.masked_fill(answer_mask == 0, IGNORED)[:, 1:]
         return next_token_losses(logits, targets, self.text_decoder.label_smoothing), logits
 
     def _decode(self, question: Question, answer_ids: Tensor, answer_mask: Tensor, counts: Tensor | None = None):
-        """The decoder's output; `counts` (B,) answers to each question, or (1,), all to the first, which then share its keys and
-        values; None: one each."""
+        """Runs the decoder.
+
+        counts: (B,) answers to each question, or (1,): all to the first question, whose keys and values they share; None: one each
+        """
         which = slice(None) if counts is None else slice(0, 1)
         if counts is not None and len(counts) > 1:
             which = torch.arange(len(counts), device=counts.device).repeat_interleave(counts, output_size=len(answer_ids))
@@ -158,19 +167,19 @@ class BlipVqa(AlignedModel):
 
     @torch.no_grad()
     def rank(self, question: Question, answer_ids: Tensor, answer_mask: Tensor, number: int) -> tuple[Tensor, Tensor, Tensor]:
-        """For each question the `number` candidates (n, where there are fewer) that are best by their first token, ranked.
+        """Ranks, for each question, the `number` candidates that are most likely by their first token.
 
-        The loss that the decoder is trained with ranks them, as in BLIP: label smoothing makes every further token a little dearer.
+        They are ranked by the training loss, as in BLIP: with label smoothing every further token costs a little.
 
         Args:
             answer_ids, answer_mask: (W, M), [DEC] first, [SEP] last.
 
         Returns:
-            (B, n) numbers of candidates, the best first, their losses and the logarithms of their likelihoods.
+            (B, n) indices of candidates, the best first, their losses and their log-likelihoods; n is at most W.
         """
         start = answer_ids[:1, :1].expand(len(question.tokens), 1)
         first = self._decode(question, start, torch.ones_like(start)).logits[:, 0].float().softmax(dim=-1)
-        # Stable, unlike `topk`: many candidates have their first token in common.
+        # Stable, unlike `topk`: many candidates share their first token.
         likely = first[:, answer_ids[:, 1]].argsort(dim=1, descending=True, stable=True)[:, :number]
         lengths = answer_mask.sum(dim=1)
         nodes = 1 + (lengths[likely] - 2).sum(dim=1).max()
@@ -183,13 +192,13 @@ class BlipVqa(AlignedModel):
         return likely.gather(1, order), losses, likelihoods.gather(1, order)
 
     def ranking_gflops(self, source: Tensor, tokens: Tensor) -> Tensor:
-        """GFLOPs of `rank` for questions of `source` (B,) tokens with n likely candidates of `tokens` (B, n). (B,) float64"""
+        """Returns the GFLOPs of `rank` for questions of `source` (B,) tokens with candidates of `tokens` (B, n), (B,) float64."""
         first = decoder_flops(self.text_decoder, torch.ones_like(source), source)
         return (first + decoder_flops(self.text_decoder, 1 + (tokens - 2).sum(dim=1), source)).double() / GIGA
 
     @torch.no_grad()
     def generate(self, question: Question, num_beams: int = 3, max_length: int = 10) -> tuple[Tensor, Tensor]:
-        """Answers as token ids (B, M), [DEC] first, by beam search, and (B,) GFLOPs of writing them."""
+        """Writes answers by beam search; returns token ids (B, M), [DEC] first, and the GFLOPs (B,) of writing them."""
         start = torch.full((len(question.tokens), 1), self.start, device=question.tokens.device)
         ids = self.text_decoder.generate(
             start,
@@ -206,7 +215,7 @@ class BlipVqa(AlignedModel):
         return ids, self.writing_gflops(question.valid.sum(dim=1), ids, num_beams)
 
     def writing_gflops(self, source: Tensor, ids: Tensor, num_beams: int) -> Tensor:
-        """GFLOPs of answers (B, M) as `generate` wrote them, to questions of `source` (B,) tokens. (B,) float64"""
+        """Returns the GFLOPs of writing answers (B, M) by `generate` to questions of `source` (B,) tokens, (B,) float64."""
         return generation_flops(self.text_decoder, 1, written_lengths(ids, self.end), num_beams, source).double() / GIGA
 
     def encoding_gflops(self, question: Question) -> Tensor:
@@ -254,18 +263,18 @@ class BlipVqa(AlignedModel):
         return {name: part.double() / GIGA for name, part in parts.items()}
 
     def _key_flops(self, patches: Tensor) -> Tensor:
-        """Multiply-adds of an image's keys and values in all cross-attentions."""
+        """Counts the multiply-adds of an image's keys and values in all cross-attentions."""
         return key_flops(self.text_encoder.encoder.layer, patches)
 
     def _question_key_flops(self, source: Tensor) -> Tensor:
-        """The same of questions of `source` (B,) tokens in the decoder."""
+        """Counts the same in the decoder, for questions of `source` (B,) tokens."""
         return key_flops(self.text_decoder.bert.encoder.layer, source)
 
     def reference_gflops(self) -> float:
-        """GFLOPs of the uncompressed model by the paper's convention. No data needed.
+        """Returns the GFLOPs of the uncompressed model by the paper's convention. Needs no data.
 
-        It is an odd one: a training step of one image, 32 questions of 14 tokens that all read it, and 47 answers of 5 tokens that
-        all belong to the first.
+        The convention is unusual: a training step with one image, 32 questions of 14 tokens that all read it, and 47 answers of 5
+        tokens that all belong to the first question.
         """
         image = dense_record(self.visual_encoder.depth, self.visual_encoder.pos_embed.shape[1], samples=1)
         text = dense_record(self.text_encoder.depth, QUESTION_TOKENS, samples=QUESTIONS)
@@ -274,13 +283,13 @@ class BlipVqa(AlignedModel):
 
 
 def one_sample(inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """Of the inputs of `BlipVqa.forward` the first question with its answers."""
+    """Returns the first question with its answers from the inputs of `BlipVqa.forward`."""
     *question, answer_ids, answer_mask, counts = inputs
     return *(part[:1] for part in question), answer_ids[: counts[0]], answer_mask[: counts[0]], counts[:1]
 
 
 def single_answers(inputs: tuple[Tensor, ...]) -> Iterator[tuple[Tensor, ...]]:
-    """Of these inputs each question with its first answer, without padding."""
+    """Yields each question with its first answer from these inputs, without padding."""
     images, *texts, counts = inputs
     *question, answer_ids, answer_mask = texts
     firsts = counts.cumsum(dim=0) - counts
@@ -292,12 +301,12 @@ def single_answers(inputs: tuple[Tensor, ...]) -> Iterator[tuple[Tensor, ...]]:
 
 
 def weighted_loss(losses: Tensor, weights: Tensor, questions: int) -> Tensor:
-    """The loss of a batch from those of its answers, (A,), each counted by the share of annotators who gave it: per question."""
+    """Returns the loss of a batch per question: its answers' losses (A,), weighted by the share of annotators who gave them."""
     return (weights * losses).sum() / questions
 
 
 def next_token_losses(logits: Tensor, targets: Tensor, label_smoothing: float = 0.0) -> Tensor:
-    """Summed over each text: logits (A, M, words) of its tokens, targets (A, M - 1) that follow them. (A,)"""
+    """Returns the next-token losses summed over each text, (A,), from logits (A, M, words) and targets (A, M - 1)."""
     return F.cross_entropy(
         logits[:, :-1].transpose(1, 2).float(),
         targets,

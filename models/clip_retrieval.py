@@ -35,7 +35,7 @@ class ClipRetrieval(Clip, MomentumModel):
         """Returns the similarities (B, B) of the class tokens (B, C) behind the last blocks."""
         image = F.normalize((self.visual.ln_post(vision) @ self.visual.proj).float(), dim=-1)
         text = F.normalize((self.ln_final(language) @ self.text_projection).float(), dim=-1)
-        with torch.autocast(vision.device.type, enabled=False):  # a low temperature makes much of little rounding
+        with torch.autocast(vision.device.type, enabled=False):  # a low temperature amplifies rounding errors
             return image @ text.t() / self.contrastive_temperature
 
     @property

@@ -1,6 +1,6 @@
-"""The text decoder of BLIP's captioning and question answering: transformers', with the mask that it drops, and its cost.
+"""BLIP's text decoder for captioning and question answering: transformers' decoder with the mask that it drops, and its cost.
 
-Shapes: S texts, L text tokens, M tokens of what a text is about (an image's, or a question's), C width.
+S texts, L text tokens, M tokens of the source that a text reads (an image or a question), C channels.
 """
 
 from collections.abc import Iterable
@@ -15,19 +15,19 @@ from transformers.models.blip.modeling_blip_text import BlipTextLMHeadModel, Bli
 from madtp import flops
 from models.bert import NORM_EPS, BertSize
 
-IGNORED = -100  # the target of a token that is no part of the loss
+IGNORED = -100  # target of a token that is left out of the loss
 
 
 class MaskedCrossAttention(BlipTextSelfAttention):
-    """transformers hands the mask of the keys over as if it was the queries', and then ignores it.
+    """Cross-attention that honours the mask of its keys, which transformers' BLIP ignores.
 
-    Texts may be a multiple of what they read: neighbours then share a source, whose keys and values are computed once.
+    There may be several texts per source: neighbouring texts then share its keys and values, which are computed once.
     """
 
     def forward(
         self, hidden_states: Tensor, attention_mask: Tensor | None = None, encoder_hidden_states: Tensor | None = None, **kwargs
     ):
-        # One row of the mask serves all queries, however many: it says which keys are padding.
+        # transformers passes the keys' mask as the queries' one. All its rows are equal: one of them serves any number of queries.
         kwargs["encoder_attention_mask"] = None if attention_mask is None else attention_mask[:, :, :1]
         joined = hidden_states.reshape(len(encoder_hidden_states), -1, hidden_states.shape[-1])
         attended, attention = super().forward(joined, None, encoder_hidden_states, **kwargs)
@@ -37,10 +37,10 @@ class MaskedCrossAttention(BlipTextSelfAttention):
 def text_decoder(
     size: BertSize, source_width: int, label_smoothing: float, start: int, end: int, padding: int
 ) -> BlipTextLMHeadModel:
-    """A decoder whose parameters have BLIP's names.
+    """Builds a decoder whose parameters have BLIP's names.
 
     Args:
-        source_width: of the tokens that it reads.
+        source_width: channels of the tokens that it reads.
         start, end, padding: ids of [DEC], [SEP] and [PAD].
     """
     config = BlipTextConfig(
@@ -59,7 +59,10 @@ def text_decoder(
 
 
 def predicting(mask: Tensor, given: int = 1) -> Tensor:
-    """Whose logits say what comes next, (S, L) bool, of texts with `mask` (S, L) whose first `given` tokens need not be said."""
+    """Marks the tokens whose logits predict a next token, (S, L) bool; the first `given` tokens need not be predicted.
+
+    mask: (S, L), the attention mask of the texts
+    """
     says = F.pad(mask[:, 1:].bool(), (0, 1))
     says[:, : given - 1] = False
     return says
@@ -68,20 +71,22 @@ def predicting(mask: Tensor, given: int = 1) -> Tensor:
 def log_likelihoods(
     decoder: BlipTextLMHeadModel, ids: Tensor, lengths: Tensor, source: Tensor, valid: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Of the K texts about each of B sources, all at a time: log p of each text, the sum over its tokens of log p(token); and, for
-    label smoothing, the sum over its tokens of the mean of log p over all words. (B, K) float32 each
+    """Scores K texts about each of B sources in one pass.
 
-    The texts of a source are one sequence: what they begin with stands there once and is seen by all, a text's other tokens see
-    only what stands before them in that text, and a last token, after which nothing is to be said, is left out.
+    The texts of a source form one sequence: their common first token stands there once and is visible to all, every other token
+    sees only the tokens before it in its own text, and last tokens, which predict nothing, are left out.
 
     Args:
-        ids: (B, K, L), the first token of all the same; what is beyond a text's end has no meaning.
+        ids: (B, K, L), all with the same first token; entries behind a text's end are ignored.
         lengths: (B, K) tokens of a text, at least 2.
         source, valid: (B, M, C) and (B, M), False for padding.
+    Returns:
+        log p of each text, the sum over its tokens of log p(token); and, for label smoothing, the sum over its tokens of the mean
+        of log p over all words. (B, K) float32 each.
     """
     places = torch.arange(ids.shape[2], device=ids.device).expand_as(ids)
     inner = ((places > 0) & (places < lengths.unsqueeze(2) - 1)).flatten(1)
-    # Inner tokens to the front, in their order; as many as the source with the most has.
+    # Moves inner tokens to the front, in their order, and cuts to the largest number of them.
     chosen = inner.byte().sort(dim=1, descending=True, stable=True).indices[:, : int(inner.sum(dim=1).max())]
     text, place, used = chosen // ids.shape[2], chosen % ids.shape[2], inner.gather(1, chosen)
     owner, position = F.pad(text, (1, 0), value=-1), F.pad(place, (1, 0))
@@ -105,12 +110,12 @@ def log_likelihoods(
 
 
 def _additive(visible: Tensor, like: Tensor) -> Tensor:
-    """0 where True, the least number where False."""
+    """Returns an additive mask: 0 where True, the lowest number where False."""
     return torch.zeros_like(visible, dtype=like.dtype).masked_fill_(~visible, torch.finfo(like.dtype).min)
 
 
 def decoder_flops(decoder: BlipTextLMHeadModel, tokens: Tensor, source: Tensor) -> Tensor:
-    """Multiply-adds of a teacher-forced pass for texts of `tokens` (S,) that read `source` (S,) tokens. (S,)"""
+    """Counts the multiply-adds of a teacher-forced pass for texts of `tokens` (S,) that read `source` (S,) tokens, (S,)."""
     config = decoder.config
     width, depth = config.hidden_size, config.num_hidden_layers
     attention = flops.attention(tokens, tokens, width) + flops.attention(tokens, source, width)
@@ -121,13 +126,13 @@ def decoder_flops(decoder: BlipTextLMHeadModel, tokens: Tensor, source: Tensor) 
 
 
 def key_flops(layers: Iterable[Module], source: Tensor) -> Tensor:
-    """Multiply-adds that map `source` (S,) tokens to the keys and values of all cross-attentions of BERT's layers. (S,)"""
+    """Counts the multiply-adds that map `source` (S,) tokens to the keys and values of all cross-attentions, (S,)."""
     reads = [layer.crossattention.self for layer in layers]
     return flops.products(source, *(linear.weight for heads in reads for linear in (heads.key, heads.value)))
 
 
 def _token_weights(decoder: BlipTextLMHeadModel) -> list[Parameter]:
-    """Of all layers, the weights that every text token meets: all linear ones but the keys and values of the source."""
+    """Returns the weights of all layers that every text token meets: all linear ones but the source's keys and values."""
     return [
         linear.weight
         for layer in decoder.bert.encoder.layer
@@ -137,13 +142,13 @@ def _token_weights(decoder: BlipTextLMHeadModel) -> list[Parameter]:
 
 
 def generation_flops(decoder: BlipTextLMHeadModel, prompt: int, lengths: Tensor, beams: int, source: Tensor) -> Tensor:
-    """Multiply-adds of writing texts of `lengths` (S,), the first `prompt` of these tokens given, with `beams` at a time. (S,)
+    """Counts the multiply-adds of beam search for texts of `lengths` (S,), whose first `prompt` tokens are given, (S,).
 
-    Every beam maps the `source` (S,) tokens to keys and values once and keeps them, and those of its own tokens.
+    Every beam maps the `source` (S,) tokens to keys and values once and caches them, as it does those of its own tokens.
     """
     config = decoder.config
     width, steps = config.hidden_size, (lengths - prompt).clamp(min=1)
-    last = prompt + steps - 1  # tokens that were read when the last one was chosen
+    last = prompt + steps - 1  # tokens read when the last one is chosen
     keys_seen = prompt * prompt + (last * (last + 1) - prompt * (prompt + 1)) // 2
     layer = 3 * flops.layer_norm(last, width) + 2 * (keys_seen + last * source) * width
     linears = flops.products(last, *_token_weights(decoder)) + key_flops(decoder.bert.encoder.layer, source)
@@ -152,6 +157,6 @@ def generation_flops(decoder: BlipTextLMHeadModel, prompt: int, lengths: Tensor,
 
 
 def written_lengths(ids: Tensor, end: int) -> Tensor:
-    """Tokens of generated texts (S, L) with what they begin with and their `end`, padding left out. (S,)"""
+    """Counts the tokens of generated texts (S, L), from the first to their `end` token, without padding, (S,)."""
     is_end = (ids == end).long()
     return (is_end.cumsum(dim=1) - is_end == 0).sum(dim=1)

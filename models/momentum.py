@@ -1,7 +1,7 @@
-"""What contrastive retrieval models share: encoders that follow slowly, queues of their features, losses, costs.
+"""The part that contrastive retrieval models share: momentum encoders, queues of their features, losses, costs.
 
 Momentum encoders and queues are MoCo's (He et al., 2020), soft targets and hard negatives ALBEF's (Li et al., 2021).
-Shapes: B pairs of an image and a text, L text tokens, E width of the common space, Q places of a queue.
+B pairs of an image and a text, L text tokens, E channels of the common space, Q entries of a queue.
 """
 
 import copy
@@ -17,12 +17,12 @@ from madtp.blocks import UNPRUNED, AlignedModel, Encoded, Guidance, dense_record
 from madtp.flops import GIGA
 from utils import gather_tensors
 
-NO_IMAGE = -100  # the image id of a place of the queue that was never filled
+NO_IMAGE = -100  # image id of a queue entry that was never filled
 
 
 @dataclass
 class PairPasses:
-    """What a training step computes of B pairs: both towers, and both momentum towers."""
+    """The outputs of a training step on B pairs: both towers, and both momentum towers."""
 
     image: Encoded
     text: Encoded
@@ -31,10 +31,10 @@ class PairPasses:
 
 
 class MomentumModel(AlignedModel):
-    """A model of pairs whose named parts each have a copy, with `_m` behind the name, that follows them slowly.
+    """A model of image-text pairs with a momentum copy of each named part; the copy's name ends in `_m`.
 
-    Subclasses give `encode_image`, `encode_text`, `contrastive_temperature`, `limit_contrastive_temperature`, `tower_flops`, and in `dense_passes` what a
-    pair with a text of so many tokens would leave on record if nothing was pruned.
+    Subclasses define `encode_image`, `encode_text`, `contrastive_temperature`, `limit_contrastive_temperature`, `tower_flops` and
+    `dense_passes`, which returns the records of an unpruned pair with a given number of text tokens.
     """
 
     image_queue: Tensor  # (E, Q)
@@ -43,12 +43,12 @@ class MomentumModel(AlignedModel):
     ptr_queue: Tensor  # (1,)
 
     def init_momentum(self, parts: tuple[str, ...], embed_dim: int, queue_size: int, momentum: float) -> None:
-        """To be called when all `parts`, modules or parameters of this model, are there; fills the queues with noise."""
+        """Copies the `parts`, modules or parameters of this model, once they all exist, and fills the queues with noise."""
         self._parts, self.momentum = parts, momentum
         for name in parts:
             follower = copy.deepcopy(getattr(self, name)).requires_grad_(False)
             for module in follower.modules() if isinstance(follower, nn.Module) else ():
-                module.__dict__.pop("forward", None)  # a checkpoint wrapper's: the copy of it still calls the original
+                module.__dict__.pop("forward", None)  # of a checkpointed block: its copy would still run the original
             setattr(self, f"{name}_m", follower)
         self.register_buffer("image_queue", F.normalize(torch.randn(embed_dim, queue_size), dim=0))
         self.register_buffer("text_queue", F.normalize(torch.randn(embed_dim, queue_size), dim=0))
@@ -56,11 +56,12 @@ class MomentumModel(AlignedModel):
         self.register_buffer("ptr_queue", torch.zeros(1, dtype=torch.long))
 
     def forget_momentum(self) -> None:
-        """Give up what only training needs; encoders remain, for a model that does not learn."""
+        """Deletes momentum encoders and queues, for a model that is not trained."""
         for name in (*(f"{part}_m" for part in self._parts), *(name for name, _ in self.named_buffers(recurse=False))):
             delattr(self, name)
 
     def followers(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yields each parameter with its momentum copy."""
         for name in self._parts:
             part, follower = getattr(self, name), getattr(self, f"{name}_m")
             if isinstance(part, nn.Parameter):
@@ -70,16 +71,16 @@ class MomentumModel(AlignedModel):
 
     @torch.no_grad()
     def follow(self) -> None:
-        """One step of the momentum weights towards the online ones."""
+        """Moves the momentum weights one step towards the online weights."""
         for part, follower in self.followers():
             follower.mul_(self.momentum).add_(part, alpha=1 - self.momentum)
 
     @torch.no_grad()
     def enqueue(self, passes: PairPasses, image_ids: Tensor) -> None:
-        """The momentum features of all processes replace the oldest of the queues. image_ids (B,)."""
+        """Replaces the oldest queue entries by the momentum features of all processes. image_ids: (B,)"""
         batch = passes.image_momentum.feature, passes.text_momentum.feature, image_ids
         size = self.image_queue.shape[1]
-        image, text, ids = (gather_tensors(part)[-size:] for part in batch)  # of more than fit, the last stay
+        image, text, ids = (gather_tensors(part)[-size:] for part in batch)  # of more than fit, keep the last
         places = (self.ptr_queue + torch.arange(len(ids), device=ids.device)) % size
         self.image_queue[:, places] = image.t()
         self.text_queue[:, places] = text.t()
@@ -94,13 +95,14 @@ class MomentumModel(AlignedModel):
         image_ids: Tensor | None = None,
         guidance: Guidance = UNPRUNED,
     ) -> PairPasses:
-        """Every pass of a training step; nothing of the model changes.
+        """Runs every pass of a training step without changing the model.
 
-        The momentum encoders take no gradient, but the learnable tokens that meet their tokens do.
+        The momentum encoders get no gradient, but the learnable tokens that meet their tokens do.
 
         Args:
-            images (B, 3, H, W); input_ids, attention_mask (B, L): text i belongs to image i.
-            image_ids: (B,) which of the pairs share an image; None where it does not matter.
+            images: (B, 3, H, W).
+            input_ids, attention_mask: (B, L); text i belongs to image i.
+            image_ids: (B,), equal for pairs that share an image; None where it does not matter.
         """
         both = [
             (self.encode_image(images, guidance, slow), self.encode_text(input_ids, attention_mask, guidance, slow))
@@ -115,9 +117,9 @@ class MomentumModel(AlignedModel):
         return self.encode_image(images, guidance), self.encode_text(input_ids, attention_mask, guidance)
 
     def contrastive_loss(self, passes: PairPasses, image_ids: Tensor, alpha: float) -> Tensor:
-        """Cross-entropy of each image against all texts of batch and queue, and the reverse, averaged.
+        """Returns the cross-entropy of each image against all texts of batch and queue, averaged with the reverse.
 
-        The targets are the pairs with the same image id, and to a share `alpha` what the momentum encoders find similar.
+        The targets are the pairs with the same image id, mixed with the similarities of the momentum encoders at weight `alpha`.
         """
         image_slow, text_slow = passes.image_momentum.feature, passes.text_momentum.feature
         images = torch.cat([image_slow.t(), self.image_queue.clone()], dim=1)  # the queue changes before the backward pass
@@ -125,7 +127,7 @@ class MomentumModel(AlignedModel):
         same = image_ids.unsqueeze(1) == torch.cat([image_ids, self.idx_queue[0]])
         pairs = same.float() / same.sum(dim=1, keepdim=True)
         losses = []
-        with torch.autocast(images.device.type, enabled=False):  # a low temperature makes much of little rounding
+        with torch.autocast(images.device.type, enabled=False):  # a low temperature amplifies rounding errors
             for online, slow, others in ((passes.image.feature, image_slow, texts), (passes.text.feature, text_slow, images)):
                 with torch.no_grad():
                     targets = alpha * F.softmax(slow @ others / self.contrastive_temperature, dim=1) + (1 - alpha) * pairs
@@ -133,7 +135,7 @@ class MomentumModel(AlignedModel):
         return sum(losses) / 2
 
     def losses(self, passes: PairPasses, image_ids: Tensor, alpha: float) -> dict[str, Tensor]:
-        """The losses of a step by name; with alignment features also L_sim of the online and of the momentum pair."""
+        """Returns the losses of a step by name; with alignment features also L_sim of the online and of the momentum pair."""
         named = {"contrastive": self.contrastive_loss(passes, image_ids, alpha)}
         if passes.image.record.features is not None:
             slow = passes.image_momentum.record.features, passes.text_momentum.record.features
@@ -150,11 +152,13 @@ class MomentumModel(AlignedModel):
         alpha: float,
         guidance: Guidance = UNPRUNED,
     ) -> dict[str, Tensor]:
-        """A training step's losses by name. The momentum weights take a step, the queues take the batch in.
+        """Returns the losses of a training step by name, moves the momentum weights, and adds the batch to the queues.
 
         Args:
-            images (B, 3, H, W); input_ids, attention_mask (B, L); image_ids (B,): pairs of one image share an id.
-            alpha: share of the targets that the momentum encoders give.
+            images: (B, 3, H, W).
+            input_ids, attention_mask: (B, L).
+            image_ids: (B,); pairs of one image share an id.
+            alpha: weight of the momentum encoders in the targets.
         """
         self.limit_contrastive_temperature()
         self.follow()
@@ -185,7 +189,8 @@ class MomentumModel(AlignedModel):
         image, text = self.tower_flops(passes.image, passes.text)
         image_slow, text_slow = self.tower_flops(passes.image_momentum, passes.text_momentum)
         embed_dim, places = self.image_queue.shape
-        products = torch.full_like(image, 4 * embed_dim * (1 + places))  # online and slow, either way; itself and the queue
+        # Online and momentum features, in both directions, with the pair itself and with the queue.
+        products = torch.full_like(image, 4 * embed_dim * (1 + places))
         parts = {"image": image, "text": text, "image_momentum": image_slow, "text_momentum": text_slow, "contrastive": products}
         return {name: part.double() / GIGA for name, part in parts.items()}
 
@@ -201,14 +206,18 @@ def dense_encoded(depth: int, tokens: int) -> Encoded:
 
 @torch.no_grad()
 def hard_negatives(queries: Tensor, others: Tensor, query_ids: Tensor, other_ids: Tensor, temperature: Tensor | float) -> Tensor:
-    """For each query one of `others` of another image, the likelier the more similar. (B, E), (W, E), (B,), (W,) -> (B,) long.
+    """Draws for each query one of `others` with another image id, more similar ones with higher probability.
 
-    A query for which there is none gets -1.
+    Args:
+        queries, others: (B, E), (W, E) normalised features.
+        query_ids, other_ids: (B,), (W,).
+    Returns:
+        (B,) indices; -1 for a query without candidates.
     """
     allowed = query_ids.unsqueeze(1) != other_ids
     with torch.autocast(queries.device.type, enabled=False):
         weights = F.softmax(queries @ others.t() / temperature, dim=1)
-    weights = weights.clamp(min=torch.finfo(weights.dtype).tiny) * allowed  # so that one is drawn even where all underflow
+    weights = weights.clamp(min=torch.finfo(weights.dtype).tiny) * allowed  # one is drawn even where all underflow
     alone = ~allowed.any(dim=1)
     chosen = torch.multinomial(torch.where(alone.unsqueeze(1), 1.0, weights), 1).squeeze(1)
     return torch.where(alone, -1, chosen)

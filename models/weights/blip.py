@@ -5,15 +5,15 @@ from torch import nn
 
 from models.weights.reading import StateDict, interpolate_position_embedding, load_pair_weights, load_weights
 
-# What this project adds to a published model, and the heads that a model pretrained for something else does not have.
+# Added by this project to a published model, or heads that a model pretrained for another task lacks.
 NLVR_MAY_MISS = ("space_dict", ".pruner.", "cls_head.", "crossattention.output.merge_layer.")
-# What BLIP's pretraining and retrieval checkpoints hold beside the encoders.
+# Parts of BLIP's pretraining and retrieval checkpoints beside the encoders.
 BLIP_MAY_IGNORE = (
     "text_decoder.", "vision_proj.", "text_proj.", "itm_head.", "visual_encoder_m.", "text_encoder_m.", "vision_proj_m.",
     "text_proj_m.", "temp", "image_queue", "text_queue", "queue_ptr", "ptr_queue", "idx_queue", "embeddings.position_ids",
 )  # fmt: skip
 
-# The decoder's buffer of positions; its output layer, where it is that of the embeddings; and what this project adds.
+# The decoder's position buffer, its output layer where tied to the embeddings, and the parts that this project adds.
 DECODER_MAY_MISS = ("space_dict", ".pruner.", "decoder_alignment.", "position_ids", "cls.predictions.decoder.")
 TRANSFORMERS_VISION = {  # transformers' names of a vision model's parts, and those of BLIP's checkpoints
     "vision_model.": "visual_encoder.", "encoder.layers.": "blocks.", "self_attn.projection.": "attn.proj.", "self_attn.": "attn.",
@@ -24,7 +24,7 @@ TRANSFORMERS_VISION = {  # transformers' names of a vision model's parts, and th
 
 
 def load_nlvr_weights(model: nn.Module, weights: StateDict, source: str) -> list[str]:
-    """Load BLIP weights into a `BlipNlvr`: one cross-attention becomes two, position embeddings are interpolated.
+    """Loads BLIP weights into a `BlipNlvr`: one cross-attention becomes two, position embeddings are interpolated.
 
     Returns the names of weights that `weights` lacks, as the loaders below do.
 
@@ -43,8 +43,9 @@ def load_nlvr_weights(model: nn.Module, weights: StateDict, source: str) -> list
 
 
 def load_retrieval_weights(model: nn.Module, weights: StateDict, source: str) -> list[str]:
-    """Load BLIP weights, as published or of transformers' BlipForImageTextRetrieval, into a `BlipRetrieval`. Momentum weights that
-    are missing start as the online ones.
+    """Loads BLIP weights, as published or from transformers' BlipForImageTextRetrieval, into a `BlipRetrieval`.
+
+    Missing momentum weights start as copies of the online weights.
 
     Raises:
         UserError: naming weights that do not fit, are missing, or are not known.
@@ -56,7 +57,7 @@ def load_retrieval_weights(model: nn.Module, weights: StateDict, source: str) ->
 
 
 def _blip_name(name: str) -> str:
-    """BLIP's name for transformers' of a part of the image encoder."""
+    """Translates transformers' name of an image encoder weight to BLIP's."""
     if name.startswith("vision_model."):
         for theirs, ours in TRANSFORMERS_VISION.items():
             name = name.replace(theirs, ours)
@@ -64,7 +65,7 @@ def _blip_name(name: str) -> str:
 
 
 def load_decoder_weights(model: nn.Module, weights: StateDict, source: str) -> list[str]:
-    """Load BLIP weights into a `BlipCaption` or a `BlipVqa`; position embeddings are interpolated.
+    """Loads BLIP weights into a `BlipCaption` or a `BlipVqa`; position embeddings are interpolated.
 
     Raises:
         UserError: naming weights that do not fit, are missing, or are not known.

@@ -1,4 +1,4 @@
-"""CLIP's weights in the names of OpenAI, of the authors' compressed checkpoints, or of transformers' CLIPModel."""
+"""Loading CLIP's weights with the names of OpenAI, of the authors' compressed checkpoints, or of transformers' CLIPModel."""
 
 import re
 
@@ -7,7 +7,7 @@ from torch import nn
 
 from models.weights.reading import StateDict, load_pair_weights
 
-# What OpenAI's archives hold beside the weights.
+# Entries of OpenAI's archives beside the weights.
 MAY_IGNORE = ("input_resolution", "context_length", "vocab_size", "position_ids")
 POSITIONS = ("visual.positional_embedding", "visual_m.positional_embedding")
 PRUNER = ("query_model.q_map.0.", "pruner.alignment.projection.")  # the published name of a block's map W, and ours
@@ -32,7 +32,7 @@ TRANSPOSED = {"visual_projection.weight": "visual.proj", "text_projection.weight
 
 
 def load_clip_weights(model: nn.Module, weights: StateDict, source: str) -> list[str]:
-    """Load a `ClipRetrieval`. Position embeddings are interpolated; momentum weights that are missing start as the online ones.
+    """Loads weights into a `ClipRetrieval`. Position embeddings are interpolated; missing momentum weights copy the online ones.
 
     Returns the names of weights that `weights` lacks.
 
@@ -46,7 +46,7 @@ def load_clip_weights(model: nn.Module, weights: StateDict, source: str) -> list
 
 
 def from_transformers(weights: StateDict) -> StateDict:
-    """The weights of transformers' CLIPModel in OpenAI's names: queries, keys and values of a block in one matrix."""
+    """Translates the weights of transformers' CLIPModel to OpenAI's names, which keep q, k and v of a block in one matrix."""
     translated: StateDict = {}
     for name, tensor in weights.items():
         if name in TRANSPOSED:

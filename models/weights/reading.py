@@ -29,7 +29,7 @@ CHECKPOINT_HEADS = (b"PK", b"\x80")  # a zip archive; a bare pickle, as older ve
 
 
 def read_checkpoint(path: str | Path) -> dict:
-    """A checkpoint as a dict with at least "model", a state dict. Reads .safetensors, and .pth without running code from it.
+    """Reads a checkpoint, .safetensors or .pth, without running code from it; returns a dict with at least "model", a state dict.
 
     Raises:
         UserError: when the file is missing, not a checkpoint, or a pickle that wants to run code.
@@ -54,7 +54,7 @@ def read_checkpoint(path: str | Path) -> dict:
         raise UserError(
             f"{path}: not plain weights: it holds Python objects whose loading could run code; save its state dict alone"
         ) from None
-    except Exception as error:  # whatever broken bytes lead the two readers into
+    except Exception as error:  # broken bytes can lead the two readers anywhere
         reason = str(error).strip().split("\n")[0]
         raise UserError(f"{path}: not a readable checkpoint ({reason}); is it cut off? Fetch it again") from None
     if not isinstance(content, dict):
@@ -73,7 +73,7 @@ def _is_torchscript(path: Path) -> bool:
 
 
 def _read_torchscript(path: Path) -> StateDict:
-    """The weights of one of OpenAI's archives. Of its code loading calls `__setstate__` alone, so none may be in it."""
+    """Reads the weights of one of OpenAI's archives. Loading calls `__setstate__` only, so the archive's code may not define it."""
     with zipfile.ZipFile(path) as archive:
         if any(b"__setstate__" in archive.read(entry) for entry in archive.infolist() if entry.filename.endswith(".py")):
             raise pickle.UnpicklingError
@@ -83,10 +83,12 @@ def _read_torchscript(path: Path) -> StateDict:
 def load_pair_weights(
     model: nn.Module, weights: StateDict, source: str, positions: Iterable[str], may_ignore: Iterable[str]
 ) -> list[str]:
-    """The part that BLIP and CLIP share: position embeddings are interpolated, queues of another size start anew, momentum
-    weights that are missing are those of the encoders. Image ids in the queue are left out: they number other data.
+    """Loads weights of a retrieval model, the part that BLIP and CLIP share.
 
-    positions: the names of position embeddings (1, 1 + n * n, C) or (1 + n * n, C)
+    Position embeddings are interpolated, queues of another size start again, and missing momentum weights are copied from the
+    encoders. Image ids in the queue are left out: they number other data.
+
+    positions: names of position embeddings (1, 1 + n * n, C) or (1 + n * n, C)
     """
     expected = model.state_dict()
     for name in positions:
@@ -107,9 +109,9 @@ def load_pair_weights(
 
 
 def interpolate_position_embedding(embedding: Tensor, tokens: int) -> Tensor:
-    """(1, 1 + n * n, C) to (1, 1 + m * m, C) for another number of patches, bicubic; the class token's row stays.
+    """Interpolates position embeddings (1, 1 + n * n, C) to (1, 1 + m * m, C), bicubic; the class token's row stays.
 
-    Returns `embedding` as it is when the number agrees, or when either is not one class token and a square of patches.
+    Returns `embedding` unchanged when the numbers agree, or when either is not one class token and a square of patches.
     """
     old, new = round((embedding.shape[1] - 1) ** 0.5), round((tokens - 1) ** 0.5)
     if old == new or old * old != embedding.shape[1] - 1 or new * new != tokens - 1:
@@ -123,9 +125,9 @@ def interpolate_position_embedding(embedding: Tensor, tokens: int) -> Tensor:
 def load_weights(
     model: nn.Module, weights: StateDict, source: str, may_miss: Iterable[str] = (), may_ignore: Iterable[str] = ()
 ) -> list[str]:
-    """Load a state dict; only names that contain one of `may_miss` may be absent, and of `may_ignore` be superfluous.
+    """Loads a state dict and returns the names that it lacks.
 
-    Returns the absent ones.
+    Only names that contain one of `may_miss` may be missing, and only those that contain one of `may_ignore` may be superfluous.
 
     Raises:
         UserError: with the first names that break this, or whose shapes do not fit.
@@ -159,17 +161,17 @@ def load_weights(
 
 
 def is_pruned(weights: StateDict) -> bool:
-    """Whether they are of a model that prunes tokens, and so has learnable tokens."""
+    """Tells whether weights belong to a model that prunes tokens: such a model has learnable tokens."""
     return "space_dict" in weights
 
 
 def is_read(name: str) -> bool:
-    """Whether a prediction needs the weights: momentum encoders, named with `_m`, only train."""
+    """Tells whether a prediction needs the weight of this name; momentum encoders, named with `_m`, only serve training."""
     return not name.split(".")[0].endswith("_m") and not any(part in name for part in NOT_READ)
 
 
 def check_readable(missing: Iterable[str], source: str) -> None:
-    """To be called with what `source` lacks of a model that is evaluated as it is, but for the alignment of its pruners.
+    """Checks the names that `source` lacks for a model that is evaluated untrained; the pruners' alignment may be missing.
 
     Raises:
         UserError: when its answers would be random.

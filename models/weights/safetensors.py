@@ -1,7 +1,7 @@
-"""Compressed weights as .safetensors with what a run says of them in the file's metadata; N:M sparse ones packed, if so wanted.
+"""Compressed weights as .safetensors with their run state in the metadata; N:M sparse weights can be packed.
 
-The metadata's key "madtp" holds a JSON object. With "packed": [N, M] in it, each weight X of its list "masked" lies in the file as
-X.values and X.positions (the format is that of `madtp.sparsity.pack_weight`).
+The metadata key "madtp" holds a JSON object. If it contains "packed": [N, M], each weight X of its list "masked" is stored as
+X.values and X.positions, in the format of `madtp.sparsity.masks.pack_weight`.
 """
 
 import json
@@ -18,7 +18,7 @@ VALUES, POSITIONS = ".values", ".positions"
 
 
 def save_exported(path: Path, weights: dict[str, Tensor], state: dict, pattern: Pattern | None = None) -> None:
-    """state: what JSON can hold; with a `pattern` its "masked" weights are packed."""
+    """Saves weights with their state, a JSON object; with a `pattern` the state's "masked" weights are packed."""
     if pattern:
         state = {**state, PACKED: list(pattern)}
         weights = dict(weights)
@@ -29,7 +29,7 @@ def save_exported(path: Path, weights: dict[str, Tensor], state: dict, pattern: 
 
 
 def read_safetensors(path: Path) -> dict:
-    """The state dict as "model", whole, beside what was saved with it."""
+    """Reads a file back: the state dict as "model", with packed weights restored, and the state saved with it."""
     with safe_open(path, "pt") as file:
         weights = {name: file.get_tensor(name) for name in file.keys()}
         state = json.loads((file.metadata() or {}).get(KEY, "{}"))
