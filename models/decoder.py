@@ -25,10 +25,16 @@ class MaskedCrossAttention(BlipTextSelfAttention):
     """
 
     def forward(
-        self, hidden_states: Tensor, attention_mask: Tensor | None = None, encoder_hidden_states: Tensor | None = None, **kwargs
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        encoder_hidden_states: Tensor | None = None,
+        encoder_attention_mask: Tensor | None = None,
+        **kwargs,
     ):
-        # transformers passes the keys' mask as the queries' one. All its rows are equal: one of them serves any number of queries.
-        kwargs["encoder_attention_mask"] = None if attention_mask is None else attention_mask[:, :, :1]
+        # Versions of transformers pass the keys' mask as the queries'. All its rows are equal: one serves any number of queries.
+        mask = attention_mask if encoder_attention_mask is None else encoder_attention_mask
+        kwargs["encoder_attention_mask"] = None if mask is None else mask[:, :, :1]
         joined = hidden_states.reshape(len(encoder_hidden_states), -1, hidden_states.shape[-1])
         attended, attention = super().forward(joined, None, encoder_hidden_states, **kwargs)
         return attended.reshape(hidden_states.shape), attention

@@ -3,7 +3,6 @@
 import pytest
 import torch
 from torch.nn.functional import cross_entropy
-from torch.utils.flop_counter import FlopCounterMode
 
 from engine.flop_table import fvcore_gflops
 from engine.results import count_parameters
@@ -12,6 +11,7 @@ from madtp.flops import GIGA
 from madtp.pruning import OFF, PruneSetting, PruningRule
 from models.bert import FIRST_MERGE_LAYER
 from tests import tiny
+from tests.executed import counting_products
 
 INSTANCE = PruningRule(keep="instance")
 SETTING = PruneSetting(6.0)
@@ -133,7 +133,7 @@ def test_the_closed_form_is_what_runs(rule):
     """Another counter, of what is executed rather than traced: dead code counts. Layer norms it does not count."""
     model, inputs = tiny.nlvr(rule), twice_one_picture()
     setting = OFF if rule is None else SETTING
-    with FlopCounterMode(display=False) as counter:
+    with counting_products() as counter:
         out = model(*inputs, Guidance(setting))
     norms = [  # (elements) of every layer norm, from the true lengths
         *((before + after) * 20 for before, after in both(out.vision)), out.vision.leaving[-1] * 20,

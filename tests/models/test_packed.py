@@ -4,7 +4,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.utils.flop_counter import FlopCounterMode
 
 from madtp.attention import varlen
 from madtp.attention.attend import similar
@@ -13,6 +12,7 @@ from madtp.flops import GIGA
 from madtp.packing import Packed
 from madtp.pruning import OFF, PruneSetting, PruningRule
 from tests import tiny
+from tests.executed import counting_products
 
 INSTANCE = PruningRule(keep="instance")
 SETTING = PruneSetting(3.0)
@@ -84,11 +84,7 @@ def test_the_closed_form_is_what_runs_packed(rule):
     images = images[:, :1].expand(-1, 2, -1, -1, -1)
     inputs = images, ids[2:3], mask[2:3]
 
-    def fused(query, key, value, *args, out_val=None, **kwargs):  # shapes; the counter does not know this kernel
-        return 4 * query[0] * query[1] * query[2] * key[2] * query[3]
-
-    kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    with FlopCounterMode(display=False, custom_mapping={kernel: fused}) as counter:
+    with counting_products() as counter:
         out = model(*inputs, Guidance(SETTING, packed=True))
     norms = sum(int((a + b).sum()) * 20 for a, b in zip(out.vision.entering, out.vision.leaving, strict=True))
     norms += sum(int((a + 2 * b).sum()) * 16 for a, b in zip(out.language.entering, out.language.leaving, strict=True))

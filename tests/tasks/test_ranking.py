@@ -6,7 +6,6 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from data.captions import Split
 from madtp.blocks import Guidance
@@ -197,7 +196,8 @@ class _Sizes(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         out = function(*args, **(kwargs or {}))
-        self.largest = max([self.largest, *(leaf.numel() for leaf in tree_leaves(out) if isinstance(leaf, torch.Tensor))])
+        returned = out if isinstance(out, tuple | list) else [out]
+        self.largest = max([self.largest, *(part.numel() for part in returned if isinstance(part, torch.Tensor))])
         return out
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from configs.schema import NlvrConfig
-from engine.flop_table import analyse
+from engine.flop_table import analyse, flop_table
 from madtp.blocks import Guidance
 from madtp.pruning import OFF, PruneSetting
 from madtp.sparsity.layers import sparse_weights
@@ -173,6 +173,11 @@ def test_the_meter_counts_what_fvcore_does_with_sparse_layers_halved(task, setti
     sparse.select(chosen)
     if setting == OFF:  # masked scores prune other tokens
         assert flops.total(model, inputs, setting) == pytest.approx(dense - halves / 1e9, rel=1e-9)
+
+
+def test_a_run_goes_on_without_a_table_where_fvcore_does_not_import(monkeypatch):
+    monkeypatch.setitem(sys.modules, "fvcore.nn", None)
+    assert flop_table(torch.nn.Identity(), ()).startswith("no table: import of fvcore.nn halted")
 
 
 @EACH_TASK
