@@ -5,11 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from madtp.attention import varlen
-from madtp.attention.attend import similar
-from madtp.blocks import DropPath, Guidance
+from madtp.blocks import Guidance
 from madtp.flops import GIGA
-from madtp.packing import Packed
 from madtp.pruning import OFF, PruneSetting, PruningRule
 from tests import tiny
 from tests.executed import counting_products
@@ -90,54 +87,3 @@ def test_the_closed_form_is_what_runs_packed(rule):
     norms += sum(int((a + 2 * b).sum()) * 16 for a, b in zip(out.language.entering, out.language.leaving, strict=True))
     norms += int(out.vision.leaving[-1].sum()) * 20 + int(out.language.entering[0].sum()) * 16
     assert (counter.get_total_flops() / 2 + 5 * norms) / GIGA == pytest.approx(float(model.gflops(out)), rel=1e-9)
-
-
-@given(
-    st.lists(st.tuples(st.integers(1, 600), st.integers(1, 600)), min_size=1, max_size=20),
-    st.sampled_from([8, 128, 768]),
-    st.sampled_from([2**20, 2**24]),
-)
-@settings(max_examples=50, deadline=None, derandomize=True, database=None)
-def test_groups_hold_every_sample_once_and_pad_no_more_than_a_group_costs(lengths, width, cost):
-    queries, keys = zip(*lengths, strict=True)
-    groups = list(similar(queries, keys, width, cost))
-    assert sorted(sample for group in groups for sample in group) == list(range(len(lengths)))
-    for group in groups:
-        area = len(group) * max(queries[i] for i in group) * max(keys[i] for i in group)
-        assert 2 * width * (area - sum(queries[i] * keys[i] for i in group)) <= cost
-    largest = [max(keys[i] for i in group) for group in groups]
-    assert largest == sorted(largest, reverse=True)
-
-
-def test_stochastic_depth_drops_whole_samples():
-    layout = Packed.of([3, 1, 5, 2] * 20, torch.device("cpu"))
-    drop = DropPath(0.5).train()
-    torch.manual_seed(0)
-    out = drop(torch.ones(layout.total, 2), layout)
-    samples = [part.unique().tolist() for part in out.split(layout.lengths)]
-    assert {tuple(values) for values in samples} == {(0.0,), (2.0,)}
-    assert torch.equal(drop.eval()(out, layout), out)
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="the kernel for samples of different lengths is a GPU's")
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_one_kernel_gives_each_sample_what_it_gets_alone(dtype):
-    from madtp.attention.triton import packed_column_statistics
-
-    torch.manual_seed(0)
-    lengths, heads, width = [577, 1, 40, 300], 4, 64
-    layout = Packed.of(lengths, torch.device("cuda"))
-    projected = torch.randn(layout.total, 3 * heads * width, device=layout.device, dtype=dtype).chunk(3, dim=-1)
-    assert varlen.usable(projected[0], heads) and not varlen.usable(projected[0], 3)
-    query, key, value = (part.unflatten(-1, (heads, width)) for part in projected)
-    out, log_norm = varlen.attention(query, key, value, layout, layout)
-    columns = packed_column_statistics(query, key, log_norm, layout)
-    for number, (first, length) in enumerate(zip(layout.starts, lengths, strict=False)):
-        rows = slice(first, first + length)
-        q, k, v = (part[rows].float().transpose(0, 1) for part in (query, key, value))
-        scores = q @ k.transpose(1, 2) * width**-0.5
-        attention = scores.softmax(dim=-1)
-        torch.testing.assert_close(out[rows].float().transpose(0, 1), attention @ v, atol=1e-2, rtol=1e-2)
-        torch.testing.assert_close(log_norm[rows].t(), scores.logsumexp(dim=-1), atol=1e-2, rtol=1e-2)
-        if length > 1:
-            torch.testing.assert_close(columns[number, : length - 1], attention[:, 1:, 1:].amax(dim=(0, 1)), atol=1e-2, rtol=5e-2)
