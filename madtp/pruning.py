@@ -24,7 +24,7 @@ TERMS = ("cls", "self", "token")
 
 @dataclass(frozen=True)
 class PruningRule:
-    """How tokens are selected. docs/settings.md describes the effect of each choice.
+    """The rule by which tokens are selected. docs/settings.md describes the effect of each choice.
 
     method: "dtp" (the paper) or "random" (the baseline: a fraction T / (1 + T) of the tokens stays, drawn at random)
     variant: "paper", or "released" for checkpoints of the authors' code
@@ -73,7 +73,7 @@ class PruningRule:
 
 @dataclass(frozen=True)
 class PruneSetting:
-    """How hard to prune. A `temperature` of None is off; blocks before `prune_from` stay whole."""
+    """The strength of pruning. A `temperature` of None is off; blocks before `prune_from` stay whole."""
 
     temperature: float | None = None
     prune_from: int = 0

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 from torch import Tensor, nn
 
@@ -13,10 +13,6 @@ from madtp.blocks import Guidance
 from madtp.distillation import Distillation
 from madtp.pruning import OFF, PruneSetting
 from utils import Run, UserError
-
-if TYPE_CHECKING:
-    from tasks.prediction import Predictor
-    from tasks.view import View
 
 ConfigT = TypeVar("ConfigT", bound=Config)
 Inputs = tuple[Tensor, ...]
@@ -52,15 +48,15 @@ class Task(Generic[ConfigT]):
     config_class: its keys
     score: the metric that selects the checkpoint
     columns: of reports: heading -> names of metrics; the first column is the main one
-    view, predictor: for drawings, and for predictions on given pictures and texts
+    view, predictor: its `View`, for drawings, and its `Predictor`, for predictions on given pictures and texts
     demo: its demo and study; None where there is none
     """
 
     config_class: ClassVar[type[Config]]
     score: ClassVar[str] = "acc"
     columns: ClassVar[dict[str, tuple[str, ...]]] = {}
-    view: ClassVar["type[View]"]
-    predictor: ClassVar["type[Predictor]"]
+    view: ClassVar[type]
+    predictor: ClassVar[type]
     demo: ClassVar[Demo | None] = None
 
     def __init__(self, config: ConfigT, run: Run):
