@@ -5,6 +5,7 @@ B batch, N tokens of a sample with its prefix tokens, C channels, K learnable to
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -179,13 +180,13 @@ class PrunedBlock(nn.Module):
         Args:
             x: (B, N, C), or packed (T, C).
         """
-        pruner, active = self.pruner, self.pruner is not None and guidance.temperature is not None
+        pruner, temperature = self.pruner, guidance.temperature
         scores, features, kept = None, None, None
-        if pruner is not None and (active or guidance.align):
+        if pruner is not None and (temperature is not None or guidance.align):
             scores, features = pruner.align(x, layout, guidance.learnable_tokens, guidance.align)
-        x, statistics = self.attend(x, layout, pruner.rule if active else None)
-        if active:
-            x, layout, kept = pruner.prune(x, layout, scores, statistics, guidance.temperature)
+        x, statistics = self.attend(x, layout, None if pruner is None or temperature is None else pruner.rule)
+        if pruner is not None and temperature is not None:
+            x, layout, kept = pruner.prune(x, layout, scores, statistics, temperature)
         return self.transform(x, layout, *context), layout, kept, features
 
     def flops(self, entering: Tensor, leaving: Tensor, execution: Execution, *context: object) -> Tensor:
@@ -243,7 +244,7 @@ class PreNormBlock(PrunedBlock):
 
 
 def run_blocks(
-    blocks: Iterable[nn.Module], x: Tensor, layout: Layout, guidance: Guidance, *context: object, recomputes_scores: bool = False
+    blocks: Iterable[Any], x: Tensor, layout: Layout, guidance: Guidance, *context: object, recomputes_scores: bool = False
 ) -> tuple[Tensor, Layout, TowerRecord]:
     """Runs x (B, N, C), or packed (T, C), through all blocks.
 
@@ -262,10 +263,11 @@ def run_blocks(
     return x, layout, record
 
 
-def block_flops(blocks: Iterable[nn.Module], record: TowerRecord, *context: object) -> Tensor:
+def block_flops(blocks: Iterable[Any], record: TowerRecord, *context: object) -> Tensor:
     """Counts the multiply-adds of a pass through `run_blocks` per sample, (B,).
 
     context: token counts of what the blocks read beside x
     """
     steps = enumerate(zip(blocks, record.entering, record.leaving, strict=True))
-    return sum(block.flops(entering, leaving, record.execution(index), *context) for index, (block, entering, leaving) in steps)
+    costs = [block.flops(entering, leaving, record.execution(index), *context) for index, (block, entering, leaving) in steps]
+    return torch.stack(costs).sum(dim=0)

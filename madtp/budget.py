@@ -44,7 +44,8 @@ class _Meter:
     """Measures each setting once and remembers the result."""
 
     def __init__(self, measure: Measure):
-        self._measure, self._seen, self.evaluations = measure, {}, 0
+        self._measure, self.evaluations = measure, 0
+        self._seen: dict[tuple[float, int], float] = {}
 
     def __call__(self, temperature: float, prune_from: int) -> float:
         key = (temperature, prune_from)
@@ -92,11 +93,11 @@ def calibrate(
     """
     meter = _Meter(measure)
     firsts = range(prune_from, max_prune_from + 1)
-    near = start.prune_from if start is not None and start.prune_from in firsts else None
-    for first in chain([] if near is None else [near], _likely_first(meter, target, firsts, tolerance)):
+    near = start if start is not None and start.temperature is not None and start.prune_from in firsts else None
+    for first in chain([] if near is None else [near.prune_from], _likely_first(meter, target, firsts, tolerance)):
         gflops = partial(meter, prune_from=first)
-        if near is not None:
-            bracket, near = _walk(gflops, start.temperature, target, tolerance), None
+        if near is not None and near.temperature is not None:
+            bracket, near = _walk(gflops, near.temperature, target, tolerance), None
         else:
             bracket = _scan(gflops, target, tolerance)
         if bracket is not None:

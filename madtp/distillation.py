@@ -1,7 +1,7 @@
 """Distillation from the frozen uncompressed model (MADTP++): class-token features of both branches, layer by layer, and logits."""
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Protocol
+from typing import Any, Protocol, cast
 
 import torch
 import torch.nn.functional as F
@@ -27,7 +27,7 @@ class Distilled(Protocol):
 class OutputRecorder:
     """Records one tensor per module in the next forward pass, and ignores passes after it until `take` is called."""
 
-    def __init__(self, modules: Iterable[nn.Module], read: Callable[[object], Tensor], training: bool):
+    def __init__(self, modules: Iterable[nn.Module], read: Callable[[Any], Tensor], training: bool):
         """
         Args:
             read: extracts the tensor from a module's output.
@@ -53,7 +53,7 @@ def first_tokens(output: tuple) -> Tensor:
     return class_tokens(*output[:2])
 
 
-def logits(output: object) -> Tensor:
+def logits(output: Any) -> Tensor:
     """Returns the logits of an answer head's output: the output itself, or its attribute."""
     return getattr(output, "logits", output)
 
@@ -85,7 +85,7 @@ class Distillation:
             distill_temperature: divides both logits (Hinton et al., 2015).
         """
         self.teacher, self.distill_temperature = teacher.eval().requires_grad_(False), distill_temperature
-        self._teacher, self._student = _Recorded(teacher, training=False), _Recorded(student, training=True)
+        self._teacher, self._student = _Recorded(cast(Distilled, teacher), False), _Recorded(cast(Distilled, student), True)
 
     def losses(self, run: Callable[[nn.Module], object], valid: Tensor | None = None) -> dict[str, Tensor]:
         """Returns the losses by name; call it after the student's forward pass of a training step.
@@ -100,7 +100,7 @@ class Distillation:
         named = {f"distill_{name}": feature_loss(student_features[name], teacher_features[name]) for name in teacher_features}
         pairs = zip(student_logits, teacher_logits, strict=True)
         divergences = [logit_loss(*pair, self.distill_temperature, valid) for pair in pairs]
-        return {**named, "distill_logits": sum(divergences) / len(student_logits)}
+        return {**named, "distill_logits": sum(divergences[1:], divergences[0]) / len(divergences)}
 
 
 def feature_loss(student: list[Tensor], teacher: list[Tensor]) -> Tensor:
@@ -110,6 +110,6 @@ def feature_loss(student: list[Tensor], teacher: list[Tensor]) -> Tensor:
 
 def logit_loss(student: Tensor, teacher: Tensor, distill_temperature: float, valid: Tensor | None = None) -> Tensor:
     """Returns T^2 KL(teacher || student) of logits (..., classes), softened by T; the mean over those that are `valid` (...)."""
-    soft = [F.log_softmax(part.float() / distill_temperature, dim=-1) for part in (student, teacher)]
-    divergence = F.kl_div(*soft, reduction="none", log_target=True).sum(dim=-1)
+    learned, taught = (F.log_softmax(part.float() / distill_temperature, dim=-1) for part in (student, teacher))
+    divergence = F.kl_div(learned, taught, reduction="none", log_target=True).sum(dim=-1)
     return distill_temperature**2 * (divergence.mean() if valid is None else divergence[valid].mean())

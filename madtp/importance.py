@@ -23,6 +23,13 @@ class AttentionStatistics:
     class_attention: Tensor | None
     columns: Tensor | None
 
+    def term(self, name: str) -> Tensor:
+        """Returns the figures of the term "cls" or "self", (B, N)."""
+        found = self.class_attention if name == "cls" else self.columns
+        if found is None:
+            raise ValueError(f"attention was computed without the statistics of the term {name!r}")
+        return found
+
 
 def class_attention(class_row: Tensor, head_outputs: Tensor) -> Tensor:
     """Sums the class token's attention over heads, each weighted by its share of the output norm at the token (S_cls).
@@ -61,9 +68,5 @@ def token_importance(statistics: AttentionStatistics, attention: Tensor, terms: 
     Returns:
         (B, N), sums to 1 over the valid tokens.
     """
-    scores = {
-        "cls": lambda: statistics.class_attention,
-        "self": lambda: statistics.columns,
-        "token": lambda: attention.amax(dim=1),  # Eq. 6
-    }
-    return torch.stack([normalise(scores[term](), valid) for term in terms]).mean(dim=0)
+    scores = [attention.amax(dim=1) if term == "token" else statistics.term(term) for term in terms]  # "token": Eq. 6
+    return torch.stack([normalise(score, valid) for score in scores]).mean(dim=0)

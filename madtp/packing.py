@@ -140,7 +140,7 @@ def count_tokens(x: Tensor, layout: Layout) -> Tensor:
 def halves(x: Tensor, layout: Layout) -> list[tuple[Tensor, Layout]]:
     """Splits a batch into two of the same number of samples, each with its layout."""
     if isinstance(layout, Packed):
-        return layout.chunk(x, 2)
+        return [*layout.chunk(x, 2)]
     return list(zip(x.chunk(2), (None, None) if layout is None else layout.chunk(2), strict=True))
 
 
@@ -153,12 +153,15 @@ def select(x: Tensor, layout: Layout, samples: Tensor) -> tuple[Tensor, Layout]:
 
 def concatenate(first: tuple[Tensor, Layout], second: tuple[Tensor, Layout]) -> tuple[Tensor, Layout]:
     """Joins the samples of two batches, each given with its layout, into one batch."""
-    if isinstance(first[1], Packed):
-        return torch.cat([first[0], second[0]]), Packed.of(first[1].lengths + second[1].lengths, first[1].device)
-    if first[1] is None and second[1] is None and first[0].shape[1] == second[0].shape[1]:
-        return torch.cat([first[0], second[0]]), None
-    width = max(first[0].shape[1], second[0].shape[1])
-    tokens, masks = zip(*(_widen(*batch, width) for batch in (first, second)), strict=True)
+    (one, layout), (other, other_layout) = first, second
+    if isinstance(layout, Packed) and isinstance(other_layout, Packed):
+        return torch.cat([one, other]), Packed.of(layout.lengths + other_layout.lengths, layout.device)
+    if isinstance(layout, Packed) or isinstance(other_layout, Packed):
+        raise ValueError("one batch is packed and the other is not")
+    if layout is None and other_layout is None and one.shape[1] == other.shape[1]:
+        return torch.cat([one, other]), None
+    width = max(one.shape[1], other.shape[1])
+    tokens, masks = zip(_widen(one, layout, width), _widen(other, other_layout, width), strict=True)
     return torch.cat(tokens), torch.cat(masks)
 
 

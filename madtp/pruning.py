@@ -128,7 +128,7 @@ class TokenPruner(nn.Module):
         self.mask_follows, self.min_keep = mask_follows, min_keep
 
     def align(
-        self, inputs: Tensor, layout: Layout, learnable_tokens: Tensor, features: bool
+        self, inputs: Tensor, layout: Layout, learnable_tokens: Tensor | None, features: bool
     ) -> tuple[Tensor | None, Tensor | None]:
         """Aligns the tokens that ENTER the block with the learnable tokens (Eq. 1-3).
 
@@ -141,12 +141,14 @@ class TokenPruner(nn.Module):
         """
         if not (self.rule.needs_scores or features):
             return None, None
+        if learnable_tokens is None:
+            raise ValueError("pruning and alignment need learnable tokens; put them into the guidance")
         prefix, released_rule = self.rule.num_prefix_tokens, self.rule.variant == "released"
         if isinstance(layout, Packed):
             products, mapped = self.alignment(inputs, learnable_tokens)  # prefix tokens too: cheap, and dropped
             products = layout.pad(products.t())[:, prefix:].transpose(1, 2)
-            mapped = layout.pad(mapped)[:, prefix:] if features else None
-            valid = layout.valid[:, prefix:]
+            mapped = layout.pad(mapped)[:, prefix:] if features else mapped
+            valid: Valid = layout.valid[:, prefix:]
         else:
             products, mapped = self.alignment(inputs[:, prefix:], learnable_tokens)
             valid = None if layout is None or released_rule else layout[:, prefix:]
@@ -171,6 +173,8 @@ class TokenPruner(nn.Module):
             available = valid.sum(dim=1)
             wanted = (available * (temperature / (1.0 + temperature))).round().long()
             return importance, best_tokens(importance, keep_counts(wanted, available, self.rule.keep), valid)
+        if attention is None or statistics is None:
+            raise ValueError("method 'dtp' needs the scores of the tokens")
         importance = token_importance(statistics, attention, self.rule.scores, valid)
         theta = threshold(attention, importance, temperature, valid)
         wanted = ((importance > theta.unsqueeze(1)) & valid).sum(dim=1)
@@ -198,19 +202,21 @@ class TokenPruner(nn.Module):
         self, x: Tensor, layout: Layout, scores: Tensor | None, statistics: AttentionStatistics | None, temperature: float
     ) -> tuple[Tensor, Layout, Tensor]:
         prefix = self.rule.num_prefix_tokens
-        if self.rule.variant == "released":
-            return self._prune_released(x, layout, scores, statistics, temperature)
         if isinstance(layout, Packed):
             importance, kept = self.choose(scores, statistics, layout.valid[:, prefix:], temperature)
             return *packed_gather_and_merge(x, layout, importance, kept, self.rule.merge, prefix), kept
+        if self.rule.variant == "released":
+            return self._prune_released(x, layout, scores, statistics, temperature)
         valid = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device) if layout is None else layout
         importance, kept = self.choose(scores, statistics, valid[:, prefix:], temperature)
         tokens, tokens_valid = gather_and_merge(x[:, prefix:], valid[:, prefix:], importance, kept, self.rule.merge)
         return torch.cat([x[:, :prefix], tokens], dim=1), torch.cat([valid[:, :prefix], tokens_valid], dim=1), kept
 
     def _prune_released(
-        self, x: Tensor, valid: Valid, products: Tensor, statistics: AttentionStatistics, temperature: float
+        self, x: Tensor, valid: Valid, products: Tensor | None, statistics: AttentionStatistics | None, temperature: float
     ) -> tuple[Tensor, Valid, Tensor]:
+        if products is None or statistics is None:
+            raise ValueError("method 'dtp' needs the scores of the tokens")
         with torch.no_grad():
             importance = released.released_importance(statistics, products, self.rule.scores)
             theta = released.released_threshold(products, importance, temperature)

@@ -24,9 +24,10 @@ def released_columns(attention: Tensor) -> Tensor:
 def released_importance(statistics: AttentionStatistics, products: Tensor, terms: tuple[str, ...]) -> Tensor:
     """Returns the importance (B, N) from the raw inner products with the learnable tokens, `products` (B, K, N)."""
     token = products.float().amax(dim=1)
+    columns = statistics.term("self")
     scores = {
-        "cls": statistics.class_attention,
-        "self": statistics.columns / (statistics.columns.sum(dim=-1, keepdim=True) + EPS),
+        "cls": statistics.term("cls"),
+        "self": columns / (columns.sum(dim=-1, keepdim=True) + EPS),
         "token": token / (token.sum(dim=-1, keepdim=True) + EPS),
     }
     return torch.stack([scores[term] for term in terms]).mean(dim=0)

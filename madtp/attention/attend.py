@@ -52,12 +52,14 @@ def attend(
     """
     rule = rule if rule is not None and rule.needs_scores else None
     training = training or torch.is_grad_enabled()
-    if isinstance(keys, Packed):
+    if isinstance(queries, Packed) and isinstance(keys, Packed):
         if varlen.usable(query, num_heads) and not dropout and causal is None:
             return _attend_varlen(query, key, value, num_heads, queries, keys, rule)
         return _attend_groups(query, key, value, num_heads, queries, keys, dropout, rule, causal, training)
-    heads = [split_heads(part, num_heads) for part in (query, key, value)]
-    out, statistics = _attend_padded(*heads, keys, dropout, rule, causal, training)
+    if isinstance(queries, Packed) or isinstance(keys, Packed):
+        raise ValueError("queries and keys must both be packed, or neither")
+    query, key, value = (split_heads(part, num_heads) for part in (query, key, value))
+    out, statistics = _attend_padded(query, key, value, keys, dropout, rule, causal, training)
     return merge_heads(out), statistics
 
 
@@ -115,9 +117,9 @@ def _attend_varlen(
     query: Tensor, key: Tensor, value: Tensor, num_heads: int, queries: Packed, keys: Packed, rule: PruningRule | None
 ) -> tuple[Tensor, AttentionStatistics | None]:
     """Runs one variable-length kernel for all samples."""
-    parts = [part.unflatten(-1, (num_heads, -1)) for part in (query, key, value)]
-    out, log_norm = varlen.attention(*parts, queries, keys)
-    statistics = None if rule is None else packed_statistics(*parts[:2], out, log_norm, keys, rule)
+    query, key, value = (part.unflatten(-1, (num_heads, -1)) for part in (query, key, value))
+    out, log_norm = varlen.attention(query, key, value, queries, keys)
+    statistics = None if rule is None else packed_statistics(query, key, out, log_norm, keys, rule)
     return out.flatten(1), statistics
 
 
@@ -140,12 +142,12 @@ def _attend_groups(
     outs, figures = [], query.new_zeros(2, len(keys.lengths), keys.longest - prefix, dtype=torch.float32)
     parts = zip(members, in_keys.layouts, in_queries.split(query), in_keys.split(key), in_keys.split(value), strict=True)
     for group, layout, *projected in parts:
-        heads = [split_heads(part, num_heads) for part in projected]
+        q, k, v = (split_heads(part, num_heads) for part in projected)
         valid = None if layout.uniform else layout.valid
         if training or causal is not None or rule is None:
-            out, found = _attend_padded(*heads, valid, dropout, rule, causal, training)
+            out, found = _attend_padded(q, k, v, valid, dropout, rule, causal, training)
         else:
-            out, found = attend_with_statistics(*heads, valid, rule)
+            out, found = attend_with_statistics(q, k, v, valid, rule)
         outs.append(merge_heads(out))
         for figure, values in zip(figures, () if found is None else (found.class_attention, found.columns), strict=False):
             if values is not None:

@@ -75,8 +75,8 @@ def column_statistics(query: Tensor, key: Tensor, log_norm: Tensor, valid: Valid
     """
     norm = (log_norm if valid is None else log_norm.masked_fill(~valid[:, None], float("inf"))).unsqueeze(-1)
     figures = []
-    for part in zip(*(each[:, :, num_prefix_tokens:] for each in (query, key, norm)), strict=True):
-        largest = [logits.amax(dim=0).amax(dim=0) for logits in _logits(*part, CHUNK[query.device.type])]
+    for queries, keys, norms in zip(*(part[:, :, num_prefix_tokens:] for part in (query, key, norm)), strict=True):
+        largest = [logits.amax(dim=0).amax(dim=0) for logits in _logits(queries, keys, norms, CHUNK[query.device.type])]
         figures.append(torch.stack(largest).amax(dim=0).exp())
     return torch.stack(figures)
 

@@ -8,7 +8,7 @@ from madtp.packing import Packed
 try:
     from torch.nn.attention.varlen import AuxRequest, varlen_attn
 except ImportError:  # before PyTorch 2.10
-    varlen_attn = None
+    varlen_attn = None  # type: ignore[assignment]
 
 
 def missing_requirement(device: torch.device, dtype: torch.dtype) -> str:

@@ -1,7 +1,6 @@
 """Pruning models of other libraries in place. Only the adapters in this package import those libraries."""
 
-from collections.abc import Iterable
-from dataclasses import replace
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
@@ -48,7 +47,6 @@ def prune(
         raise ValueError(f"p must be above 0 and below 1, got {p}")
     adapter = _adapter_of(model)
     batches = [calibration] if isinstance(calibration, Tensor) else list(calibration)
-    rule = replace(rule, num_prefix_tokens=model.num_prefix_tokens)
     pruning = adapter(model, rule, num_learnable, init_std, packed, torch.Generator().manual_seed(seed))
     was_training = model.training
     try:
@@ -74,7 +72,7 @@ def restore(model: nn.Module) -> nn.Module:
     return model
 
 
-def _adapter_of(model: nn.Module) -> type[Pruning]:
+def _adapter_of(model: nn.Module) -> Callable[..., Pruning]:
     """Finds the adapter by the names of the model's classes, so that no library is imported for another one's model."""
     if getattr(model, ATTRIBUTE, None) is not None:
         raise ValueError("the model is pruned already; call restore first")

@@ -23,9 +23,14 @@ class Pruning(nn.Module):
     """
 
     def __init__(self, blocks: Sequence[PrunedBlock], learnable_tokens: Tensor, packed: bool):
+        """
+        Args:
+            blocks: run the layers of the model's blocks, in order.
+            learnable_tokens: (K, D).
+        """
         super().__init__()
         self.blocks = list(blocks)  # not registered: their layers are the model's
-        self.pruners = nn.ModuleList(block.pruner for block in blocks)
+        self.pruners = nn.ModuleList(block.pruner for block in blocks if block.pruner is not None)
         self.learnable_tokens = nn.Parameter(learnable_tokens)
         self.setting, self.packed, self.align = OFF, packed, False
         self.record: TowerRecord | None = None

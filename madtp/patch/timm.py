@@ -1,6 +1,9 @@
 """Pruning timm's VisionTransformer: CLIP-style and plain (class token), DINOv2 with registers, SigLIP without class token."""
 
+from collections.abc import Iterable
+from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import torch
 from timm.models.vision_transformer import Attention, Block, VisionTransformer
@@ -17,6 +20,8 @@ from madtp.pruning import PruningRule, TokenPruner
 
 class TimmBlock(PreNormBlock):
     """timm's Block with a pruner between attention and MLP. It runs the layers of the original block and owns none."""
+
+    block: Any  # timm is not typed
 
     def __init__(self, block: Block, pruner: TokenPruner):
         super().__init__(block.norm1.normalized_shape[0], 0.0, pruner)
@@ -57,26 +62,28 @@ class TimmBlock(PreNormBlock):
     def attend_flops(self, tokens: Tensor) -> Tensor:
         attn = self.block.attn
         width = attn.qkv.out_features // 3
-        total = layer_flops(self.block.norm1, tokens, self.dim) + flops.attention(tokens, tokens, width)
-        norms = sum(layer_flops(norm, tokens, width) for norm in (attn.q_norm, attn.k_norm, getattr(attn, "norm", None)))
-        linears = [layer for layer in (attn.qkv, getattr(attn, "gate", None), attn.proj) if layer is not None]
-        return total + norms + sum(layer_flops(layer, tokens, width) for layer in linears)
+        total = layer_flops(self.block.norm1, tokens) + flops.attention(tokens, tokens, width)
+        layers = (attn.q_norm, attn.k_norm, getattr(attn, "norm", None), attn.qkv, getattr(attn, "gate", None), attn.proj)
+        return total + layers_flops(layers, tokens, width)
 
     def transform_flops(self, tokens: Tensor, *context: object) -> Tensor:
-        mlp = (layer_flops(layer, tokens, self.dim) for layer in self.block.mlp.modules() if not isinstance(layer, nn.LayerNorm))
-        norms = (flops.layer_norm(tokens, layer.normalized_shape[0]) for layer in norms_of(self.block.mlp))
-        return layer_flops(self.block.norm2, tokens, self.dim) + sum(mlp) + sum(norms)
+        return layers_flops([self.block.norm2, *self.block.mlp.modules()], tokens)
 
 
-def norms_of(module: nn.Module) -> list[nn.LayerNorm]:
-    return [layer for layer in module.modules() if isinstance(layer, nn.LayerNorm)]
+def layer_flops(layer: nn.Module | None, tokens: Tensor, width: int | None = None) -> Tensor:
+    """Counts the multiply-adds of a linear layer or a layer norm; 0 for any other layer.
 
-
-def layer_flops(layer: nn.Module | None, tokens: Tensor | int, width: int) -> Tensor | int:
-    """Counts the multiply-adds of a linear layer, or of a layer norm over `width` channels; 0 for any other layer."""
+    width: channels per token, where a norm is applied to several heads of a token
+    """
     if isinstance(layer, nn.Linear):
         return flops.products(tokens, layer.weight)
-    return flops.layer_norm(tokens, width) if isinstance(layer, nn.LayerNorm) else 0
+    if isinstance(layer, nn.LayerNorm):
+        return flops.layer_norm(tokens, width or layer.normalized_shape[0])
+    return torch.zeros_like(tokens)
+
+
+def layers_flops(layers: Iterable[nn.Module | None], tokens: Tensor, width: int | None = None) -> Tensor:
+    return torch.stack([layer_flops(layer, tokens, width) for layer in layers]).sum(dim=0)
 
 
 class TimmPruning(Pruning):
@@ -92,10 +99,12 @@ class TimmPruning(Pruning):
         generator: torch.Generator,
     ):
         check(model)
+        rule = replace(rule, num_prefix_tokens=model.num_prefix_tokens)
         dim, device = model.embed_dim, model.patch_embed.proj.weight.device
         learnable_tokens = (torch.randn(num_learnable, dim, generator=generator) * init_std).to(device)
         blocks = [TimmBlock(block, TokenPruner(dim, num_learnable, dim, rule)) for block in model.blocks]
         super().__init__(blocks, learnable_tokens, packed)
+        self._attention_heads = model.blocks[0].attn.num_heads
         self._model = [model]  # in a list: a submodule would make a circle
         model.add_module(ATTRIBUTE, self)
         model.forward = partial(forward, model)
@@ -110,10 +119,11 @@ class TimmPruning(Pruning):
     def encode(self, images: Tensor) -> tuple[Tensor, Layout, TowerRecord]:
         """Encodes images (B, 3, H, W) into the tokens behind the last norm, with their layout and the record."""
         model = self.model
-        x, layout = model.norm_pre(model.patch_drop(model._pos_embed(model.patch_embed(images)))), None
+        x = model.norm_pre(model.patch_drop(model._pos_embed(model.patch_embed(images))))
+        layout: Layout = None
         if self.packed:
             x, layout = pack(x, None)
-        again = recomputes_scores(x, layout, self.blocks[0].block.attn.num_heads)
+        again = recomputes_scores(x, layout, self._attention_heads)
         x, layout, self.record = run_blocks(self.blocks, x, layout, self.guidance(), recomputes_scores=again)
         return model.norm(x), layout, self.record
 
@@ -121,11 +131,11 @@ class TimmPruning(Pruning):
         model, (first, last) = self.model, (record.entering[0], record.leaving[-1])
         dim, prefix, patch = model.embed_dim, model.num_prefix_tokens, model.patch_embed.proj
         total = flops.linear(first - prefix, patch.weight[0].numel(), dim) + block_flops(self.blocks, record)
-        total = total + layer_flops(model.norm_pre, first, dim) + layer_flops(model.norm, last, dim)
+        total = total + layer_flops(model.norm_pre, first) + layer_flops(model.norm, last)
         pooled = torch.ones_like(last) if model.global_pool else last
         if model.attn_pool is not None:
             total = total + pool_flops(model.attn_pool, last if model.pool_include_prefix else last - prefix)
-        return total + layer_flops(model.fc_norm, pooled, dim) + layer_flops(model.head, pooled, dim)
+        return total + layers_flops((model.fc_norm, model.head), pooled)
 
     def detach(self) -> None:
         model = self.model
@@ -175,10 +185,10 @@ def pool(model: VisionTransformer, tokens: Tensor, layout: Layout) -> Tensor:
     return outputs[torch.cat(groups).argsort()]
 
 
-def pool_flops(pool: nn.Module, tokens: Tensor) -> Tensor:
+def pool_flops(pool: Any, tokens: Tensor) -> Tensor:
     """Counts the multiply-adds of timm's AttentionPoolLatent over (B,) tokens."""
-    latents, width = pool.latent_len, pool.kv.out_features // 2
-    total = flops.attention(latents, tokens, width) + layer_flops(pool.kv, tokens, width)
-    others = [layer for layer in pool.modules() if layer is not pool.kv and layer not in (pool.q_norm, pool.k_norm)]
-    norms = layer_flops(pool.q_norm, latents, width) + layer_flops(pool.k_norm, tokens, width)
-    return total + norms + sum(layer_flops(layer, latents, width) for layer in others)
+    latents, width = torch.full_like(tokens, pool.latent_len), pool.kv.out_features // 2
+    reads_tokens = (pool.kv, pool.k_norm)
+    total = flops.attention(latents, tokens, width) + layers_flops(reads_tokens, tokens, width)
+    others = [layer for layer in pool.modules() if layer not in (*reads_tokens, pool.q_norm)]
+    return total + layer_flops(pool.q_norm, latents, width) + layers_flops(others, latents)

@@ -7,6 +7,7 @@ product is timed dense and sparse.
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from statistics import median
 from typing import NamedTuple
 
@@ -15,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.sparse import to_sparse_semi_structured
 
+from madtp import flops
 from madtp.sparsity.hooks import LinearInputHook
 from madtp.sparsity.masks import Pattern, magnitude_mask
 
@@ -95,7 +97,7 @@ class Stopwatch:
             as_good = False
         if not as_good:
             return Milliseconds(self.clock(lambda: F.linear(x, weight, bias)), float("inf"))
-        both = [[self.clock(lambda w=w: F.linear(x, w, bias)) for w in (weight, sparse)] for _ in range(ROUNDS)]
+        both = [[self.clock(partial(F.linear, x, w, bias)) for w in (weight, sparse)] for _ in range(ROUNDS)]
         return Milliseconds(*map(median, zip(*both, strict=True)))
 
 
@@ -142,7 +144,7 @@ def on_sparse_kernels(model: nn.Module, dtypes: Mapping[str, torch.dtype], conve
     try:
         for name, dtype in dtypes.items():
             stand_in = by_rows(nn.Parameter(convert(weights[name].detach().to(dtype)), requires_grad=False))
-            stand_in.stands_for = weights[name]
+            setattr(stand_in, flops.STANDS_FOR, weights[name])
             _put(model, name, stand_in)
         yield
     finally:
@@ -150,6 +152,6 @@ def on_sparse_kernels(model: nn.Module, dtypes: Mapping[str, torch.dtype], conve
             _put(model, name, weight)
 
 
-def _put(model: nn.Module, name: str, weight: nn.Parameter) -> None:
+def _put(model: nn.Module, name: str, weight: Tensor) -> None:
     owner, _, attribute = name.rpartition(".")
     setattr(model.get_submodule(owner), attribute, weight)

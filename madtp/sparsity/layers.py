@@ -22,9 +22,9 @@ def sparse_weights(model: nn.Module, pattern: tuple[int, int], layers: Layers) -
     """Collects the weights of `layers`, none of them masked yet; the weights of momentum encoders follow them."""
     parameters = dict(model.named_parameters())
     followers = {}
-    if hasattr(model, "followers"):
+    if callable(pairs := getattr(model, "followers", None)):
         names = {id(parameter): name for name, parameter in parameters.items()}
-        followers = {names[id(part)]: follower for part, follower in model.followers()}
+        followers = {names[id(part)]: follower for part, follower in pairs()}
     weights = {name: parameters[name] for name in _linear_weights(model) if parameters[name].requires_grad and wanted(name, layers)}
     return SparseWeights(weights, Pattern(*pattern), {name: followers[name] for name in weights if name in followers})
 
@@ -41,7 +41,8 @@ def groups(names: Iterable[str], unit: Unit) -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
     for name in names:
         kind = "attention" if ATTENTION.search(name) else "mlp"
-        place = name[: BLOCK.search(name).end() - 1] if unit == "block" else name.split(".")[0]
+        block = BLOCK.search(name)
+        place = name[: block.end() - 1] if block and unit == "block" else name.split(".")[0]
         found.setdefault(f"{place} {kind}", []).append(name)
     return found
 
