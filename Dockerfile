@@ -4,7 +4,6 @@
 #     docker run --rm --shm-size=1g -v "$PWD/output:/madtp/output" madtp
 #
 # The report is then in output/demo/report.html. Another task: append `make demo TASK=vqa` to the second command.
-# A smaller image without CUDA: add --build-arg PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu to the first command.
 
 FROM python:3.12-slim
 
@@ -12,7 +11,6 @@ RUN apt-get update \
     && apt-get install --yes --no-install-recommends make \
     && rm -rf /var/lib/apt/lists/*
 
-ARG PIP_EXTRA_INDEX_URL
 ENV PIP_NO_CACHE_DIR=1
 
 WORKDIR /madtp
