@@ -1,4 +1,4 @@
-"""What has to stand before Triton is imported; the processes that tests start inherit it."""
+"""Environment variables that must be set before Triton is imported; child processes of tests inherit them."""
 
 import os
 

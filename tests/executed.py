@@ -1,4 +1,4 @@
-"""What a model executes, counted by another counter than the project's."""
+"""Counting the products that a model executes, independently of the project's own counter."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

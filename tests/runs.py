@@ -72,7 +72,7 @@ def interrupt_in_the_second_epoch(run: Callable[[], None]) -> None:
 
 
 def refusal(capsys: pytest.CaptureFixture, run: Callable[[], None]) -> str:
-    """What a run that the user can mend says: one line on stderr and exit code 2."""
+    """Returns the message of a run that the user can mend: one line on stderr, with exit code 2."""
     capsys.readouterr()
     with pytest.raises(SystemExit) as error:
         run_main(run)
@@ -99,7 +99,7 @@ def assert_same_run(folder: Path, other: Path) -> None:
 
 
 def assert_tokens_weights_and_teacher(folder: Path) -> None:
-    """Of a run with 2:4 weights, pruned tokens and distillation: each does its part, and together they remove p."""
+    """Checks a run with 2:4 weights, pruned tokens and distillation: each does its part, and together they remove p."""
     result = read(folder, "result.json")
     gflops, params = result["gflops"], result["params"]
     assert gflops["measured"] == pytest.approx(gflops["target"], rel=0.01)

@@ -1,4 +1,4 @@
-"""Captioning and VQA from the command line to their files, on a tiny Shapes world: as test_end_to_end."""
+"""Captioning and VQA from the command line to their files, on a tiny Shapes world."""
 
 import json
 import shutil
@@ -171,7 +171,7 @@ def test_a_file_cut_off_is_refused_in_one_line(task, world, tmp_path, capsys):
 
 @EACH_TASK
 def test_a_p_out_of_reach_names_the_range(task, world, tmp_path, capsys):
-    """What is not pruned, the decoder, costs much here."""
+    """The decoder, which is not pruned, is expensive here."""
     said = runs.refusal(capsys, lambda: run(task, world, tmp_path, "--p", "0.95"))
     low, high = (float(part) for part in said.split("pruning removes ")[1].split(" of the")[0].split(" to "))
     assert P < low < high < 0.95  # of pruning from the first block on

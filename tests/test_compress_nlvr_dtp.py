@@ -201,7 +201,7 @@ def test_two_processes_with_half_the_batch_train_as_one(two_processes, world, ca
 
 
 def test_two_processes_draw_the_same_new_weights(two_processes, world, cases, tmp_path):
-    """What a checkpoint lacks: learnable tokens, say, of a model that is evaluated before any training."""
+    """New weights are, for example, the learnable tokens of a model that is evaluated before any training."""
     more, settings = cases["untrained"]
     run_here(flags(world, tmp_path, *more, **settings))
     alone, shared = (read(folder, "predictions_val.json") for folder in (tmp_path, two_processes / "untrained"))

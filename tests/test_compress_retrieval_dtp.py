@@ -1,4 +1,4 @@
-"""Both scripts for retrieval from the command line to their files, on a tiny Shapes world: as test_end_to_end."""
+"""Both scripts for retrieval from the command line to their files, on a tiny Shapes world."""
 
 import json
 import shutil
@@ -167,7 +167,7 @@ def test_the_best_checkpoint_gives_the_result_again_in_one_process_and_in_two(tr
 
 @EACH_TASK
 def test_two_processes_with_half_the_batch_take_the_step_of_one(trained, two_processes, task):
-    """What pairs lose by themselves; with how many others they are compared depends on the batch."""
+    """Compares losses of single pairs; the number of pairs that they are contrasted with depends on the batch."""
     alone, shared = (log_of(folder / task)[0]["loss"] for folder in (trained, two_processes / "step"))
     for name in ("similarity", "similarity_momentum"):
         assert shared[name] == pytest.approx(alone[name], rel=1e-4)

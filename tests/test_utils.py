@@ -29,7 +29,7 @@ def test_a_gpu_that_cannot_be_had_is_refused(monkeypatch, device, processes, ran
 
 @pytest.mark.parametrize(("device", "rank", "own"), [("cuda", 1, 1), ("cuda:1", 0, 1), ("cuda", 0, 0)])
 def test_a_gpu_becomes_the_processs_own(monkeypatch, device, rank, own):
-    """What is made without a device's name, a kernel's stream say, belongs to it too."""
+    """Objects made without naming a device, such as a kernel's stream, belong to it too."""
     current = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)

@@ -38,7 +38,7 @@ def nlvr(rule: PruningRule | None = None, *, layers: int = 2, dropout: float = 0
 
 
 def retrieval(rule: PruningRule | None = None, *, checkpoint_blocks: int = 0, negative_all_rank: bool = True) -> BlipRetrieval:
-    """The same of BLIP for retrieval; its momentum weights are others than the online ones."""
+    """A tiny BLIP for retrieval; its momentum weights differ from the online ones."""
     size = BertSize(VOCABULARY, 16, 2, 2, 32, 32, 0.0)
     vision = VisionTransformer(IMAGE, PATCH, 20, 3, 2, 2.0, make_pruner=pruners(rule), checkpoint_blocks=checkpoint_blocks)
     text = TextEncoder(size, lambda i: CrossAttention(size, vision.embed_dim), pruners(rule))
@@ -49,7 +49,7 @@ def retrieval(rule: PruningRule | None = None, *, checkpoint_blocks: int = 0, ne
 
 
 def clip(rule: PruningRule | None = None, size: ClipSize = CLIP) -> ClipRetrieval:
-    """The same of CLIP."""
+    """A tiny CLIP."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = ClipRetrieval(size, QUEUE, MOMENTUM, pruners(rule), learnable_tokens(rule))
@@ -99,7 +99,7 @@ def text(lengths: list[int], seed: int = 0, width: int | None = None) -> tuple[T
 
 
 def ended_text(lengths: list[int], seed: int = 0, size: ClipSize = CLIP) -> tuple[Tensor, Tensor]:
-    """The same as CLIP reads them, the longest possible width: the last token of each text is the highest."""
+    """Returns texts as CLIP reads them, padded to the longest width: the last token of each has the highest id."""
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(1, size.vocab_size - 1, (len(lengths), size.context_length), generator=generator)
     places, ends = torch.arange(size.context_length), torch.tensor(lengths)[:, None]

@@ -1,4 +1,4 @@
-"""What a run leaves behind, of any task: the config and the checkpoint of a tiny model with lively weights, test data, a result."""
+"""The files of a run of any task: config and checkpoint of a tiny model with lively weights, test data, a result."""
 
 import json
 from pathlib import Path

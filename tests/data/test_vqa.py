@@ -152,7 +152,7 @@ def test_what_is_held_out_never_changes() -> None:
 
 def test_a_picture_of_coco_is_known_by_its_id_and_others_by_their_path() -> None:
     def side(image: str) -> float:
-        """Where in the order of being held out: the least share, in percent, that holds the image out."""
+        """Returns the smallest share, in percent, that holds the image out."""
         return next(percent for percent in range(101) if held_out([{"image": image}], percent / 100)[1])
 
     assert side(COCO) == side("000000000042.jpg") == side("VG_100K/000000000042.png")

@@ -33,7 +33,7 @@ class Toy(nn.Module):
 
 
 class Sampler:
-    """What a loop tells the epoch to."""
+    """A sampler that records the epoch that the loop sets."""
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch

@@ -1,4 +1,4 @@
-"""What the log says of attention on a GPU. The other notices are tested where runs are: test_compress.py."""
+"""The warning about slow attention on a GPU. The other warnings are tested with whole runs in test_compress.py."""
 
 import pytest
 import torch

@@ -34,7 +34,7 @@ class Sample:
         self.attention = torch.where(self.valid[:, None, :, None], self.attention, torch.tensor(0.5))  # rows of padding
 
     def alone(self, index: int) -> "Sample":
-        """The same sample as a batch of one without padding."""
+        """Returns one sample as a batch of one without padding."""
         one = object.__new__(Sample)
         number = int(self.valid[index].sum())
         one.inside, one.valid, one.learnable = (

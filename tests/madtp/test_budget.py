@@ -47,7 +47,7 @@ def test_a_target_in_the_range_is_met(centre, steepness, sign, target):
 @pytest.mark.parametrize("sign", [1, -1], ids=["rising", "falling"])
 @pytest.mark.parametrize("target", [0.35, 0.5, 0.7])
 def test_noise_and_steps_are_no_obstacle(sign, target):
-    """As with trained models: every token that goes is a step, and the order is not perfect."""
+    """Trained models behave like this: every pruned token is a step, and the curve is not quite monotone."""
     measure = curve(sign=sign, noise=0.001, step=0.002)
     found = calibrate(measure, target * DENSE)
     assert abs(measure(found.setting) - target * DENSE) <= 0.005 * target * DENSE

@@ -38,7 +38,7 @@ def test_an_unpruned_student_with_the_teachers_weights_has_nothing_to_learn(pack
 
 
 def test_features_are_class_tokens_of_every_block():
-    """By hand, from the blocks of two plain models."""
+    """Computed by hand from the blocks of two plain models."""
     student, teacher = tiny.nlvr(RULE).train(), tiny.nlvr()
     with torch.no_grad():
         teacher.visual_encoder.pos_embed.mul_(1.5)

@@ -26,7 +26,7 @@ sys.path[:] = [path for path in sys.path if path != {root!r}] + [{package!r}]
 
 
 def test_a_timm_model_is_pruned_by_the_lines_of_the_documentation(monkeypatch, capsys):
-    """With a small model without pretrained weights, which a test cannot download."""
+    """A small model without pretrained weights stands in, because a test cannot download any."""
     small = {"img_size": 64, "patch_size": 8, "embed_dim": 48, "depth": 4, "num_heads": 4, "num_classes": 5}
     asked = []
 

@@ -1,4 +1,4 @@
-"""Which tokens survive, by what a tower left on record."""
+"""Tracing surviving tokens through the record of a tower."""
 
 import pytest
 import torch

@@ -47,7 +47,7 @@ def test_recalls_of_a_ranking_are_those_of_sorting(drawn):
 
 
 def test_recalls_by_hand():
-    """Of four images the texts in first, second, fifth and no place; of the first two texts the images in tenth and eleventh."""
+    """Four images find their texts in first, second, fifth and no place; the first two texts find theirs in tenth and eleventh."""
     image_of_text = torch.tensor([0, 1, 2, 3, *[3] * 8])
     texts = torch.full((4, 11), 4)
     texts[0, 0], texts[1, 1], texts[2, 4], texts[3] = 0, 1, 2, 0

@@ -104,7 +104,7 @@ def assert_both_counts_agree(model, setting):
 
 @pytest.mark.parametrize("setting", [OFF, SETTING], ids=["dense", "pruned"])
 def test_the_closed_form_is_what_fvcore_counts(setting):
-    """With text layers of both kinds."""
+    """The text layers are of both kinds."""
     assert_both_counts_agree(tiny.nlvr(INSTANCE, layers=FIRST_MERGE_LAYER + 1), setting)
 
 

@@ -23,7 +23,7 @@ LENGTHS = [5, 9, 7, 6]
 
 
 def transformers_model(vision: dict, text: dict, embed_dim: int) -> BlipForImageTextRetrieval:
-    """Of these sizes, with BLIP's epsilon, and lively weights: its own would make all images alike."""
+    """Builds transformers' model of these sizes with BLIP's epsilon and lively weights; its own would make all images alike."""
     vision = {**vision, "layer_norm_eps": 1e-6}
     config = BlipConfig(text_config=text, vision_config=vision, image_text_hidden_size=embed_dim)
     return tiny.with_lively_weights(BlipForImageTextRetrieval(config)).eval()
@@ -109,7 +109,7 @@ def test_a_batch_of_32_is_matched_as_each_pair_alone():
 
 @torch.no_grad()
 def test_the_shapes_model_matches_a_batch_of_32_as_each_pair_alone():
-    """As above, by trained weights: the logits themselves."""
+    """Compares the logits themselves, with trained weights."""
     config = load_any_config("configs/shapes/retrieval.yaml", {"amp": False})
     torch.manual_seed(0)
     model, _ = build_model(config)
@@ -129,7 +129,7 @@ def test_the_shapes_model_matches_a_batch_of_32_as_each_pair_alone():
 @pytest.mark.parametrize("packed", [False, True])
 @torch.no_grad()
 def test_negatives_follow_the_pairs_first_another_image_then_another_text(packed):
-    """Of two pairs each is the other's only negative."""
+    """With two pairs, each is the other's only negative."""
     model, (images, ids, mask) = tiny.retrieval(INSTANCE), tiny.pairs("blip", [5, 9])
     passes = model.passes(images, ids, mask, torch.tensor([3, 8]), Guidance(SETTING, packed=packed))
     assert passes.targets.tolist() == [1, 1, 0, 0, 0, 0]

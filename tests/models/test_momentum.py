@@ -1,4 +1,4 @@
-"""What both models of pairs share: momentum weights that follow, queues that wrap around, losses, costs, what stays untouched."""
+"""The part that both models of pairs share: momentum weights, queues that wrap around, losses, costs, side effects."""
 
 import math
 
@@ -28,7 +28,7 @@ def changed(model: nn.Module, before: dict[str, torch.Tensor]) -> set[str]:
 
 
 def online_name(name: str) -> str | None:
-    """Of what a momentum weight is the copy; None for any other weight."""
+    """Returns the name that a momentum weight is a copy of; None for any other weight."""
     part, *rest = name.split(".")
     return ".".join([part.removesuffix("_m"), *rest]) if part.endswith("_m") else None
 
@@ -60,7 +60,7 @@ def test_momentum_weights_are_a_moving_average_of_the_online_ones(kind):
 @pytest.mark.parametrize("sizes", [[3, 3, 3], [4, 2, 4], [7, 7], [10, 3], [1] * 9], ids=str)
 @torch.no_grad()
 def test_a_queue_holds_the_last_of_all_batches_whatever_their_size(kind, sizes):
-    """Of 7 places, that batches need not divide and may exceed: against a plain list, written round and round."""
+    """A queue of 7 entries, which batches need not divide and may exceed, against a plain ring buffer."""
     model = tiny.PAIR_MODELS[kind]()
     queues = [list(model.image_queue.t()), list(model.text_queue.t()), model.idx_queue[0].tolist()]
     place, number = 0, 0

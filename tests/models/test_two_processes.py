@@ -35,7 +35,7 @@ def samples(rank: int, lengths: list[int]) -> list[Tensor]:
 
 
 def weights(rank: int, sample: int, length: int) -> Tensor:
-    """What the loss of a process makes of the tokens of a sample."""
+    """Draws the weights of a sample's tokens in the loss of a process."""
     return torch.randn(length, WIDTH, generator=torch.Generator().manual_seed(10 + 4 * rank + sample))
 
 
@@ -56,7 +56,7 @@ def gather(rank: int, name: str) -> dict:
 
 
 def one_pair(kind: str, number: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Of a batch of two, its text no wider than it has to be."""
+    """Returns one pair of a batch of two, its text without padding."""
     images, ids, mask = (part[number : number + 1] for part in tiny.pairs(kind, PAIRS))
     return images, ids[:, : PAIRS[number]], mask[:, : PAIRS[number]]
 
@@ -72,13 +72,13 @@ def step(rank: int, kind: str, form: str) -> dict:
 
 
 def alone(rank: int) -> int:
-    """How many pairs are matched when negatives come from a process's own batch, which is one pair."""
+    """Counts the pairs that are matched when negatives come from a process's own batch of one pair."""
     model = tiny.retrieval(negative_all_rank=False)
     return len(model.passes(*one_pair("blip", rank), torch.tensor([rank])).logits)
 
 
 def mask(rank: int) -> dict[str, list[Tensor]]:
-    """All of masked weights, on processes that have rounded otherwise, so that the masks would differ too."""
+    """Masks weights that differ between processes, as rounding would make them, so that masks would differ too."""
     model = tiny.clip()
     batch = dict(zip(("images", "ids", "mask"), one_pair("clip", rank), strict=True))
 
@@ -125,7 +125,7 @@ def work(rank: int, folder: Path) -> None:
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory) -> list[dict]:
-    """What the two processes found, started once."""
+    """The results of two processes, which are started once."""
     folder = tmp_path_factory.mktemp("two")
     torch.multiprocessing.spawn(work, (folder,), nprocs=2)
     return [torch.load(folder / f"{rank}.pt") for rank in range(2)]

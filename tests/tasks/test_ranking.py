@@ -64,7 +64,7 @@ CASES = [("blip", True), ("blip", False), ("clip", False)]
 @pytest.mark.parametrize(("batch", "number", "at_once"), [(2, 3, 2), (5, 100, 256), (11, 1, 256)])
 @torch.no_grad()
 def test_the_order_is_that_of_a_plain_loop_over_all_pairs(kind, matching, packed, batch, number, at_once, monkeypatch):
-    """With more candidates than there are, and with pictures whose candidates do not fit one pass of the matching head."""
+    """Includes more candidates than targets, and pictures whose candidates do not fit one pass of the matching head."""
     monkeypatch.setattr(ranking, "PAIRS", at_once)
     monkeypatch.setattr(ranking, "SIMILARITIES", 25)
     model = tiny.PAIR_MODELS[kind](PruningRule(keep="instance"))
@@ -214,7 +214,7 @@ def test_similarities_of_all_with_all_are_never_in_memory_together(monkeypatch):
 
 
 def test_matching_a_longer_split_holds_no_larger_tensors(monkeypatch):
-    """What grows with the split are the numbers of its candidate pairs alone, which here are fewer."""
+    """Only the numbers of candidate pairs grow with the split, and here they are few."""
     monkeypatch.setattr(ranking, "PAIRS", 4)
     model, (whole, _, _) = tiny.retrieval(PruningRule(keep="instance")), split("blip", 2)
     thrice = Split(3 * whole.images, 3 * whole.texts, [], 3 * IMAGE_OF_TEXT, [], 3 * whole.names)

@@ -1,4 +1,4 @@
-"""What the views show of a model: the words and patches that its records say are alive, for every task."""
+"""The views of every task show the words and patches that the records mark as surviving."""
 
 from pathlib import Path
 
@@ -32,7 +32,7 @@ def view(task: str, tmp_path: Path) -> View:
 
 
 def read_plainly(record: TowerRecord, sample: int, tokens: int) -> list[list[bool]]:
-    """Which of a sample's tokens stand where they may still be told apart, block by block: None is a merged token."""
+    """Reads off a sample's surviving tokens block by block; None stands for a merged token."""
     standing, layers = list(range(tokens)), []
     for kept, leaving in zip(record.kept, record.leaving, strict=True):
         if kept is not None:

@@ -1,4 +1,4 @@
-"""What is exported is what predicting and evaluating read, to the bit, packed or not; and what cannot be exported."""
+"""Exported files give the same predictions and evaluations to the bit, packed or not; some things cannot be exported."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What the published models cost, and the tool that says so, from a config alone."""
+"""The cost of the published models, and the tool that counts it from a config alone."""
 
 import json
 import sys
@@ -96,7 +96,7 @@ def test_the_tool_reports_both_counts(report, task, temperature):
 
 @pytest.mark.parametrize("inference", ["rank", "generate"])
 def test_deployment_is_what_an_evaluation_would_count(report, inference, tmp_path):
-    """Of a caption as long as it may become, and of a question with its answer."""
+    """Counts the longest possible caption, and a question with its answer."""
     text = TINY["caption"] + "max_length: 9\nnum_beams: 2\n"
     model, (images, *_) = TASKS["caption"].reference_case(load_any_config(written(tmp_path, text), {"p": 0}))
     longest = torch.full((1, 9), END + 1)

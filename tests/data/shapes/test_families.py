@@ -1,4 +1,4 @@
-"""What the captions of Shapes for retrieval tell, read off their words: the generator's own classes take no part."""
+"""Captions of Shapes for retrieval, checked by their words alone, without the generator's own classes."""
 
 import re
 from collections import Counter
@@ -48,7 +48,7 @@ def fitting(phrase: str, scene: Scene) -> list:
 
 
 def holds(part: str, scene: Scene) -> bool:
-    """Whether a part of a caption is true of a picture."""
+    """Tells whether a part of a caption is true of a picture."""
     relation = re.fullmatch(r"a (.+) (above|below|left of|right of) a (.+)", part)
     if not relation:
         number, phrase = part.removesuffix(" in total").split(" ", 1)
@@ -70,7 +70,7 @@ def satisfied(caption: str, scene: Scene) -> float:
 
 
 def shared_colours(caption: str, scene: Scene) -> float:
-    """How well the colours that a caption names, each as often as it says, agree with those of a picture: 0 to 1."""
+    """Scores from 0 to 1 how well the colours and counts in a caption agree with those of a picture."""
     named = Counter()
     for number, phrase in re.findall(rf"({'|'.join(NUMBERS)}) ((?:\w+ )*?(?:{'|'.join(SHAPES)}))", caption):
         named.update({colour: NUMBERS[number] for colour in words_of(phrase) & set(COLOURS)})
@@ -79,7 +79,7 @@ def shared_colours(caption: str, scene: Scene) -> float:
 
 
 def mean_recall(scores: torch.Tensor) -> float:
-    """Of scores (captions, pictures), equal ones in random order."""
+    """Returns the mean recall of scores (captions, pictures); ties are broken at random."""
     scores = scores + 1e-4 * torch.rand(scores.shape, generator=torch.Generator().manual_seed(0))
     pictures = torch.arange(scores.shape[1])
     owners = pictures.repeat_interleave(CAPTIONS)

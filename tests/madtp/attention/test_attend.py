@@ -55,7 +55,7 @@ def test_a_random_rule_needs_no_statistics():
 
 @pytest.mark.parametrize("order", ["class_first", "class_last"])
 def test_a_causal_text_sees_itself_and_what_comes_before(order):
-    """In memory the class token is first; in the order "class_last" it sees all, and no other token sees it."""
+    """The class token is first in memory; in the order "class_last" it sees all tokens, and no other token sees it."""
     mask = causal_mask(4, order, torch.device("cpu"))
     if order == "class_first":
         assert torch.equal(mask, torch.ones(4, 4).tril().bool())

@@ -1,4 +1,4 @@
-"""Which 2:4 weights run sparse kernels: what is watched, measured, replaced and put back. Timer and converter are injected."""
+"""Choosing the 2:4 weights for sparse kernels: recording, timing, replacing and restoring. Timer and converter are injected."""
 
 from collections import Counter
 

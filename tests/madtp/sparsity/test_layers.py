@@ -1,4 +1,4 @@
-"""Which weights become sparse, and what they cost then, for every model."""
+"""The weights that become sparse in every model, and their cost."""
 
 import re
 

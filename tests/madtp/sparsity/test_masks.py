@@ -64,7 +64,7 @@ def test_a_byte_of_2_of_4_holds_two_places_of_two_bits():
 
 
 def train(layers: list[nn.Linear], sparse: SparseWeights, steps: int = 3) -> None:
-    """With momentum, weight decay and a limit of the gradient, which reads all of it."""
+    """Trains with momentum, weight decay and a gradient limit, which reads all gradients."""
     parameters = [parameter for layer in layers for parameter in layer.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=0.1, weight_decay=0.1)
     for _ in range(steps):

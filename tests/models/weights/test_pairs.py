@@ -31,7 +31,7 @@ def shifted(model: nn.Module) -> dict[str, Tensor]:
 
 
 def online(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """What was published before there were momentum encoders and queues."""
+    """Returns the weights without momentum encoders and queues, as they are published."""
     return {name: tensor for name, tensor in weights.items() if name not in QUEUES and not name.split(".")[0].endswith("_m")}
 
 
@@ -234,7 +234,7 @@ def test_the_authors_checkpoints_are_read(tmp_path):
 
 
 def test_of_transformers_weights_all_are_translated():
-    """What they compute is compared with the towers' tests; here, that nothing of a model with other numbers is left out."""
+    """Outputs are compared in the towers' tests; this test checks that no weight of a model of another size is left out."""
     shared = {"hidden_act": "quick_gelu"}
     config = CLIPConfig(
         vision_config={"hidden_size": 20, "intermediate_size": 80, "num_hidden_layers": 3, "num_attention_heads": 2, **shared}
