@@ -1,4 +1,4 @@
-"""What belongs to the process: its rank, its device, its seed, its logger, and errors that are the user's to mend."""
+"""Process-wide helpers: ranks and collectives, device, seed, logger, and errors that the user can fix."""
 
 import argparse
 import logging
@@ -16,18 +16,18 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 T = TypeVar("T")
-PATIENCE = timedelta(hours=2)  # of processes with the main one, which may have captions to score
+PATIENCE = timedelta(hours=2)  # timeout of collectives; the others wait while the main process scores captions
 
 logger = logging.getLogger("madtp")
 
 
 class UserError(Exception):
-    """A mistake that the user can mend: what is wrong, where, and what to do, in one line."""
+    """A mistake that the user can fix. The message says in one line what is wrong, where, and what to do."""
 
 
 @dataclass(frozen=True)
 class Run:
-    """The process as the experiment sees it. Without a process group it is rank 0 of 1."""
+    """The device and rank of this process. Without a process group it is rank 0 of 1."""
 
     device: torch.device
     rank: int = 0
@@ -39,12 +39,14 @@ class Run:
 
 
 def init_run(device: str | None = None, seed: int = 42) -> Run:
-    """Join the process group that torchrun announces (nccl on CUDA, gloo elsewhere), seed, and set up the logger.
+    """Joins torchrun's process group (nccl on CUDA, gloo elsewhere), seeds, and sets up the logger.
 
     Args:
-        device: "cpu", "cuda" (of several processes each its own) or "cuda:N"; None: CUDA when there is some.
+        device: "cpu", "cuda" (one GPU per process) or "cuda:N"; None is "cuda" if available, else "cpu".
+        seed: of all random numbers; the same on every rank.
+
     Raises:
-        UserError: for a GPU that is not there, and for one GPU to several processes.
+        UserError: when the GPU does not exist, or several processes are given the same GPU.
     """
     rank, world_size, local_rank = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
     try:
@@ -54,11 +56,11 @@ def init_run(device: str | None = None, seed: int = 42) -> Run:
     if chosen.type == "cuda":
         chosen = _gpu(chosen, world_size, local_rank)
         torch.cuda.set_device(chosen)
-        torch.backends.cudnn.allow_tf32 = False  # of convolutions; products do without by default
-        torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for each shape, and pruned batches have ever new ones
+        torch.backends.cudnn.allow_tf32 = False  # for convolutions; matrix products have it off by default
+        torch.backends.cuda.enable_cudnn_sdp(False)  # it builds a plan per shape, and pruned batches keep changing shape
     if "RANK" in os.environ and not dist.is_initialized():
         dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", timeout=PATIENCE)
-    seed_everything(seed)  # the same weights on every rank; training gives each rank random numbers of its own
+    seed_everything(seed)  # equal initial weights on every rank; training seeds each rank differently
     logging.basicConfig(level=logging.INFO if rank == 0 else logging.WARNING, format="%(message)s", stream=sys.stdout)
     return Run(chosen, rank, world_size)
 
@@ -67,7 +69,7 @@ def _gpu(device: torch.device, world_size: int, local_rank: int) -> torch.device
     if not torch.cuda.is_available():
         raise UserError("--device cuda: this machine has no usable CUDA device; pass --device cpu")
     if device.index is not None and world_size > 1:
-        raise UserError(f"--device {device}: {world_size} processes cannot share a GPU; pass --device cuda, and each takes its own")
+        raise UserError(f"--device {device}: {world_size} processes cannot share a GPU; pass --device cuda to give each its own")
     index, number = local_rank if device.index is None else device.index, torch.cuda.device_count()
     if index >= number:
         raise UserError(f"GPU {index} is not there, this machine has {number}; start fewer processes or pass another --device")
@@ -81,20 +83,20 @@ def seed_everything(seed: int) -> None:
 
 
 def all_reduce_sum(values: torch.Tensor) -> torch.Tensor:
-    """The sum of `values` over all processes; itself without a process group."""
+    """Sums `values` over all processes, in place. Without a process group they stay as they are."""
     if dist.is_initialized():
         dist.all_reduce(values)
     return values
 
 
 def broadcast(values: torch.Tensor) -> None:
-    """Give `values` of the main process to all."""
+    """Copies the `values` of the main process to all processes, in place."""
     if dist.is_initialized():
         dist.broadcast(values, 0)
 
 
 def gather_objects(value: object) -> list:
-    """`value` of every rank, in the order of the ranks, on every rank."""
+    """Returns the `value` of every rank, in rank order, on every rank."""
     if not dist.is_initialized():
         return [value]
     gathered: list = [None] * dist.get_world_size()
@@ -103,7 +105,7 @@ def gather_objects(value: object) -> list:
 
 
 def on_main(compute: Callable[[], T], run: Run) -> T:
-    """What `compute` gives on the main process, on every process."""
+    """Calls `compute` on the main process only. Returns its result on every process."""
     found = [compute() if run.is_main else None]
     if dist.is_initialized():
         dist.broadcast_object_list(found, device=run.device)
@@ -111,12 +113,15 @@ def on_main(compute: Callable[[], T], run: Run) -> T:
 
 
 def gather_dicts(entries: dict) -> dict:
-    """The entries of every rank in one dict, on every rank."""
+    """Merges the entries of all ranks into one dict, on every rank."""
     return {key: value for part in gather_objects(entries) for key, value in part.items()}
 
 
 def gather_tensors(values: torch.Tensor) -> torch.Tensor:
-    """(B, ...) of every process, of one shape everywhere, in the order of the ranks. Gradients find their way back."""
+    """Concatenates the `values` (B, ...) of all processes in rank order. The shape must be the same on every process.
+
+    Gradients flow back to every process, unlike with torch.distributed.all_gather.
+    """
     return _Gather.apply(values) if dist.is_initialized() else values
 
 
@@ -130,12 +135,12 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient: torch.Tensor) -> torch.Tensor:
-        """Each process gets for its part what the losses of all processes want of it."""
+        """Sums the gradients of all processes and returns the part of this process."""
         return all_reduce_sum(gradient.clone(memory_format=torch.contiguous_format)).chunk(dist.get_world_size())[dist.get_rank()]
 
 
 def gather_padded(values: torch.Tensor) -> torch.Tensor:
-    """The same of (B, N, ...) whose N differs between processes: padded with zeros to the largest."""
+    """Concatenates `values` (B, N, ...) like gather_tensors. N may differ: it is padded with zeros to the largest."""
     if not dist.is_initialized():
         return values
     width = torch.tensor(values.shape[1], device=values.device)
@@ -149,7 +154,7 @@ def barrier() -> None:
 
 
 def at_least_one(text: str) -> int:
-    """An argparse type."""
+    """Parses a whole number of at least 1; an argparse type."""
     number = int(text)
     if number < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, got {number}")
@@ -157,10 +162,10 @@ def at_least_one(text: str) -> int:
 
 
 def run_main(main: Callable[[], None]) -> None:
-    """Call `main`; a UserError becomes one line on stderr and exit code 2.
+    """Calls `main`. Turns a UserError into one line on stderr and exit code 2.
 
-    The process group is left when all went well: otherwise NCCL would wait there for processes that wait in a collective, and
-    torchrun, which ends them, would not hear of the error.
+    The process group is destroyed only after success. After an error, NCCL would wait there for processes that are blocked in a
+    collective, and torchrun, which has to stop them, would not see the error.
     """
     try:
         main()

@@ -1,6 +1,6 @@
-"""CLIP's tokenizer, called as one of transformers: OpenAI's byte pairs, or a short list of words with the same special tokens.
+"""CLIP's tokenizer with the interface of transformers: OpenAI's byte pairs, or a short word list with the same special tokens.
 
-The end-of-text token has the highest id, and padding, which is 0, stands behind it: so a text's end is where its ids are highest.
+The end-of-text token has the highest id, and padding (0) comes after it. The end of a text is therefore the argmax of its ids.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -14,19 +14,23 @@ from utils import UserError
 
 OPENAI = "clip"
 UNKNOWN = "[UNK]"
-START, END = "[START]", "[END]"  # how the special tokens are shown
-WORD_END = "</w>"  # in OpenAI's byte pairs
+START, END = "[START]", "[END]"  # names of the special tokens in convert_ids_to_tokens
+WORD_END = "</w>"  # marks the last piece of a word in OpenAI's byte pairs
 
 
 class ClipTokenizer:
-    """Texts to ids. `len` is the model's vocabulary size. It can be pickled, for loaders whose workers are started afresh."""
+    """A tokenizer from texts to ids. Its length is the vocabulary size of the model.
+
+    It can be pickled, which loader workers need when they are spawned.
+    """
 
     def __init__(self, words: Callable[[str], list[int]], name: Callable[[int], str], start: int, end: int):
-        """
+        """Stores the vocabulary.
+
         Args:
-            words: maps a text to ids, special tokens left out.
-            name: what such an id stands for.
-            start, end: ids of the start-of-text and of the end-of-text token, the two highest.
+            words: maps a text to ids, without special tokens.
+            name: maps an id to its token.
+            start, end: ids of the start-of-text and end-of-text tokens, the two highest.
         """
         self.words, self.name, self.start, self.end = words, name, start, end
 
@@ -41,7 +45,10 @@ class ClipTokenizer:
         max_length: int = 77,
         return_tensors: str = "pt",
     ) -> dict[str, Tensor]:
-        """input_ids and attention_mask (texts, L), each text cut so that with its start and its end it has `max_length` tokens."""
+        """Encodes texts to input_ids and attention_mask (texts, L), padded to the longest text.
+
+        Each text is cut to `max_length` tokens, including its start and end tokens.
+        """
         ids = [[self.start, *self.words(text)[: max_length - 2], self.end] for text in texts]
         longest = max(map(len, ids))
         padded = torch.tensor([row + [0] * (longest - len(row)) for row in ids])
@@ -54,13 +61,13 @@ class ClipTokenizer:
 
 
 def load_clip_tokenizer(source: str) -> ClipTokenizer:
-    """OpenAI's for `source` "clip", as open_clip carries it; else of the list of words in the file `source`, one a line.
+    """Loads OpenAI's tokenizer (from open_clip) if `source` is "clip", else one from the file `source` with a word per line.
 
     Raises:
-        UserError: when there is no such file, or no [UNK] in it.
+        UserError: when the file is missing or has no [UNK].
     """
     if source == OPENAI:
-        from open_clip.tokenizer import SimpleTokenizer  # imports whole model families
+        from open_clip.tokenizer import SimpleTokenizer  # imported only here: open_clip is slow to import
 
         pairs = SimpleTokenizer()
         return ClipTokenizer(pairs.encode, partial(_piece, pairs.decoder), pairs.sot_token_id, pairs.eot_token_id)

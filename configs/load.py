@@ -1,4 +1,4 @@
-"""From YAML files and command lines to a config, and what to say when they do not give one."""
+"""Loading a config from YAML files and the command line, with one-line errors."""
 
 import argparse
 import difflib
@@ -16,10 +16,10 @@ ConfigT = TypeVar("ConfigT", bound=Config)
 
 
 def load_config(cls: type[ConfigT], path: str | Path, overrides: dict[str, Any] | None = None) -> ConfigT:
-    """Read the YAML file `path`, let `overrides` (a dotted key reaches into a mapping) go before it, and check the whole.
+    """Reads the YAML file `path`, applies `overrides`, and checks the result. A dotted key overrides a key of a mapping.
 
     Raises:
-        UserError: for a missing or invalid file, an unknown key, or a value of the wrong type or range.
+        UserError: when the file is missing or invalid, a key is unknown, or a value has the wrong type or range.
     """
     values = read_yaml(Path(path))
     for key, value in (overrides or {}).items():
@@ -31,7 +31,7 @@ def load_config(cls: type[ConfigT], path: str | Path, overrides: dict[str, Any] 
 
 
 def save_config(config: Config, path: str | Path) -> None:
-    """Write every key, resolved, as YAML that `load_config` reads back; the first line says how to run it."""
+    """Writes all keys with their final values as YAML that `load_config` reads. The first line is the command to run it."""
     yaml = YAML(typ="safe", pure=True)
     yaml.default_flow_style = False
     yaml.sort_base_mapping_type_on_output = False
@@ -41,33 +41,33 @@ def save_config(config: Config, path: str | Path) -> None:
 
 
 def parse_command_line(description: str, cls: type[ConfigT], argv: list[str] | None = None) -> ConfigT:
-    """The config that the command line names; flags go before `--set`, and `--set` before the file.
+    """Builds the config from the command line. Flags override `--set`, and `--set` overrides the file.
 
     Raises:
-        UserError: as `load_config`, and for a `--set` that is not key=value.
+        UserError: as in `load_config`, and when a `--set` is not key=value.
     """
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     switch = {"action": argparse.BooleanOptionalAction, "default": None}
-    parser.add_argument("--config", required=True, metavar="FILE", help="the YAML file of the experiment")
-    parser.add_argument("--output_dir", metavar="DIR", help="the folder that the run writes to")
+    parser.add_argument("--config", required=True, metavar="FILE", help="YAML file of the experiment")
+    parser.add_argument("--output_dir", metavar="DIR", help="folder that the run writes to")
     parser.add_argument("--evaluate", help="evaluate the pretrained weights, do not train", **switch)
-    parser.add_argument("--device", help="cpu or cuda; cuda when there is one")
-    parser.add_argument("--seed")
-    parser.add_argument("--pretrained", metavar="FILE", help="the weights to start from")
-    parser.add_argument("--epoch", dest="max_epoch", metavar="N", help="epochs (the key max_epoch)")
+    parser.add_argument("--device", help="cpu, cuda or cuda:N; default: cuda if available")
+    parser.add_argument("--seed", help="random seed")
+    parser.add_argument("--pretrained", metavar="FILE", help="weights to start from")
+    parser.add_argument("--epoch", dest="max_epoch", metavar="N", help="number of epochs (the key max_epoch)")
     parser.add_argument("--p", help="share of the GFLOPs to remove, 0 <= p < 1")
     parser.add_argument("--amp", help="mixed precision", **switch)
-    parser.add_argument("--resume", nargs="?", const="last", metavar="FILE", help="go on from this checkpoint, or the last one")
-    parser.add_argument("--enable-sparse-api", action="store_true", help="sparse weights; tokens stay whole without --token_reduce")
-    parser.add_argument("--weight-sparse-pattern", metavar="PATTERN", help="of the sparse weights; m4n2_1d is 2:4, the default")
-    parser.add_argument("--token_reduce", action="store_true", help="prune tokens, beside sparse weights too")
-    parser.add_argument("--set", dest="settings", action="append", default=[], metavar="KEY=VALUE", help="any key of the YAML")
+    parser.add_argument("--resume", nargs="?", const="last", metavar="FILE", help="continue from this checkpoint, or the last one")
+    parser.add_argument("--enable-sparse-api", action="store_true", help="sparse weights; prune no tokens without --token_reduce")
+    parser.add_argument("--weight-sparse-pattern", metavar="PATTERN", help="of sparse weights; default: m4n2_1d, which means 2:4")
+    parser.add_argument("--token_reduce", action="store_true", help="prune tokens, also with --enable-sparse-api")
+    parser.add_argument("--set", dest="settings", action="append", default=[], metavar="KEY=VALUE", help="set any key of the YAML")
     arguments = vars(parser.parse_args(argv))
     path, settings = arguments.pop("config"), arguments.pop("settings")
     overrides = dict(_parse_setting(setting) for setting in settings)
     sparse, pattern, tokens = (arguments.pop(key) for key in ("enable_sparse_api", "weight_sparse_pattern", "token_reduce"))
     if pattern and not sparse:
-        raise UserError("--weight-sparse-pattern belongs to --enable-sparse-api; add it, or leave this one out")
+        raise UserError("--weight-sparse-pattern belongs to --enable-sparse-api; add it, or leave --weight-sparse-pattern out")
     if sparse or tokens:
         given = {**read_yaml(Path(path)), **overrides}
         if not tokens:
@@ -81,10 +81,10 @@ def parse_command_line(description: str, cls: type[ConfigT], argv: list[str] | N
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """Returns the top-level mapping of a YAML file.
+    """Reads the top-level mapping of a YAML file.
 
     Raises:
-        UserError: for a missing or invalid file.
+        UserError: when the file is missing or invalid.
     """
     try:
         values = YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8"))
@@ -92,7 +92,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: {error.strerror or error}; give the path of a YAML file with --config") from None
     except MarkedYAMLError as error:
         line = f":{error.problem_mark.line + 1}" if error.problem_mark else ""
-        raise UserError(f"{path}{line}: not valid YAML: {_one_line(error.problem or error.context)}; mend that line") from None
+        raise UserError(f"{path}{line}: not valid YAML: {_one_line(error.problem or error.context)}; correct that line") from None
     except (YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not valid YAML: {_one_line(error)}") from None
     if not isinstance(values, dict | None):
@@ -115,7 +115,7 @@ def _parse_setting(setting: str) -> tuple[str, Any]:
 
 
 def _assign(values: dict[str, Any], keys: list[str], value: Any) -> None:
-    """Set one nested key. Where the file has no mapping yet, one is made, so that defaults stay for its other keys."""
+    """Sets one nested key. Creates missing mappings; their other keys then get their defaults."""
     for key in keys[:-1]:
         if not isinstance(values.get(key), dict):
             values[key] = {}
@@ -123,7 +123,7 @@ def _assign(values: dict[str, Any], keys: list[str], value: Any) -> None:
     values[keys[-1]] = value
 
 
-# pydantic's error types, by what the user should have written
+# Expected values, by the start of pydantic's error types.
 _EXPECTED = {
     "float": "a number",
     "int": "a whole number",
@@ -142,7 +142,7 @@ def _key_of(location: tuple[int | str, ...]) -> str:
 
 
 def _explain(cls: type[Config], error: ValidationError, path: Path, overrides: dict[str, Any]) -> str:
-    """The first problem in one line, an unknown key before any other, because it often explains the rest."""
+    """Describes the first error in one line. An unknown key comes before others, because it often explains them."""
     problem = min(error.errors(), key=lambda problem: problem["type"] != "extra_forbidden")
     key, kind = _key_of(problem["loc"]), problem["type"]
     where = "command line" if any(key == name or name.startswith(f"{key}.") for name in overrides) else str(path)
@@ -159,7 +159,7 @@ def _explain(cls: type[Config], error: ValidationError, path: Path, overrides: d
 
 
 def _expectation(problem: Any) -> str:
-    """What a valid value looks like, for one of pydantic's errors."""
+    """Describes a valid value, for one of pydantic's errors."""
     kind, context = problem["type"], problem.get("ctx", {})
     limits = {
         "greater_than_equal": ("at least", "ge"),
@@ -175,12 +175,12 @@ def _expectation(problem: Any) -> str:
     if kind == "string_pattern_mismatch":
         return "cpu, cuda or cuda:N"
     if kind == "too_short" and context.get("field_type") == "List":
-        return "a list with something in it"
+        return "a list that is not empty"
     return _EXPECTED.get(kind.split("_")[0], problem["msg"].lower())
 
 
 def _known_keys(cls: type[BaseModel]) -> list[str]:
-    """The keys of a config, and those of the mappings in it with a dot."""
+    """Lists the keys of a config. Keys of nested mappings are written with a dot."""
     known = list(cls.model_fields)
     for name, field in cls.model_fields.items():
         known += [f"{name}.{key}" for section in _sections(field.annotation) for key in section.model_fields]
@@ -188,7 +188,7 @@ def _known_keys(cls: type[BaseModel]) -> list[str]:
 
 
 def _sections(annotation: Any) -> list[type[BaseModel]]:
-    """The mappings that a type names, wherever in it."""
+    """Finds the mappings (pydantic models) anywhere in a type annotation."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
     return [section for part in get_args(annotation) for section in _sections(part)]

@@ -1,4 +1,4 @@
-"""The sizes of the models' parts, as mappings of a YAML file or by name."""
+"""Sizes of the models' parts, given in a YAML file as a mapping or by name."""
 
 from collections.abc import Callable
 from typing import Annotated, Any, Literal
@@ -7,7 +7,7 @@ from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_val
 
 
 class Section(BaseModel):
-    """A mapping of keys: unknown ones are refused, and a built config does not change."""
+    """A mapping of keys that refuses unknown keys and is immutable."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
@@ -17,9 +17,9 @@ class VitSizes(Section):
 
     patch_size: int = Field(ge=1, description="pixels along one side of a patch")
     embed_dim: int = Field(ge=1, description="channels of a token")
-    depth: int = Field(ge=1, description="blocks")
-    num_heads: int = Field(ge=1, description="attention heads; they divide embed_dim")
-    mlp_ratio: float = Field(4.0, gt=0, description="hidden channels of the MLP over embed_dim")
+    depth: int = Field(ge=1, description="number of blocks")
+    num_heads: int = Field(ge=1, description="attention heads; must divide embed_dim")
+    mlp_ratio: float = Field(4.0, gt=0, description="ratio of the MLP's hidden channels to embed_dim")
 
     @model_validator(mode="after")
     def _heads_divide(self) -> "VitSizes":
@@ -27,13 +27,13 @@ class VitSizes(Section):
 
 
 class BertSizes(Section):
-    """The sizes of a BERT encoder; its vocabulary is the tokenizer's."""
+    """The sizes of a BERT encoder. The vocabulary size comes from the tokenizer."""
 
     hidden_size: int = Field(ge=1, description="channels of a token")
-    num_hidden_layers: int = Field(ge=1, description="layers")
-    num_attention_heads: int = Field(ge=1, description="attention heads; they divide hidden_size")
+    num_hidden_layers: int = Field(ge=1, description="number of layers")
+    num_attention_heads: int = Field(ge=1, description="attention heads; must divide hidden_size")
     intermediate_size: int = Field(ge=1, description="hidden channels of the MLP")
-    max_position_embeddings: int = Field(512, ge=2, description="the longest text, in tokens with [ENC] and [SEP]")
+    max_position_embeddings: int = Field(512, ge=2, description="largest length of a text, in tokens with [ENC] and [SEP]")
     dropout: float = Field(0.1, ge=0, lt=1, description="share of activations dropped in training")
 
     @model_validator(mode="after")
@@ -43,28 +43,30 @@ class BertSizes(Section):
         )
 
 
-HEAD_WIDTH = 64  # in all of OpenAI's models
+HEAD_WIDTH = 64  # channels of a head in all of OpenAI's models
 
 
 def _heads_of(width: str) -> Callable[[dict[str, Any]], int]:
-    """The default where no number of heads is given; `width`: the field to look at."""
+    """Returns the default factory of a number of heads, computed from the field `width`."""
     return lambda given: max(1, given.get(width, HEAD_WIDTH) // HEAD_WIDTH)
 
 
 class ClipSizes(Section):
-    """The sizes of CLIP's towers. The defaults are ViT-L/14's."""
+    """The sizes of CLIP's towers. The defaults are those of ViT-L/14."""
 
     patch_size: int = Field(14, ge=1, description="pixels along one side of a patch")
     vision_width: int = Field(1024, ge=1, description="channels of an image token")
-    vision_layers: int = Field(24, ge=1, description="blocks of the image tower")
+    vision_layers: int = Field(24, ge=1, description="number of blocks of the image tower")
     vision_heads: int = Field(
-        ge=1, default_factory=_heads_of("vision_width"), description="attention heads; as OpenAI's, width / 64"
+        ge=1, default_factory=_heads_of("vision_width"), description="attention heads of the image tower; default: width / 64"
     )
     text_width: int = Field(768, ge=1, description="channels of a text token")
-    text_layers: int = Field(12, ge=1, description="blocks of the text tower")
-    text_heads: int = Field(ge=1, default_factory=_heads_of("text_width"), description="attention heads; as OpenAI's, width / 64")
-    context_length: int = Field(77, ge=3, description="the longest text, in tokens with its start and its end")
-    embed_dim: int = Field(768, ge=1, description="channels of the common space")
+    text_layers: int = Field(12, ge=1, description="number of blocks of the text tower")
+    text_heads: int = Field(
+        ge=1, default_factory=_heads_of("text_width"), description="attention heads of the text tower; default: width / 64"
+    )
+    context_length: int = Field(77, ge=3, description="largest length of a text, in tokens with its start and end")
+    embed_dim: int = Field(768, ge=1, description="channels of the space in which images and texts are compared")
 
     @model_validator(mode="after")
     def _heads_divide(self) -> "ClipSizes":
@@ -89,7 +91,7 @@ def _name_or_sizes(value: Any) -> str:
     return "<name>" if isinstance(value, str) else "<sizes>"
 
 
-# The tags stand in pydantic's error locations; `_key_of` drops what is in angle brackets.
+# The tags show up in pydantic's error locations; the angle brackets let `_key_of` in configs/load.py drop them.
 Vit = Annotated[
     Annotated[Literal["base", "large"], Tag("<name>")] | Annotated[VitSizes, Tag("<sizes>")], Discriminator(_name_or_sizes)
 ]

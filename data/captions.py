@@ -1,4 +1,4 @@
-"""Pictures with captions, as in BLIP's annotation files of COCO (Karpathy's split) and Flickr30k."""
+"""Data sets of captioned images, in the format of BLIP's annotation files for COCO (Karpathy's split) and Flickr30k."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -24,20 +24,21 @@ from data.text import Tokenizer, clean_sentence, encode
 from transform.images import ImageTransform, eval_transform, keeps_truth, train_transform
 from utils import Run, UserError
 
-# B items, L tokens of the longest caption
+# Shapes: B items, L tokens in the longest caption.
 
 MAX_WORDS = 30
 
 
 class CaptionPairs(Dataset):
-    """Training pairs: an item is image (3, H, W), caption (cleaned, `prompt` in front) and image_id.
+    """The data set of training pairs.
 
-    An image_id counts the pictures, so that captions of one picture share it: the distinct "image_id" of all files, in
-    the order of first appearance.
+    An item is a dict of image (3, H, W), caption (cleaned, with `prompt` in front) and image_id. The image_id is a number
+    from 0, given to the distinct "image_id" values of all files in order of first appearance. Captions of the same image
+    share it.
 
     Raises:
-        UserError: for annotations of another form, or when the pictures of the first entries are not there; an item raises
-            one for a picture that is missing or broken.
+        UserError: when the annotations have another format, or when the images of the first entries are missing. Reading
+            an item raises one when its image is missing or broken.
     """
 
     def __init__(
@@ -69,19 +70,19 @@ class CaptionPairs(Dataset):
 
 
 def read_captioned(file: Path) -> list[dict[str, Any]]:
-    """The entries {"image": path, "caption": [text, ...]} of an evaluation file, for CaptionImages and CaptionTexts.
+    """Reads the entries {"image": path, "caption": [text, ...]} of an evaluation file, for CaptionImages and CaptionTexts.
 
     Raises:
-        UserError: for a file of another form.
+        UserError: when the file has another format.
     """
     return read_entries(file, _captioned_problem)
 
 
 class CaptionImages(Dataset):
-    """The pictures of `entries`: an item is image (3, H, W) and id, the picture's path in the annotations.
+    """The data set of the images of `entries`. An item is a dict of image (3, H, W) and id, the image's path in the annotations.
 
     Raises:
-        UserError: as CaptionPairs, for the pictures.
+        UserError: when images are missing or broken, as in CaptionPairs.
     """
 
     def __init__(self, entries: list[dict[str, Any]], image_root: str | Path, transform: ImageTransform) -> None:
@@ -98,7 +99,10 @@ class CaptionImages(Dataset):
 
 
 class CaptionTexts(Dataset):
-    """The captions of `entries`: an item is caption (cleaned). `image_of_text` holds the index of each one's picture."""
+    """The data set of the captions of `entries`. An item is a dict of caption (cleaned).
+
+    `image_of_text` holds the image index of each caption.
+    """
 
     def __init__(self, entries: list[dict[str, Any]]) -> None:
         self.captions = [caption for entry in entries for caption in entry["caption"]]
@@ -112,7 +116,7 @@ class CaptionTexts(Dataset):
 
 
 class FirstPairs(Dataset):
-    """Each picture of an evaluation file with the first of its captions: items as those of CaptionPairs."""
+    """The data set that pairs each image of an evaluation file with its first caption. Items are like those of CaptionPairs."""
 
     def __init__(self, images: CaptionImages, texts: CaptionTexts, prompt: str = "") -> None:
         self.images, self.texts, self.prompt = images, texts, prompt
@@ -127,13 +131,15 @@ class FirstPairs(Dataset):
 
 
 class Split(NamedTuple):
-    """An evaluation split: loaders of this process's share of pictures and captions, and of some pairs, for counting GFLOPs.
+    """The loaders and annotations of an evaluation split.
 
-    image_of_text: of each caption of the split, the number of its picture
-    captions: as the file has them
-    names: the pictures' paths
-    truth: the captions to compare with, of each picture by its path, where these are not the split's own
-    is_test: the split that is evaluated once, at the end
+    images, texts: loaders of this process's share of the images and captions
+    pairs: loader of some image-caption pairs, for counting GFLOPs
+    image_of_text: the image index of each caption of the split
+    captions: the captions as written in the file
+    names: the paths of the images
+    truth: reference captions by image path, if they differ from the captions of the split
+    is_test: True for the split that is evaluated once, at the end
     """
 
     images: Loader
@@ -147,7 +153,7 @@ class Split(NamedTuple):
 
     @property
     def references(self) -> dict[str, list[str]]:
-        """The captions to compare with, of each picture by its path."""
+        """The reference captions, by image path."""
         if self.truth:
             return self.truth
         found: dict[str, list[str]] = {name: [] for name in self.names}
@@ -157,7 +163,7 @@ class Split(NamedTuple):
 
 
 class TextCollate:
-    """Items of CaptionTexts to a batch: input_ids and attention_mask (B, L), as data.text.encode."""
+    """Collates items of CaptionTexts into a batch: input_ids and attention_mask (B, L), as from data.text.encode."""
 
     def __init__(self, tokenizer: Tokenizer, max_tokens: int, first_token_id: int | None = None) -> None:
         self.tokenizer = tokenizer
@@ -169,7 +175,7 @@ class TextCollate:
 
 
 class PairCollate(TextCollate):
-    """Items of CaptionPairs to a batch: image (B, 3, H, W); input_ids and attention_mask (B, L); image_ids (B,)."""
+    """Collates items of CaptionPairs into a batch: image (B, 3, H, W); input_ids and attention_mask (B, L); image_ids (B,)."""
 
     def __call__(self, items: list[dict[str, Any]]) -> dict[str, Any]:
         return {
@@ -180,20 +186,21 @@ class PairCollate(TextCollate):
 
 
 def collate_images(items: list[dict[str, Any]]) -> dict[str, Any]:
-    """Items of CaptionImages to a batch: image (B, 3, H, W); ids, B of them."""
+    """Collates items of CaptionImages into a batch: image (B, 3, H, W); ids, a list of B."""
     return {"image": _stack(items), "ids": [item["id"] for item in items]}
 
 
 def build_datasets(config: Config, prompt: str = "") -> dict[str, Any]:
-    """The datasets "train" and "calibration" (a fixed part of the pairs, untouched); the two of "val" and of "test".
+    """Builds the data sets of all splits.
 
-    An evaluation split is its CaptionImages and its CaptionTexts. `prompt` stands in front of the captions of pairs.
+    "train" and "calibration" hold pairs; calibration is a fixed subset of them without augmentation. "val" and "test" are
+    (CaptionImages, CaptionTexts). `prompt` is put in front of the captions of pairs.
     """
     train_files = [config.annotation_file(name) for name in config.train_files]
     untouched = {"image_root": config.image_root, "transform": eval_transform(config.image_size, config.text_only)}
     train = CaptionPairs(train_files, **untouched, prompt=prompt)
     datasets: dict[str, Any] = {"calibration": calibration_subset(train, config.calibration_size)}
-    datasets["train"] = copy(train)  # the same entries, half a million in COCO
+    datasets["train"] = copy(train)  # a shallow copy shares the entries: COCO has half a million
     datasets["train"].transform = train_transform(config.image_size, config.augment, config.text_only)
     for split, name in (("val", config.val_file), ("test", config.test_file)):
         entries = read_captioned(config.annotation_file(name))
@@ -204,9 +211,9 @@ def build_datasets(config: Config, prompt: str = "") -> dict[str, Any]:
 def build_loaders(
     config: RetrievalConfig | CaptionConfig, run: Run, tokenizer: Tokenizer, prompt: str = "", first_token_id: int | None = None
 ) -> dict[str, Any]:
-    """The loaders "train" (not for an evaluation) and "calibration" of pairs, and the Splits "val" and "test".
+    """Builds the loaders "train" (unless `config.evaluate`) and "calibration" of pairs, and the Splits "val" and "test".
 
-    `prompt` stands in front of the captions of pairs; `first_token_id` is as in data.text.encode.
+    `prompt` is put in front of the captions of pairs. `first_token_id` is passed to data.text.encode.
     """
     pair_collate = PairCollate(tokenizer, config.max_text_tokens, first_token_id)
     text_collate = TextCollate(tokenizer, config.max_text_tokens, first_token_id)
@@ -240,21 +247,21 @@ def build_loaders(
 
 
 def coco_results(captions: Mapping[str, str]) -> list[dict[str, Any]]:
-    """A caption per picture's path in COCO's results format."""
+    """Converts captions by image path to COCO's results format."""
     return [{"image_id": _coco_id(name), "caption": caption} for name, caption in captions.items()]
 
 
 def _coco_id(name: str) -> int | str:
-    """An image's id is the number at the end of its file's name."""
+    """Returns an image's COCO id: the number at the end of its file name, or the path if there is none."""
     number = re.search(r"(\d+)$", PurePosixPath(name).stem)
     return int(number[1]) if number else name
 
 
 def read_coco_truth(file: Path, names: Sequence[str]) -> dict[str, list[str]]:
-    """The captions of COCO's ground truth, {"annotations": [{"image_id", "caption"}, ...]}, of each picture by its path.
+    """Reads the captions of a COCO ground truth file, {"annotations": [{"image_id", "caption"}, ...]}, by image path.
 
     Raises:
-        UserError: for a file of another form, or one without a caption of some picture.
+        UserError: when the file has another format, or lacks captions of some image in `names`.
     """
     content = read_json(file, "coco_gt_root")
     annotations = content.get("annotations") if isinstance(content, dict) else None
@@ -266,7 +273,7 @@ def read_coco_truth(file: Path, names: Sequence[str]) -> dict[str, list[str]]:
             raise UserError(f"{file}: annotation {number} has no 'image_id' or no 'caption' that is text")
         by_id.setdefault(entry["image_id"], []).append(entry["caption"])
     if missing := [name for name in names if _coco_id(name) not in by_id]:
-        raise UserError(f"{file}: has no caption of {missing[0]}, nor of {len(missing) - 1} others; is it of another split?")
+        raise UserError(f"{file}: has no captions of {missing[0]} and {len(missing) - 1} other images; is it of another split?")
     return {name: by_id[_coco_id(name)] for name in names}
 
 

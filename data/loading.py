@@ -1,4 +1,4 @@
-"""Reading files, and loaders: the same samples in the same state on any number of processes and workers."""
+"""Reading of files, and data loaders whose samples do not depend on the number of processes and workers."""
 
 import json
 import os
@@ -15,14 +15,14 @@ from torch.utils.data import DataLoader, Dataset, Sampler, Subset
 
 from utils import Run, UserError
 
-CHECKED = 3  # entries whose pictures are looked for at start-up
+CHECKED = 3  # number of entries whose images must exist at start-up
 
 
 def read_json(path: str | Path, key: str = "ann_root") -> Any:
-    """The content of a JSON file. `key` is the one whose folder it lies in.
+    """Reads a JSON file. `key` is the config key of its folder, for the error message.
 
     Raises:
-        UserError: when it is missing, or is not whole and valid, with the line where it stops being so.
+        UserError: when the file is missing, or is not valid JSON; names the line of the first error.
     """
     path = Path(path)
     try:
@@ -38,14 +38,14 @@ def read_json(path: str | Path, key: str = "ann_root") -> Any:
 
 
 def read_entries(file: Path, problem: Callable[[dict[str, Any]], str | None]) -> list[dict[str, Any]]:
-    """The entries of an annotation file; `problem` says what is wrong with one, if anything.
+    """Reads the entries of an annotation file. `problem` returns the error in an entry, or None.
 
     Raises:
-        UserError: when the file is not a list of such entries.
+        UserError: when the file is not a list, is empty, or has an entry with an error.
     """
     entries = read_json(file)
     if not isinstance(entries, list) or not entries:
-        raise UserError(f"{file}: must be a list of entries with something in it; write it again")
+        raise UserError(f"{file}: must be a list of entries, and not empty; write it again")
     for index, entry in enumerate(entries):
         found = problem(entry) if isinstance(entry, dict) else "is not an object"
         if found:
@@ -54,25 +54,27 @@ def read_entries(file: Path, problem: Callable[[dict[str, Any]], str | None]) ->
 
 
 def load_image(path: str | Path, key: str = "image_root") -> Image.Image:
-    """The picture as RGB. `key` is the one whose folder it lies in.
+    """Reads an image as RGB. `key` is the config key of its folder, for the error message.
 
     Raises:
-        UserError: when it is missing or unreadable.
+        UserError: when the image is missing or unreadable.
     """
     try:
         with Image.open(path) as image:
             return image.convert("RGB")
     except FileNotFoundError:
         raise no_such_picture(path, key) from None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # what PIL raises for broken files
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # PIL's errors for broken files
         raise UserError(f"{path}: not a readable picture ({error}); fetch it again") from None
 
 
 def check_images(image_root: Path, names: Iterable[str], key: str = "image_root") -> None:
-    """Stop a run before it starts when its first pictures are not below `image_root`, the folder of `key`.
+    """Checks that the images `names` exist in `image_root`, the folder of the config key `key`.
+
+    Called for a few images at start-up, so that a wrong folder stops a run before it begins.
 
     Raises:
-        UserError: names the missing one.
+        UserError: when one is missing; names it.
     """
     for name in names:
         if not (image_root / name).exists():
@@ -84,10 +86,10 @@ def no_such_picture(path: str | Path, key: str = "image_root") -> UserError:
 
 
 def calibration_subset(dataset: Dataset, size: int) -> Subset:
-    """`size` items (all, when there are fewer) spread over the dataset, the same on every process and in every run.
+    """Returns `size` items (all, if there are fewer) spread over the dataset, the same on every process and in every run.
 
-    One item from each of `size` equal stretches, at a place drawn with a fixed seed: a fixed step would meet the same
-    one of each picture's texts again and again.
+    Splits the dataset into `size` equal parts and draws one item of each with a fixed seed. A fixed step would always pick
+    the same of an image's texts, for example its first caption.
     """
     size = min(size, len(dataset))
     places = torch.rand(size, generator=torch.Generator().manual_seed(0), dtype=torch.float64).tolist()
@@ -95,12 +97,12 @@ def calibration_subset(dataset: Dataset, size: int) -> Subset:
 
 
 class Loader(DataLoader):
-    """A DataLoader whose workers hand a UserError over as it was raised; torch's own would wrap a traceback around it."""
+    """A DataLoader that raises the UserErrors of its workers unchanged; torch would wrap a traceback into the message."""
 
     def __iter__(self) -> Iterator[Any]:
         for batch in super().__iter__():
             if isinstance(batch, UserError):
-                raise UserError(*batch.args)  # not `batch` itself: its traceback would hold this frame, and the frame it
+                raise UserError(*batch.args)  # raising `batch` itself would make a reference cycle of frame and traceback
             yield batch
 
 
@@ -115,15 +117,16 @@ def build_loader(
     collate: Callable[[list], Any],
     epoch_steps: int | None = None,
 ) -> Loader:
-    """Batches of `collate`d items, `batch_size` of them per process.
+    """Builds a loader of batches of `batch_size` items per process, collated by `collate`.
 
-    Training: an order per epoch (see `set_epoch`), the same number of whole batches on every process, `epoch_steps` at most.
-    Evaluation: every item exactly once over all processes, in order, so the last batch may be smaller and processes may differ
-    by one item.
-    A sample's randomness depends on seed, epoch and index alone: not on workers, processes or where a run was resumed.
+    Training: the order changes with the epoch (see `set_epoch`). Every process gets the same number of full batches, at most
+    `epoch_steps`.
+    Evaluation: every item comes exactly once over all processes, in order. The last batch may be smaller, and the shares of
+    the processes may differ by one item.
+    The randomness of a sample depends only on seed, epoch and index, not on workers, processes or resuming.
 
     Raises:
-        UserError: when there is not one whole batch to train on. Iterating raises the UserErrors of `dataset`.
+        UserError: when the data do not fill one training batch. Iterating raises the UserErrors of `dataset`.
     """
     if train and len(dataset) // run.world_size < batch_size:
         raise UserError(
@@ -137,22 +140,22 @@ def build_loader(
         sampler=_Order(len(dataset), train, run, seed, epoch_steps and epoch_steps * batch_size),
         drop_last=train,
         num_workers=workers,
-        persistent_workers=train and workers > 0,  # others would keep their memory for the rest of the run
+        persistent_workers=train and workers > 0,  # evaluation workers would hold memory for the rest of the run
         pin_memory=run.device.type == "cuda",
         collate_fn=partial(_collate_or_error, collate),
-        generator=torch.Generator().manual_seed(seed),  # else each epoch draws from the model's random numbers
+        generator=torch.Generator().manual_seed(seed),  # otherwise each epoch would draw from the global generator
     )
 
 
 class _Order(Sampler):
-    """Yields (epoch, index): persistent workers do not see the epoch change otherwise."""
+    """A sampler of (epoch, index) pairs: persistent workers hold a copy of the dataset and would miss a change of epoch."""
 
     def __init__(self, length: int, train: bool, run: Run, seed: int, most: int | None = None) -> None:
         self.length, self.train, self.run, self.seed, self.most = length, train, run, seed, most
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the order and the randomness of an epoch (from 0). To be called before iterating over a training loader."""
+        """Sets the epoch (from 0), which fixes order and randomness. Call it before iterating over a training loader."""
         self.epoch = epoch
 
     def __len__(self) -> int:
@@ -170,7 +173,10 @@ class _Order(Sampler):
 
 
 class _Reproducible(Dataset):
-    """Seeds every sample by itself, and leaves the process's random state as it was. A UserError becomes the item."""
+    """A dataset wrapper that seeds every sample separately and restores the random state of the process after it.
+
+    A UserError is returned as the item; Loader raises it in the main process.
+    """
 
     def __init__(self, dataset: Dataset, seed: int) -> None:
         self.dataset, self.seed = dataset, seed
@@ -200,5 +206,5 @@ def _collate_or_error(collate: Callable[[list], Any], items: list) -> Any:
 
 
 def _mix(*numbers: int) -> int:
-    """One seed of 63 bits from several numbers, far apart for neighbours."""
+    """Hashes several numbers to a 63-bit seed, so that neighbouring numbers give unrelated seeds."""
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)

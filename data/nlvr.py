@@ -1,4 +1,4 @@
-"""NLVR2: two pictures and a sentence that is true of them or not."""
+"""NLVR2: pairs of images, each with sentences that are true or false."""
 
 import re
 from itertools import chain
@@ -15,27 +15,32 @@ from data.text import clean_sentence, enc_token_id, encode
 from transform.images import ImageTransform, eval_transform, keeps_truth, train_transform
 from utils import Run
 
-# B pairs of pictures, S statements (a multiple of B), L tokens of the longest statement
+# Shapes: B pairs of images, S statements (a multiple of B), L tokens in the longest statement.
 
 MAX_WORDS = 40
 
 Entry = dict[str, Any]
 
 _OTHER_SIDE = {"left": "right", "right": "left"}
-# "a star left of a circle" is about places within one picture, which exchanging the pictures does not touch.
+# "a star left of a circle" describes positions within one image, which do not change when the two images are swapped.
 _NAMES_A_PICTURE = re.compile(r"\b(left|right)(?! of\b)(?=most\b|\b)")
 
 
 class NlvrDataset(Dataset):
-    """An item is a pair of pictures with its statements: left, right (3, H, W), sentences, labels (1 true, 0 false), ids.
+    """The data set of image pairs with statements.
 
-    `swap` exchanges the two pictures half the time, and left and right in the sentences with them.
-    `statements_per_pair` > 1 makes entries that share their pictures one item of that many statements, drawn anew each
-    time; the image encoder then runs once for all of them. Pairs with fewer are left out. `images` "left" shows the left
-    picture twice. `entries` are as read_statements gives them.
+    An item is a dict of left and right (3, H, W), sentences, labels (1 true, 0 false) and ids.
+
+    Args:
+        entries: from read_statements.
+        swap: exchange the two images with probability 0.5, along with the words left and right in the sentences.
+        statements_per_pair: if > 1, entries with the same images are grouped into one item, and this many of their statements
+            are drawn at random each time. The image encoder then runs once for all of them. Pairs with fewer statements are
+            left out.
+        images: "left" shows the left image twice.
 
     Raises:
-        UserError: when the pictures of the first entries are not there; an item raises one for a picture that is missing or
+        UserError: when the images of the first entries are missing. Reading an item raises one when an image is missing or
             broken.
     """
 
@@ -87,10 +92,11 @@ class NlvrDataset(Dataset):
 
 
 class NlvrCollate:
-    """Items to a batch:
+    """Collates items into a batch.
 
-    images (B, 2, 3, H, W), left first; input_ids and attention_mask (S, L), [ENC] first, padded to the longest and cut at
-    `max_tokens`; targets (S,); ids, S of them. The first S / B statements are about the first pair, and so on.
+    The batch is a dict of images (B, 2, 3, H, W), left first; input_ids and attention_mask (S, L), starting with [ENC], padded
+    to the longest text and cut at `max_tokens`; targets (S,); and ids, a list of S. The first S / B statements belong to the
+    first pair, and so on.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, max_tokens: int = 512) -> None:
@@ -108,7 +114,7 @@ class NlvrCollate:
 
 
 def build_datasets(config: NlvrConfig) -> dict[str, Dataset]:
-    """The datasets "train", "calibration" (a fixed part of the training entries, untouched), "val" and "test"."""
+    """Builds the data sets "train", "calibration" (a fixed subset of "train" without augmentation), "val" and "test"."""
     train = read_statements(*map(config.annotation_file, config.train_files))
     untouched = {
         "image_root": config.image_root,
@@ -131,7 +137,7 @@ def build_datasets(config: NlvrConfig) -> dict[str, Dataset]:
 
 
 def build_loaders(config: NlvrConfig, run: Run, tokenizer: PreTrainedTokenizerBase) -> dict[str, Loader]:
-    """Returns the loaders "train" (not for an evaluation), "calibration", "val" and "test"."""
+    """Builds the loaders "train" (unless `config.evaluate`), "calibration", "val" and "test"."""
     collate = NlvrCollate(tokenizer, config.bert_sizes.max_position_embeddings)
     return {
         split: build_loader(
@@ -150,22 +156,23 @@ def build_loaders(config: NlvrConfig, run: Run, tokenizer: PreTrainedTokenizerBa
 
 
 def swap_sides(sentence: str) -> str:
-    """The sentence after its two pictures changed places: left and right exchanged, but not in "left of", "right of"."""
+    """Exchanges left and right in a sentence whose two images were swapped, except in "left of" and "right of"."""
     return _NAMES_A_PICTURE.sub(lambda match: _OTHER_SIDE[match[1]], sentence)
 
 
 def find_image(image_root: Path, name: str) -> Path:
-    """The file of a picture, in either layout of NLVR2: train/34/x.png or train/x.png, with or without images/ in front.
+    """Finds an image in either layout of NLVR2: train/34/x.png or train/x.png, with or without images/ in front.
 
     Raises:
-        UserError: when it is in none of them.
+        UserError: when the image is in none of these places.
     """
     if (image_root / name).exists():
         return image_root / name
     parts = [part for part in PurePosixPath(name).parts if part != "images" and not part.isdigit()]
     folder, file = "/".join(parts[:-1]), parts[-1]
     bases = image_root / folder, image_root / "images" / folder
-    numbered = (inner / file for base in bases for inner in sorted(base.glob("[0-9]*")))  # a folder is listed as a last resort
+    # A generator, so that the slow listing of folders runs only if the other paths do not exist.
+    numbered = (inner / file for base in bases for inner in sorted(base.glob("[0-9]*")))
     for path in chain((base / file for base in bases), numbered):
         if path.exists():
             return path
@@ -173,16 +180,16 @@ def find_image(image_root: Path, name: str) -> Path:
 
 
 def read_statements(*files: Path) -> list[Entry]:
-    """The entries of annotation files, each with its id: the file's name and the entry's index in it.
+    """Reads the entries of annotation files and adds an id to each: the file name and the index of the entry in the file.
 
     Raises:
-        UserError: for annotations that are not NLVR2's.
+        UserError: when the annotations are not in NLVR2's format.
     """
     return [{**entry, "id": f"{file.stem}-{index}"} for file in files for index, entry in enumerate(read_entries(file, _problem))]
 
 
 def _problem(entry: Entry) -> str | None:
-    """What is wrong with an entry, if anything."""
+    """Returns the error in an entry, or None."""
     if not isinstance(entry.get("sentence"), str):
         return "has no 'sentence' that is text"
     if entry.get("label") not in ("True", "False"):
@@ -194,7 +201,7 @@ def _problem(entry: Entry) -> str | None:
 
 
 def _group(entries: list[Entry], size: int) -> list[list[int]]:
-    """The indices of the entries by their pair of pictures, in the order of first appearance; groups of at least `size`."""
+    """Groups the indices of entries by image pair, in order of first appearance. Groups smaller than `size` are left out."""
     groups: dict[tuple[str, ...], list[int]] = {}
     for index, entry in enumerate(entries):
         groups.setdefault(tuple(entry["images"]), []).append(index)
@@ -202,7 +209,7 @@ def _group(entries: list[Entry], size: int) -> list[list[int]]:
 
 
 def _draw(indices: list[int], size: int) -> list[int]:
-    """`size` of `indices`, at random, in their order."""
+    """Draws `size` of the `indices` at random; they stay in order."""
     if len(indices) == size:
         return indices
     return [indices[i] for i in sorted(torch.randperm(len(indices))[:size].tolist())]

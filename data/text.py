@@ -1,4 +1,4 @@
-"""Sentences: their cleaning, which differs by task, and the BERT tokenizer."""
+"""Cleaning of sentences, which differs by task, and the BERT tokenizer."""
 
 import os
 import re
@@ -11,10 +11,10 @@ from transformers import BertTokenizerFast, PreTrainedTokenizerBase
 
 from utils import UserError
 
-# Loader workers are forked after the tokenizer was used, and its threads do not survive that.
+# Loader workers are forked after the tokenizer was used, and its threads do not survive a fork.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-DEC, ENC = "[DEC]", "[ENC]"  # the first token of a text to generate, and of a text read with a picture
+DEC, ENC = "[DEC]", "[ENC]"  # first token of a text to generate; of a text read together with an image
 NEEDED = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 
 Tokenizer = Callable[..., Mapping[str, torch.Tensor]]  # BERT's or CLIP's
@@ -23,9 +23,10 @@ _SIGNS = re.compile(r"[.!\"()*#:;~]")
 
 
 def clean_sentence(text: str, mode: Literal["caption", "question"], max_words: int) -> str:
-    """BLIP's cleaning: lower case, the signs .!"()*#:;~ gone, and at most `max_words` words.
+    """Cleans a sentence as BLIP does: lower case, without the signs .!"()*#:;~, cut at `max_words` words.
 
-    A "caption" (and a statement) gets a space for each sign and then single spaces; from a "question" signs are deleted.
+    In a "caption" (also used for statements) each sign becomes a space, and repeated spaces become one. In a "question" the
+    signs are deleted.
     """
     text = _SIGNS.sub(" " if mode == "caption" else "", text.lower())
     if mode == "caption":
@@ -34,12 +35,12 @@ def clean_sentence(text: str, mode: Literal["caption", "question"], max_words: i
 
 
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
-    """BERT's lower-case tokenizer from a vocab.txt, or a folder that holds one, with [DEC] and [ENC] added at the end.
+    """Builds BERT's lower-case tokenizer from a vocab.txt or its folder, with [DEC] and [ENC] added at the end.
 
-    Its length is the model's vocabulary size. Nothing is downloaded.
+    The length of the tokenizer is the vocabulary size of the model. Nothing is downloaded.
 
     Raises:
-        UserError: when the file is missing or is not BERT's list of words.
+        UserError: when the file is missing or lacks BERT's special tokens.
     """
     path = Path(path)
     file = path / "vocab.txt" if path.is_dir() else path
@@ -57,9 +58,9 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
 
 
 def encode(tokenizer: Tokenizer, texts: list[str], max_tokens: int, first_token_id: int | None = None) -> dict[str, torch.Tensor]:
-    """input_ids and attention_mask (texts, L), padded to the longest text and cut at `max_tokens`.
+    """Encodes texts to input_ids and attention_mask (texts, L), padded to the longest text and cut at `max_tokens`.
 
-    `first_token_id` takes the place of the token that the tokenizer begins with.
+    `first_token_id`, if given, replaces the first token of each text.
     """
     text = tokenizer(texts, padding="longest", truncation=True, max_length=max_tokens, return_tensors="pt")
     if first_token_id is not None:
@@ -68,20 +69,20 @@ def encode(tokenizer: Tokenizer, texts: list[str], max_tokens: int, first_token_
 
 
 def dec_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The id of [DEC]: 30522 with bert-base-uncased."""
+    """Returns the id of [DEC]: 30522 with bert-base-uncased."""
     return tokenizer.convert_tokens_to_ids(DEC)
 
 
 def enc_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The id of [ENC]: 30523 with bert-base-uncased."""
+    """Returns the id of [ENC]: 30523 with bert-base-uncased."""
     return tokenizer.convert_tokens_to_ids(ENC)
 
 
 def as_texts(tokenizer: PreTrainedTokenizerBase, ids: torch.Tensor) -> list[str]:
-    """What token ids (B, L) say, as one writes: don't, not don ' t."""
+    """Decodes token ids (B, L) to texts, without the spaces that BERT puts around signs: don't, not don ' t."""
     return tokenizer.batch_decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=True)
 
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
-    """The ids that a caption to write begins with: [DEC] and the words of `prompt`."""
+    """Returns the ids that a generated caption starts with: [DEC] and the words of `prompt`."""
     return [dec_token_id(tokenizer), *tokenizer(prompt, add_special_tokens=False)["input_ids"]]

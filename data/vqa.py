@@ -1,4 +1,4 @@
-"""Visual question answering: VQA v2 with Visual Genome's questions beside it, in BLIP's annotation files."""
+"""Visual question answering: VQA v2 and questions of Visual Genome, in the format of BLIP's annotation files."""
 
 import hashlib
 import re
@@ -18,12 +18,13 @@ from data.text import clean_sentence, dec_token_id, enc_token_id, encode
 from transform.images import ImageTransform, eval_transform, keeps_truth, train_transform
 from utils import Run, UserError
 
-# B questions, each about a picture of its own; L tokens of the longest; A answers to all of them, M tokens of the longest
+# Shapes: B questions, each with its own image; L tokens in the longest question; A answers to all B questions; M tokens in the
+# longest answer.
 
-MAX_WORDS, MAX_TOKENS = 50, 35  # of a question
-MAX_POSITIONS = 512  # BERT's
-VG_WEIGHT = 0.2  # of the one answer that a question of Visual Genome has, as published
-HELD_OUT = 0.02  # share of the training images that selects the checkpoint where there is no file for that
+MAX_WORDS, MAX_TOKENS = 50, 35  # in a question
+MAX_POSITIONS = 512  # position embeddings of BERT
+VG_WEIGHT = 0.2  # weight of the single answer to a question of Visual Genome, as published
+HELD_OUT = 0.02  # share of the training images held out to select the checkpoint when there is no val_file
 
 _COCO_ID = re.compile(r"(?:COCO_\w+_)?(\d{12})")
 
@@ -31,14 +32,17 @@ Entry = dict[str, Any]
 
 
 class VqaDataset(Dataset):
-    """An item is image (3, H, W), question (cleaned), id, the entry's question_id, and answers, as `answers` says:
+    """The data set of questions about images.
 
-    "weighted", for training: the distinct ones, and weights, the share of the annotators who gave each (VG_WEIGHT for VG's).
-    "likeliest", for calibration: in the same form the one that most gave, the first of several.
-    "given", for evaluation: those of all annotators, or None where the entry has none.
+    An item is a dict of image (3, H, W), question (cleaned), id (the entry's question_id) and answers, whose form depends on
+    the argument `answers`:
+
+    "weighted", for training: the distinct answers; `weights` holds the share of annotators who gave each (VG_WEIGHT for VG).
+    "likeliest", for calibration: the most frequent answer, in the same form with weight 1. The first one wins a tie.
+    "given", for evaluation: the answers of all annotators, or None if the entry has none.
 
     Raises:
-        UserError: when the pictures of the first entries are not there; an item raises one for a picture that is missing or
+        UserError: when the images of the first entries are missing. Reading an item raises one when its image is missing or
             broken.
     """
 
@@ -82,11 +86,14 @@ class VqaDataset(Dataset):
 
 
 class QuestionCollate:
-    """Items to a batch for evaluation: images (B, 3, H, W); question_ids and question_mask (B, L), [ENC] first; ids and
-    answers, B of them, as the items have them."""
+    """Collates items into a batch for evaluation.
+
+    The batch is a dict of images (B, 3, H, W); question_ids and question_mask (B, L), starting with [ENC]; and ids and
+    answers, lists of B, unchanged.
+    """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, positions: int = MAX_POSITIONS) -> None:
-        """positions: the longest text that the model can read, in tokens."""
+        """Stores the tokenizer and `positions`, the longest text that the model can read, in tokens."""
         self.tokenizer, self.positions = tokenizer, positions
 
     def __call__(self, items: list[dict[str, Any]]) -> dict[str, Any]:
@@ -104,10 +111,10 @@ class QuestionCollate:
 
 
 class AnsweredCollate(QuestionCollate):
-    """Items to a batch for training and calibration: images, question_ids, question_mask and ids as for evaluation;
+    """Collates items into a batch for training and calibration.
 
-    answer_ids and answer_mask (A, M), the answers to the first question, then those to the next; answer_weights (A,);
-    answer_counts (B,), how many each question has.
+    The batch is a dict of images, question_ids, question_mask and ids, as for evaluation; answer_ids and answer_mask (A, M),
+    in the order of the questions; answer_weights (A,); and answer_counts (B,), the number of answers to each question.
     """
 
     def __call__(self, items: list[dict[str, Any]]) -> dict[str, Any]:
@@ -124,18 +131,19 @@ class AnsweredCollate(QuestionCollate):
 def encode_answers(
     tokenizer: PreTrainedTokenizerBase, answers: list[str], max_tokens: int = MAX_POSITIONS
 ) -> dict[str, torch.Tensor]:
-    """input_ids and attention_mask (A, M) of answers as they are: [DEC] first and [SEP] last."""
+    """Encodes answers, without cleaning, to input_ids and attention_mask (A, M): [DEC] first and [SEP] last."""
     return encode(tokenizer, answers, max_tokens, dec_token_id(tokenizer))
 
 
 def build_datasets(config: VqaConfig) -> dict[str, Dataset]:
-    """The datasets "train", "calibration" (a fixed part of the training entries, untouched), "val" and "test".
+    """Builds the data sets "train", "calibration" (a fixed subset of "train" without augmentation), "val" and "test".
 
-    Where there is no `val_file`, "val" is what `held_out` takes from the training files; of it only VQA's questions, which
-    have the answers that the accuracy needs.
+    Without a `val_file`, "val" is the part of the training files that `held_out` sets aside. Only its VQA questions are used:
+    the accuracy needs the answers of several annotators, which Visual Genome lacks.
 
     Raises:
-        UserError: for annotations that are not VQA's, when `val_file` is trained on, or when nothing is held out.
+        UserError: when the annotations are not in VQA's format, when `val_file` or `test_file` is also trained on, or when the
+            training files are too small to hold images out.
     """
     train = [entry for name in config.train_files for entry in _read(config.annotation_file(name), ("vqa", "vg"))]
     if not config.val_file:
@@ -145,11 +153,11 @@ def build_datasets(config: VqaConfig) -> dict[str, Dataset]:
             names = ", ".join(config.train_files)
             raise UserError(f"{names}: too few images to hold {HELD_OUT:.0%} of them out for selection; set the key 'val_file'")
     elif config.annotation_file(config.val_file) in map(config.annotation_file, config.train_files):
-        raise UserError(f"val_file: {config.val_file} is among the train_files; leave it empty, and some images are held out")
+        raise UserError(f"val_file: {config.val_file} is among the train_files; leave it empty to hold out some images")
     else:
         val = _read(config.annotation_file(config.val_file))
     if not config.evaluate and config.annotation_file(config.test_file) in map(config.annotation_file, config.train_files):
-        raise UserError(f"test_file: {config.test_file} is among the train_files; what is trained on tests nothing")
+        raise UserError(f"test_file: {config.test_file} is among the train_files; name a file that is not trained on")
     test = _read(config.annotation_file(config.test_file), answered=False)
     roots, untouched = (config.vqa_root, config.vg_root), eval_transform(config.image_size, config.text_only)
     augmented = train_transform(config.image_size, config.augment, config.text_only)
@@ -163,7 +171,7 @@ def build_datasets(config: VqaConfig) -> dict[str, Dataset]:
 
 
 def build_loaders(config: VqaConfig, run: Run, tokenizer: PreTrainedTokenizerBase) -> dict[str, Loader]:
-    """The loaders "train" (not for an evaluation) and "calibration" of answered questions, "val" and "test" of questions."""
+    """Builds the loaders "train" (unless `config.evaluate`) and "calibration" with encoded answers, and "val" and "test"."""
     positions = config.bert_sizes.max_position_embeddings
     answered, asked = AnsweredCollate(tokenizer, positions), QuestionCollate(tokenizer, positions)
     shared = {"run": run, "num_workers": config.num_workers, "seed": config.seed}
@@ -181,23 +189,23 @@ def build_loaders(config: VqaConfig, run: Run, tokenizer: PreTrainedTokenizerBas
 
 
 def read_answer_list(config: VqaConfig) -> list[str]:
-    """The answers that questions are ranked over.
+    """Reads the candidate answers that are ranked for each question.
 
     Raises:
-        UserError: when the file is no list of texts.
+        UserError: when the file is not a list of texts, or is empty.
     """
     file = config.annotation_file(config.answer_list)
     answers = read_json(file)
     if not isinstance(answers, list) or not answers or not all(isinstance(answer, str) and answer for answer in answers):
-        raise UserError(f"{file}: must be a list of texts with something in it; set the key 'answer_list' to such a file")
+        raise UserError(f"{file}: must be a list of texts, and not empty; set the key 'answer_list' to such a file")
     return answers
 
 
 def held_out(entries: Iterable[Entry], share: float = HELD_OUT) -> tuple[list[Entry], list[Entry]]:
-    """The entries to train on and those held out: all questions about some `share` of the images, the same in every run.
+    """Splits the entries into those to train on and those held out: all questions about a `share` of the images.
 
-    An image is known by its id in COCO, where its file is named by that, and else by its path. Pictures of COCO that Visual
-    Genome has numbered anew are not recognised: BLIP's files do not say which they are.
+    The split is the same in every run. An image is identified by its COCO id if its file name holds one, else by its path.
+    Visual Genome renumbers images of COCO; these are not recognised, because BLIP's files do not give the COCO id.
     """
     parts: tuple[list[Entry], list[Entry]] = [], []
     for entry in entries:
@@ -206,7 +214,7 @@ def held_out(entries: Iterable[Entry], share: float = HELD_OUT) -> tuple[list[En
 
 
 def _place(image: str) -> float:
-    """Where an image lies in the order of being held out, 0 to 1: its hash."""
+    """Hashes an image's identity to a number from 0 to 1. Images with the smallest numbers are held out first."""
     coco = _COCO_ID.fullmatch(PurePosixPath(image).stem)
     digest = hashlib.sha256((coco[1] if coco else image).encode()).digest()
     return int.from_bytes(digest[:8], "big") / 2**64
@@ -217,7 +225,7 @@ def _read(file: Path, datasets: tuple[str, ...] = ("vqa",), answered: bool = Tru
 
 
 def _problem(entry: Entry, datasets: tuple[str, ...], answered: bool) -> str | None:
-    """What is wrong with an entry, if anything; it is to be of one of the `datasets`, and to have an answer where `answered`."""
+    """Returns the error in an entry, or None. Its dataset must be one of `datasets`; `answered` requires an answer."""
     if not isinstance(entry.get("question"), str):
         return "has no 'question' that is text"
     if not isinstance(entry.get("question_id"), str | int):

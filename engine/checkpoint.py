@@ -1,4 +1,7 @@
-"""Whole run state on disk: written under a temporary name and renamed, so that a run that dies leaves the last good one."""
+"""Saving and loading the whole state of a run.
+
+A file is written under a temporary name and then renamed, so that an interrupted run keeps its last complete checkpoint.
+"""
 
 import os
 import random
@@ -13,13 +16,13 @@ from utils import Run, UserError, gather_objects
 
 
 def rng_state() -> dict:
-    """This process's random state, in types that weights-only loading accepts."""
+    """Returns the random state of this process, in types that weights-only loading accepts."""
     numpy_state = np.random.get_state(legacy=False)["state"]
     return {
         "python": random.getstate(),
         "numpy": [numpy_state["key"].tolist(), int(numpy_state["pos"])],
         "torch": torch.get_rng_state(),
-        "cuda": [torch.cuda.get_rng_state()] if torch.cuda.is_available() else [],  # of the process's own device
+        "cuda": [torch.cuda.get_rng_state()] if torch.cuda.is_available() else [],  # only of this process's device
     }
 
 
@@ -40,7 +43,7 @@ def save_atomic(content: dict, path: Path) -> None:
 
 
 def save_run(path: Path, trainer: Trainer, model: torch.nn.Module, state: dict, run: Run) -> None:
-    """The whole run; called by all ranks, written by rank 0."""
+    """Saves the whole run. Call it on all ranks; rank 0 writes."""
     rng = gather_objects(rng_state())
     if run.is_main:
         trained = {
@@ -55,26 +58,26 @@ def save_run(path: Path, trainer: Trainer, model: torch.nn.Module, state: dict, 
 
 
 def read_run(path: Path, run: Run) -> dict:
-    """What `save_run` saved.
+    """Reads a checkpoint of `save_run`.
 
     Raises:
-        UserError: when the file is missing, of another kind, or of another number of processes.
+        UserError: when the file is missing, holds only weights, or was saved by another number of processes.
     """
     if not path.is_file():
-        raise UserError(f"{path}: no such checkpoint to resume from; leave --resume out to start anew")
+        raise UserError(f"{path}: no such checkpoint to resume from; leave --resume out to start a new run")
     saved = read_checkpoint(path)
     if "optimizer" not in saved:
         raise UserError(f"{path}: holds weights, not a run to resume; give it as --pretrained instead")
     if len(saved["rng"]) != run.world_size:
-        raise UserError(f"{path}: a run of {len(saved['rng'])} processes cannot go on with {run.world_size}; start as many")
+        raise UserError(f"{path}: a run of {len(saved['rng'])} processes cannot go on with {run.world_size}; start the same number")
     return saved
 
 
 def load_run(saved: dict, path: Path, trainer: Trainer, model: torch.nn.Module, run: Run) -> None:
-    """Restore what was read from `path`.
+    """Restores a run from `saved`, the content of the checkpoint `path`.
 
     Raises:
-        UserError: when it is of another model.
+        UserError: when it is a checkpoint of another model.
     """
     try:
         model.load_state_dict(saved["model"])

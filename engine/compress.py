@@ -1,7 +1,7 @@
-"""Compress, then fine-tune: the same loop for every task.
+"""The compression and fine-tuning loop of all tasks.
 
-An experiment says how to compute its losses, its metrics and a batch's GFLOPs; `compress` drives the prune setting to the
-GFLOPs target, epoch by epoch, and selects on the validation split. `run_experiment` is what the entry scripts call.
+An Experiment provides the losses, metrics and GFLOPs of a task. `compress` adjusts the prune setting epoch by epoch to meet the
+GFLOPs target, and selects the best epoch on the validation split. `run_experiment` is the entry point of the scripts.
 """
 
 import os
@@ -38,11 +38,11 @@ from madtp.sparsity.masks import counted_dense
 from utils import Run, UserError, barrier, logger, seed_everything
 
 CHECKPOINTS = ("checkpoint_best.pth", "checkpoint_last.pth")
-PLAN = ("order", "mask_schedule", "sparse_unit", "refit_weights")  # a resumed run goes on with these
+PLAN = ("order", "mask_schedule", "sparse_unit", "refit_weights")  # a resumed run must keep these
 
 
 def run_experiment(experiment: Experiment) -> dict:
-    """Train or evaluate as the config says; write the run's files; return the content of result.json."""
+    """Trains or evaluates, as set in the config, and writes the files of the run. Returns the content of result.json."""
     config, run = experiment.config, experiment.run
     folder = Path(config.output_dir)
     if config.evaluate:
@@ -97,9 +97,10 @@ def run_experiment(experiment: Experiment) -> dict:
 
 
 def compress(experiment: Experiment, dense: float) -> tuple[PruneSetting, int]:
-    """Runs all epochs; leaves the model with the selected weights and returns their setting and epoch.
+    """Runs all epochs. The model ends with the weights of the selected epoch; returns their prune setting and the epoch.
 
-    The temperature is calibrated before an epoch that lowers the target, and after an epoch at p, whose result may be selected.
+    The temperature is calibrated before each epoch that lowers the target, to train at that target. It is calibrated again after
+    each epoch at the full p, because training changes the GFLOPs and the epoch may be selected.
     """
     config, run, folder = experiment.config, experiment.run, Path(experiment.config.output_dir)
     _check_sources(config, folder)
@@ -144,17 +145,17 @@ def compress(experiment: Experiment, dense: float) -> tuple[PruneSetting, int]:
 
 
 def _resume(experiment: Experiment, trainer: Trainer) -> tuple[PruneSetting, float, int]:
-    """Restores an interrupted run; returns its setting, its best score so far and the next epoch.
+    """Restores an interrupted run. Returns its prune setting, its best score so far and the next epoch.
 
     Raises:
-        UserError: when the run was made under another rule or plan.
+        UserError: when the run had another pruning rule, or another plan for sparse weights.
     """
     config, run = experiment.config, experiment.run
     saved = read_run(config.resume_path, run)
     if key := other_rule(config, saved) or _other_plan(config, saved):
         raise UserError(
             f"{config.resume_path}: a run with {key} {saved.get(key)!r} cannot go on with {getattr(config, key)!r}; resume it"
-            " with its own config.yaml, or start anew in another --output_dir"
+            " with its own config.yaml, or start a new run in another --output_dir"
         )
     load_run(saved, config.resume_path, trainer, experiment.model, run)
     log_changed_settings(config, saved)
@@ -162,13 +163,13 @@ def _resume(experiment: Experiment, trainer: Trainer) -> tuple[PruneSetting, flo
 
 
 def _open_log(config: Config, run: Run, folder: Path, first_epoch: int) -> RunLog:
-    """Opens the log of a run whose folder holds no checkpoints but its own.
+    """Opens the log of a run and removes the checkpoints of other runs from its folder.
 
-    A run that is resumed in another folder takes its best checkpoint and its log along.
+    A run that is resumed in another folder copies its best checkpoint and its log there.
     """
     best = config.resume_path.with_name("checkpoint_best.pth") if config.resume else None
     if run.is_main and (best is None or best.parent.resolve() != folder.resolve()):
-        for name in CHECKPOINTS:  # an earlier run's must not be taken for this one's
+        for name in CHECKPOINTS:  # a checkpoint of an earlier run must not be mistaken for one of this run
             (folder / name).unlink(missing_ok=True)
         if best is not None and best.is_file():
             shutil.copy(best, folder)
@@ -179,7 +180,7 @@ def _open_log(config: Config, run: Run, folder: Path, first_epoch: int) -> RunLo
 
 
 def _enter_epoch(experiment: Experiment, plan: WeightPlan, epoch: int, target: float, setting: PruneSetting) -> PruneSetting:
-    """Masks the weights that the plan has for this epoch, and calibrates where target or masks have changed."""
+    """Masks the weights that the plan masks in this epoch. Calibrates again if the target or the masks have changed."""
     masked = plan.enter(epoch, setting)
     with plan.counting(epoch):
         if plan.chooses(epoch):
@@ -190,9 +191,10 @@ def _enter_epoch(experiment: Experiment, plan: WeightPlan, epoch: int, target: f
 
 
 def _prepare(config: Config, run: Run) -> None:
-    """The folder with config.yaml, which starts the run anew; an evaluation leaves that of a training run as it is.
+    """Creates the folder of the run and writes config.yaml. An evaluation does not overwrite the config.yaml of a training run.
 
-    Called when the config has been checked, as far as that can be done before training: the folder may hold an earlier run.
+    Called only after all checks that are possible before training: the folder may hold an earlier run, which a bad config
+    must not overwrite.
     """
     folder, advice = Path(config.output_dir), "give another folder with --output_dir"
     if run.is_main:
@@ -208,19 +210,22 @@ def _prepare(config: Config, run: Run) -> None:
 
 
 def _check_sources(config: Config, folder: Path) -> None:
-    """A new run removes the checkpoints of an earlier one, and so may not set out from them."""
+    """Refuses to start from a checkpoint that the new run would remove, because it lies in the same folder."""
     for source in filter(None, () if config.resume else (config.pretrained, config.teacher)):
         if Path(source).resolve() in [(folder / name).resolve() for name in CHECKPOINTS]:
             raise UserError(f"{source}: a new run in {folder} would remove it; give another folder with --output_dir")
 
 
 def _other_plan(config: Config, saved: dict) -> str | None:
-    """The first key of how weights are made sparse that a run was saved with another value of."""
+    """Returns the first key of PLAN that a run was saved with another value of; None if all agree or no weights are sparse."""
     return next((key for key in PLAN if key in saved and saved[key] != getattr(config, key)), None) if config.pattern else None
 
 
 def _check_pattern(config: Config, saved: dict) -> None:
-    """Sparse weights are evaluated as what they are: without their pattern zeros would count, and another would drop more."""
+    """Refuses to evaluate sparse weights under another pattern.
+
+    Without their pattern the zeros would count as GFLOPs, and another pattern would remove more weights.
+    """
     pattern, ours = saved.get("sparsity_type", ""), config.sparsity_type if config.pattern else ""
     if saved.get("masked") and ours != pattern:
         raise UserError(
@@ -230,7 +235,7 @@ def _check_pattern(config: Config, saved: dict) -> None:
 
 
 def _mask_for_evaluation(experiment: Experiment) -> None:
-    """As the weights were saved; dense ones all, at once."""
+    """Masks the weights as they were saved. If they were saved dense, masks all of them by magnitude."""
     if experiment.checkpoint.get("masked") is None:
         experiment.mask(experiment.sparse.weights, OFF)
         experiment.sparse.fix()
@@ -239,7 +244,7 @@ def _mask_for_evaluation(experiment: Experiment) -> None:
 
 
 def choose(experiment: Experiment, plan: WeightPlan, target: float, setting: PruneSetting) -> PruneSetting:
-    """The setting after the steps that lose least; which weights are masked changes with it."""
+    """Lowers the GFLOPs to `target` by the cheapest options (order: adaptive), which may mask weights. Returns the new setting."""
     return plan.choose(
         target,
         setting,
@@ -252,15 +257,17 @@ def choose(experiment: Experiment, plan: WeightPlan, target: float, setting: Pru
 def meet(
     experiment: Experiment, target: float, start: PruneSetting, ramping: bool = False, moved: bool = False
 ) -> tuple[PruneSetting, float]:
-    """The setting that meets `target` GFLOPs on the calibration slice, and its GFLOPs; OFF for an uncompressed run.
+    """Finds the setting that meets `target` GFLOPs on the calibration subset. Returns it with its GFLOPs; OFF if uncompressed.
 
-    The search sets out from `start`; when the target `moved`, not from one that prunes late, since it may now prune earlier.
-
-    On the way to p the nearest setting will do: between the gentlest pruning from one block on and the strongest from the next may
-    lie a gap.
+    Args:
+        start: the setting that the search starts from. It is ignored if the target `moved` and it prunes from a later block than
+            the config: earlier blocks may be able to prune now.
+        ramping: accept the nearest setting if none meets the target. There may be a gap between the gentlest pruning from one
+            block on and the strongest pruning from the next, and on the way to p the exact target does not matter.
+        moved: the target or the masks have changed since `start` was found.
 
     Raises:
-        UserError: naming the range of p, when the target is out of reach.
+        UserError: when the target is out of reach; names the possible range of p.
     """
     config = experiment.config
     if config.uncompressed or experiment.sparse:
@@ -278,10 +285,10 @@ def meet(
         return found.setting, found.gflops
     except UnreachableTarget as error:
         if ramping:
-            logger.info("%.4f GFLOPs wanted, %.4f is the nearest on the way", target, error.nearest.gflops)
+            logger.info("no setting meets the epoch's target of %.4f GFLOPs; the nearest has %.4f", target, error.nearest.gflops)
             return error.nearest.setting, error.nearest.gflops
         with counted_dense(experiment.sparse):
-            dense = experiment.measure(OFF)  # p is of the uncompressed model, its weights dense too
+            dense = experiment.measure(OFF)  # p refers to the uncompressed model with dense weights
         low, high = (max(0.0, 1 - gflops / dense) for gflops in (error.high, error.low))
         raise UserError(
             f"p = {config.p:g} is out of reach: with these weights and settings pruning removes {low:.3f} to {high:.3f} of the"
@@ -307,14 +314,14 @@ def _trainer(experiment: Experiment) -> Trainer:
 
 
 def _run_state(experiment: Experiment, setting: PruneSetting, epoch: int, best_score: float) -> dict:
-    """What is saved beside the weights."""
+    """Returns the entries of a checkpoint besides the weights."""
     config, masked = experiment.config, sorted(experiment.sparse.masks) if experiment.sparse else None
     rule = {**rule_of(config), "batch_size": config.batch_size_test, **{key: getattr(config, key) for key in PLAN}}
     return {**asdict(setting), "epoch": epoch, "best_score": best_score, "masked": masked, **rule}
 
 
 def _selected(experiment: Experiment, folder: Path) -> tuple[PruneSetting, int]:
-    """Load the best checkpoint, to be validated anew: what is reported is what the file gives."""
+    """Loads the best checkpoint. It is evaluated again afterwards, so that the reported results are those of the saved file."""
     barrier()
     path = folder / "checkpoint_best.pth"
     if not path.is_file():
@@ -329,7 +336,7 @@ def _selected(experiment: Experiment, folder: Path) -> tuple[PruneSetting, int]:
 
 
 def _setting_of_checkpoint(experiment: Experiment, target: float) -> PruneSetting:
-    """The setting that the loaded weights came with, when it was made for this rule and p; else one calibrated for `target`."""
+    """Returns the setting saved with the loaded weights if it was made for this rule and p, else calibrates one for `target`."""
     config, saved = experiment.config, experiment.checkpoint
     setting = saved_setting(config, saved)
     same_batch = config.keep == "instance" or saved.get("batch_size") == config.batch_size_test

@@ -1,4 +1,4 @@
-"""A task as the loop sees it, and what evaluating it gives."""
+"""The interface between a task and the training loop: Experiment, and the Evaluation of a split."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
@@ -17,15 +17,18 @@ from utils import Run, all_reduce_sum, broadcast, logger
 
 Cost = Callable[[nn.Module, dict, PruneSetting], torch.Tensor]
 
-MOMENTS = 2**28  # numbers held at a time while weights are fitted anew: 1 GiB
+MOMENTS = 2**28  # float32 numbers held at a time while weights are refitted: 1 GiB
 
 
 @dataclass
 class Evaluation:
-    """metrics in percent; gflops per sample; predictions: {sample id: {"prediction", "score", "tokens_kept", "gflops"}}.
+    """The results of evaluating a split.
 
-    submission: the predictions of the test split in a format that others read, by the name of its file
-    scoring: how the metrics were made, where there is more than one way
+    metrics: in percent, by name
+    gflops: mean per sample
+    predictions: {sample id: {"prediction", "score", "tokens_kept", "gflops"}}
+    submission: file name -> predictions of the test split in a public format, such as that of an evaluation server
+    scoring: details of how the metrics were computed, if there is more than one way
     """
 
     metrics: dict[str, float]
@@ -37,18 +40,18 @@ class Evaluation:
 
 @dataclass
 class Experiment:
-    """A task, as the loop sees it.
+    """A task with its model, as the training loop needs it.
 
-    loaders: "train" (not for an evaluation), "calibration", "val", "test"
-    losses: (model, batch, setting) -> named losses; `loss_weights` scales them by name
-    evaluate: (model, loader, setting) -> Evaluation, over all processes; called in evaluation mode, without gradients
+    loaders: "train" (unless `config.evaluate`), "calibration", "val", "test"
+    losses: (model, batch, setting) -> losses by name; `loss_weights` scales them
+    evaluate: (model, loader, setting) -> Evaluation over all processes; called in evaluation mode, without gradients
     gflops: (model, batch, setting) -> (S,) GFLOPs of each sample of a batch
-    inputs: batch -> what the model's forward takes, of its first sample; for the table that a run prints first
-    score: the name of the metric that selects
+    inputs: batch -> arguments of the model's forward for its first sample; for the table at the start of a run
+    score: name of the metric that selects the checkpoint
     reference: GFLOPs of the uncompressed model by the published convention
-    deployment: as `gflops`, of a sample in use; None where that is the same
-    forward: (model, batch, setting), a pass that runs every layer on no padding; None where `gflops` is one
-    checkpoint: what the weights given by `pretrained` came with (a temperature, say)
+    deployment: like `gflops`, but for a sample in deployment; None if that is the same
+    forward: (model, batch, setting) -> a pass through every layer without padding; None if `gflops` makes one
+    checkpoint: the entries of the `pretrained` file besides the weights, such as a temperature
     """
 
     config: Config
@@ -77,19 +80,19 @@ class Experiment:
         return Precision(self.run.device, self.config.amp)
 
     def measure(self, setting: PruneSetting) -> float:
-        """Mean GFLOPs per sample on the calibration slice, the same number on every process."""
+        """Returns the mean GFLOPs per sample on the calibration subset, the same number on every process."""
         return self.mean(self.gflops, setting)
 
     @torch.no_grad()
     def mean(self, cost: Cost, setting: PruneSetting) -> float:
-        """The mean of a cost on the calibration slice."""
+        """Returns the mean of a cost on the calibration subset."""
         self.model.eval()
         with self.precision.autocast():
             return mean_cost(self.model, self.calibration_batches, cost, setting, self.run)
 
     @property
     def calibration_batches(self) -> list[dict]:
-        """The slice is read once: it is small and never augmented."""
+        """The batches of the calibration subset. They are read once and cached: the subset is small and never augmented."""
         if not hasattr(self, "_calibration_batches"):
             self._calibration_batches = list(self.loaders["calibration"])
         return self._calibration_batches
@@ -101,7 +104,10 @@ class Experiment:
             return self.evaluate(self.model, self.loaders[split], setting)
 
     def mask(self, names: Iterable[str], setting: PruneSetting) -> None:
-        """Mask sparse weights; what is kept takes over, fitted to the calibration slice as `setting` prunes it."""
+        """Masks the weights `names`. If the config asks for it, refits the kept weights to make up for the masked ones.
+
+        The refit uses the inputs of the layers on the calibration subset, with tokens pruned by `setting`.
+        """
         weights = {name: self.sparse.weights[name] for name in names}
         if not self.config.refits:
             self.sparse.select(weights)
@@ -110,14 +116,14 @@ class Experiment:
             moments = self._moments(some, setting)
             for name, moment in moments.items():
                 if not can_be_fitted(moment):
-                    logger.info("%s is masked and not fitted: the calibration slice gives it nothing, or no finite numbers", name)
+                    logger.info("%s is masked and not fitted: its inputs on the calibration subset are missing or not finite", name)
             self.sparse.select(some, moments)
             for tensor in (tensor for name in some for tensor in self.sparse.tensors(name)):
-                broadcast(tensor)  # what one process has rounded otherwise would stay so
+                broadcast(tensor)  # rounding may differ between processes, and weights must not
 
     @torch.no_grad()
     def _moments(self, weights: Mapping[str, torch.Tensor], setting: PruneSetting) -> dict[str, torch.Tensor]:
-        """Of what these weights are multiplied with on the calibration slice of all processes."""
+        """Returns the second moments of the inputs of these weights, over the calibration subset of all processes."""
         run_all = self.forward or self.gflops
 
         def forward() -> None:
@@ -130,7 +136,7 @@ class Experiment:
         return {name: all_reduce_sum(moment) for name, moment in moments.items()}
 
     def sparse_kernels(self, setting: PruneSetting) -> AbstractContextManager[dict[str, int]]:
-        """Inside, 2:4 weights run sparse kernels where that is faster on a batch of the calibration slice."""
+        """Returns a context manager in which 2:4 weights run sparse kernels if these are faster on a calibration batch."""
 
         def forward() -> None:
             self.model.eval()
@@ -142,7 +148,7 @@ class Experiment:
 
 
 def portions(weights: Mapping[str, torch.Tensor], most: int) -> Iterator[dict[str, torch.Tensor]]:
-    """Weights (O, I), in their order, as many together as have no more than `most` second moments, I x I each."""
+    """Splits weights (O, I), in order, into portions with at most `most` second moments in total (I x I for each weight)."""
     some, size = {}, 0
     for name, weight in weights.items():
         if some and size + weight.shape[1] ** 2 > most:
@@ -155,7 +161,7 @@ def portions(weights: Mapping[str, torch.Tensor], most: int) -> Iterator[dict[st
 
 
 def mean_cost(model: nn.Module, batches: Iterable[dict], cost: Cost, setting: PruneSetting, run: Run) -> float:
-    """The mean per sample over the batches of all processes, the same number on every process."""
+    """Returns the mean cost per sample over the batches of all processes, the same number on every process."""
     total = torch.zeros(2, dtype=torch.float64)
     for batch in batches:
         per_sample = cost(model, move(batch, run.device), setting)

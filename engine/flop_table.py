@@ -1,4 +1,4 @@
-"""Counting a forward pass with fvcore: an independent check of the closed form, and the table at the start of a run."""
+"""Counting a forward pass with fvcore: a check of the GFLOPs in closed form, and the table at the start of a run."""
 
 import logging
 import warnings
@@ -11,7 +11,7 @@ from madtp.flops import GIGA
 
 
 class _Traced(nn.Module):
-    """A model whose forward fvcore can trace: tensors in, one tensor out."""
+    """A wrapper that fvcore can trace: its forward takes tensors and returns one tensor."""
 
     def __init__(self, model: nn.Module, guidance: Guidance):
         super().__init__()
@@ -22,14 +22,14 @@ class _Traced(nn.Module):
 
 
 def _fused_attention(inputs: list, outputs: list) -> int:
-    """QK^T and AV of `scaled_dot_product_attention`, which fvcore counts as nothing."""
+    """Counts QK^T and AV of `scaled_dot_product_attention`, which fvcore ignores."""
     query, key = inputs[0].type().sizes(), inputs[1].type().sizes()
     return 2 * query[0] * query[1] * query[2] * key[2] * query[3]
 
 
 def analyse(model: nn.Module, inputs: tuple[Tensor, ...], guidance: Guidance = UNPRUNED):
-    """fvcore's analysis of `model.traced(*inputs, guidance=guidance)`; a batch of one has no padding to count."""
-    from fvcore.nn import FlopCountAnalysis  # warns about PyTorch when it is imported
+    """Returns fvcore's analysis of `model.traced(*inputs, guidance=guidance)`. With a batch of one, no padding is counted."""
+    from fvcore.nn import FlopCountAnalysis  # imported only here: the import prints warnings about PyTorch
 
     analysis = FlopCountAnalysis(_Traced(model, guidance).eval(), inputs)
     analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False).tracer_warnings("none")
@@ -38,7 +38,7 @@ def analyse(model: nn.Module, inputs: tuple[Tensor, ...], guidance: Guidance = U
 
 @torch.no_grad()
 def fvcore_gflops(model: nn.Module, inputs: tuple[Tensor, ...], guidance: Guidance = UNPRUNED) -> dict[str, float]:
-    """GFLOPs of the whole batch by top module, and of what the model does outside of them ("rest"); their sum is the total."""
+    """Counts the GFLOPs of the whole batch by top-level module, and outside of modules ("rest"). Their sum is the total."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         counted = analyse(model, inputs, guidance).by_module()
@@ -49,12 +49,12 @@ def fvcore_gflops(model: nn.Module, inputs: tuple[Tensor, ...], guidance: Guidan
 
 @torch.no_grad()
 def flop_table(model: nn.Module, inputs: tuple[Tensor, ...], depth: int = 2) -> str:
-    """The table of parameters and multiply-adds by module, down to `depth`; without fvcore, why there is none."""
+    """Returns a table of parameters and multiply-adds by module, down to `depth`; without fvcore, the reason why not."""
     logging.getLogger("fvcore").setLevel(logging.ERROR)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
             from fvcore.nn import flop_count_table
-        except ImportError as error:  # it imports internals of PyTorch; no run is to end for the sake of a table
+        except ImportError as error:  # fvcore imports internals of PyTorch, which may be gone; a missing table must not stop a run
             return f"no table: {error}"
         return flop_count_table(analyse(model, inputs), max_depth=depth, show_param_shapes=False)

@@ -1,4 +1,4 @@
-"""Restoring saved models: the rule and the setting that they prune by, and the masks of their sparse weights."""
+"""Restoring saved models: their pruning rule, their prune setting, and the masks of their sparse weights."""
 
 from collections.abc import Mapping
 
@@ -11,53 +11,57 @@ from utils import UserError
 
 RULE = ("method", "variant", "keep", "p", "sparsity_type", "sparse_layers", "tis", "merge", "image_size")
 LATER = ("sparse_layers", "tis", "merge", "image_size")  # older checkpoints do not have these keys of the rule
-SAVED = (*RULE, "batch_size", "temperature", "prune_from", "epoch", "masked")  # beside weights; what using them takes
+SAVED = (*RULE, "batch_size", "temperature", "prune_from", "epoch", "masked")  # saved with the weights, and needed to use them
+
 
 def rule_of(config: Config) -> dict:
-    """What a temperature was made for, and means little without."""
+    """Returns the pruning rule of a config: the keys that a temperature depends on."""
     return {key: getattr(config, key) for key in RULE}
 
 
 def other_rule(config: Config, saved: dict) -> str | None:
-    """The first key of the rule that a run's checkpoint was saved with another value of; None where all agree."""
+    """Returns the first key of the rule whose value differs in a run's checkpoint; None if all agree."""
     older = {"sparsity_type": ""} | {key: getattr(config, key) for key in LATER}
     return next((key for key, value in rule_of(config).items() if {**older, **saved}.get(key) != value), None)
 
 
 def saved_rule(saved: dict) -> dict:
-    """The keys of a config that a checkpoint carries."""
+    """Returns the config keys of the rule that a checkpoint holds, with their values."""
     return {key: saved[key] for key in RULE if key in saved}
 
 
 def is_authors(config: Config, saved: dict) -> bool:
-    """Whether a checkpoint is one of the authors': they save a temperature, but no rule."""
+    """Tells whether a checkpoint is one of the authors': these hold a temperature, but no rule."""
     return config.variant == "released" and "variant" not in saved and isinstance(saved.get("temperature"), int | float)
 
 
 def saved_setting(config: Config, saved: dict) -> PruneSetting | None:
-    """The setting that a checkpoint was saved with: off, where sparse weights alone meet p; None where it is not known."""
+    """Returns the setting that a checkpoint was saved with; None if it is not known. OFF if sparse weights alone meet p."""
     if config.uncompressed:
         return OFF
     if is_authors(config, saved):
         return PruneSetting(saved["temperature"]) if saved["temperature"] > 0 else OFF
     if saved.get("variant") != config.variant:
-        return None  # a temperature of the one multiplies, of the other it divides
+        return None  # the two variants use the temperature in opposite ways: one multiplies by it, the other divides
     if saved.get("temperature") is None:
         return OFF if saved.get("masked") else None
     return PruneSetting(saved["temperature"], saved.get("prune_from", config.prune_from))
 
 
 def mask_as_saved(sparse: SparseWeights, saved: dict, source: str) -> None:
-    """Mask the weights that were masked when they were saved, and so are zero where their masks are."""
+    """Masks the weights that were masked when they were saved. The saved zeros determine the masks."""
     if unknown := set(saved["masked"]) - set(sparse.weights):
-        raise UserError(f"{min(unknown)} was saved sparse and is to be dense; set sparse_layers as in the run's config.yaml")
+        raise UserError(f"{min(unknown)} was saved sparse but is dense here; set sparse_layers as in the run's config.yaml")
     check_sparse({name: sparse.weights[name] for name in saved["masked"]}, sparse.pattern, source)
     sparse.select(saved["masked"])
     sparse.fix()
 
 
 def check_sparse(weights: Mapping[str, Tensor], pattern: Pattern, source: str) -> None:
-    """Refuse weights (O, I) that were masked and have more than the pattern allows: another mask would change the model."""
+    """Refuses weights (O, I) saved as masked that have more nonzero values than the pattern allows.
+
+    Masking them again would change the model.
+    """
     for name, weight in weights.items():
         if (most := most_in_a_group(weight, pattern.group)) > pattern.kept:
             raise UserError(

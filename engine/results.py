@@ -1,4 +1,4 @@
-"""What a run leaves behind: log.txt, TensorBoard scalars, predictions and result.json (docs/training.md has the formats)."""
+"""The output files and warnings of a run: log.txt, TensorBoard scalars and JSON files (see docs/training.md for the formats)."""
 
 import json
 import os
@@ -15,19 +15,19 @@ from madtp.budget import WITHIN_BUDGET, within
 from madtp.pruning import PruneSetting
 from utils import Run, logger
 
-OTHER_SPLITS = 0.03  # distance of the validation and test splits' GFLOPs from the target above which the log says so
-ELSEWHERE = ("output_dir", "resume", "device", "num_workers")  # keys that say where a run is, not what it is
+OTHER_SPLITS = 0.03  # relative distance of the val and test GFLOPs from the target above which the log warns
+ELSEWHERE = ("output_dir", "resume", "device", "num_workers")  # keys that do not change the results of a run
 
 
 def write_json(content: object, path: Path) -> None:
-    """Written under a temporary name and renamed: a reader never sees half a file."""
+    """Writes a JSON file under a temporary name and renames it, so that readers never see an incomplete file."""
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(json.dumps(content, indent=1), encoding="utf-8")
     os.replace(temporary, path)
 
 
 def code_version() -> str:
-    """The commit of this code, with a + where files differ from it; empty outside of a git checkout."""
+    """Returns the commit of this code, with a + if files differ from it; empty outside of a git checkout."""
     describe = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty=+"]
     try:
         return subprocess.run(describe, capture_output=True, text=True, check=True).stdout.strip()
@@ -36,16 +36,22 @@ def code_version() -> str:
 
 
 def count_parameters(model: nn.Module) -> dict[str, int]:
-    """All parameters that are trained, so not momentum copies, which no user deploys; and those that are not zero."""
+    """Counts all trained parameters, and the nonzero ones. Momentum copies do not count: they are not deployed."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     return {"total": sum(p.numel() for p in trained), "nonzero": sum(int(p.count_nonzero()) for p in trained)}
 
 
 class RunLog:
-    """log.txt (a JSON object a line) and TensorBoard scalars of a run. A silent one when `folder` is None (other ranks)."""
+    """The log of a run: log.txt, with a JSON object per line, and TensorBoard scalars. Writes nothing if `folder` is None."""
 
     def __init__(self, folder: Path | None, before: Path | None = None, first_epoch: int = 0):
-        """before: the folder of the run that goes on here, whose epochs before `first_epoch` are part of this one's log."""
+        """Opens the log.
+
+        Args:
+            folder: the folder of the run; None on ranks other than 0.
+            before: the folder of the run that is resumed. Its log entries before `first_epoch` are copied.
+            first_epoch: the first epoch of this run.
+        """
         self.folder, self._board = folder, None
         if folder is not None:
             from torch.utils.tensorboard import SummaryWriter
@@ -55,7 +61,7 @@ class RunLog:
             self._board = SummaryWriter(str(folder / "tensorboard"))
 
     def write(self, entry: Mapping[str, object]) -> None:
-        """One epoch. Nested numbers become scalars named by their path."""
+        """Writes the entry of one epoch. Nested numbers become scalars named by their path."""
         if self.folder is None:
             return
         with (self.folder / "log.txt").open("a", encoding="utf-8") as file:
@@ -66,7 +72,7 @@ class RunLog:
 
 
 def _lines_before(log: Path, epoch: int) -> Iterator[str]:
-    """Of whole lines: a run that died may have left half of one."""
+    """Yields the lines of epochs before `epoch`. Skips incomplete lines, which an interrupted run may have left."""
     for line in log.read_text(encoding="utf-8").splitlines(keepends=True) if log.is_file() else ():
         try:
             early = line.endswith("\n") and json.loads(line)["epoch"] < epoch
@@ -85,12 +91,12 @@ def _scalars(entry: Mapping[str, object], prefix: str = ""):
 
 
 def settings_of(config: Config) -> dict:
-    """What a run is, in types that JSON has."""
+    """Returns the config keys that affect results, in JSON types."""
     return config.model_dump(mode="json", exclude=set(ELSEWHERE))
 
 
 def log_changed_settings(config: Config, saved: Mapping) -> None:
-    """Name the keys whose values are not the ones that a resumed run was saved with: from here on it is another run."""
+    """Logs the keys whose values differ from those that a resumed run was saved with."""
     before = saved.get("config", {})  # older runs have none
     for key, value in settings_of(config).items():
         if before.get(key, value) != value:
@@ -98,25 +104,31 @@ def log_changed_settings(config: Config, saved: Mapping) -> None:
 
 
 def warn_of_small_slice(config: Config, run: Run) -> None:
-    """Under `keep: max` or `mean` what a sample costs depends on its batch, and those of the calibration slice may be smaller."""
+    """Warns if the calibration subset does not fill one batch.
+
+    Under `keep: max` or `mean` the cost of a sample depends on its batch, so smaller calibration batches give other GFLOPs.
+    """
     wanted = config.batch_size_test * run.world_size
     if config.keep != "instance" and not config.uncompressed and config.calibration_size < wanted:
         logger.info(
-            "calibration_size %d fills no batch of %d on each of %d processes: its GFLOPs are of smaller batches than are"
-            " evaluated, which under keep: %s cost others; set calibration_size to %d or more",
+            "calibration_size %d does not fill a batch of %d on each of %d processes: under keep: %s its smaller batches cost other"
+            " GFLOPs than those of the evaluation; set calibration_size to %d or more",
             config.calibration_size, config.batch_size_test, run.world_size, config.keep, wanted,
         )  # fmt: skip
 
 
 def warn_of_slower_attention(config: Config, device: torch.device, dtype: torch.dtype) -> None:
-    """On a GPU that evaluates packed batches without the kernel for them. dtype: of attention's products."""
+    """Warns if a GPU lacks the attention kernel for packed batches. `dtype` is that of the attention products."""
     if device.type == "cuda" and config.packed and (missing := varlen.missing_requirement(device, dtype)):
-        logger.info("attention runs in groups of samples, not in one kernel for all, which is faster and needs %s", missing)
+        logger.info("attention runs in groups of samples; one kernel for all samples would be faster, but needs %s", missing)
 
 
 def warn_if_off_target(config: Config, gflops: Mapping[str, float], setting: PruneSetting) -> None:
-    """Name what costs more or less than p says: at a temperature from elsewhere, or on other samples. gflops: of result.json."""
-    splits = {"measured": "the calibration slice", "val": "the validation split", "test": "the test split"}
+    """Warns about splits whose GFLOPs are off the target. `gflops` is the entry of result.json.
+
+    The temperature may come from another run, and the samples differ from the calibration subset.
+    """
+    splits = {"measured": "the calibration subset", "val": "the validation split", "test": "the test split"}
     for name, split in splits.items():
         limit = WITHIN_BUDGET if name == "measured" else OTHER_SPLITS
         if config.p and not within(gflops[name], gflops["target"], setting, limit):

@@ -1,12 +1,13 @@
-"""Sparse weights beside pruned tokens, under one budget: what is masked when, and what is left for the tokens to remove.
+"""The schedule of sparse weights and pruned tokens under one GFLOPs budget.
 
-`p` is what both remove together. With weights alone removing w of the GFLOPs, over a ramp of R epochs:
+`p` is the share of GFLOPs that both remove together. Let w be the share that sparse weights remove alone, and R the number of ramp
+epochs. The orders are:
 
-together       all weights are masked at first, and the tokens' share rises in equal steps, from w to p
-weights_first  the same, but R epochs with masked weights and whole tokens go before
-tokens_first   the tokens' share rises as in together, the weights counted as sparse already; they are masked after R epochs
-adaptive       p rises in equal steps; each is taken by tokens and by weights, those of a block's attention or MLP at a time,
-               those first that lose least validation score per GFLOP
+together       all weights are masked at the start; the total share rises in equal steps from w to p, by pruning more tokens
+weights_first  the same, after R epochs with masked weights and unpruned tokens
+tokens_first   the share rises as in together, with the weights already counted as sparse; they are masked after R epochs
+adaptive       the share rises in equal steps from 0 to p; each step prunes tokens, and the weights of one attention or MLP (of a
+               block or tower) at a time, in the order of validation score lost per GFLOP, until its target is met
 """
 
 from collections.abc import Callable, Iterable
@@ -23,30 +24,30 @@ from utils import UserError, logger
 Measure = Callable[[PruneSetting], float]
 Mask = Callable[[Iterable[str], PruneSetting], None]
 Score = Callable[[PruneSetting], float]
-Meet = Callable[[float], tuple[PruneSetting, float]]  # GFLOPs -> the setting that comes nearest, and its GFLOPs
+Meet = Callable[[float], tuple[PruneSetting, float]]  # target GFLOPs -> the nearest setting, and its GFLOPs
 
-ROUNDING = 1e-9  # of shares and ratios
-NEAR = 0.01  # relative: no further option for less, where tokens can take the rest
-TOKENS = "tokens"  # among the options
+ROUNDING = 1e-9  # tolerance for rounding errors in shares and ratios
+NEAR = 0.01  # relative distance to the target at which no further weights are masked; token pruning can make up the rest
+TOKENS = "tokens"  # the name of the option to prune tokens
 
 
 class Option(NamedTuple):
-    """What `adaptive` may do next: the GFLOPs that it saves, and the validation score that it loses."""
+    """An option for the next step of `adaptive`: the GFLOPs that it saves, and the validation score that it loses."""
 
     saved: float
     lost: float
 
     @property
     def price(self) -> tuple[float, float]:
-        """Score per GFLOP; of those that lose nothing what saves most is cheapest."""
+        """The lost score per saved GFLOP, as a sort key. Among options that lose nothing, the one that saves most comes first."""
         return max(0.0, self.lost) / self.saved, -self.saved
 
 
 def check_reach(config: Config, alone: float) -> None:
-    """Say that token pruning is off where sparse weights, which remove this share of the GFLOPs, meet p alone.
+    """Checks p against the share `alone` of the GFLOPs that sparse weights remove. Logs if they meet p without token pruning.
 
     Raises:
-        UserError: where they do not, and no token may go.
+        UserError: when they do not meet p and token pruning is off in the config.
     """
     if alone >= config.p - ROUNDING:
         logger.info("the weights alone remove %.3f of the GFLOPs, p = %g: token pruning is off", alone, config.p)
@@ -58,13 +59,20 @@ def check_reach(config: Config, alone: float) -> None:
 
 
 class WeightPlan:
-    """What happens to weights and tokens in each epoch. Without sparse weights: the tokens' ramp alone."""
+    """The plan of masking weights and pruning tokens, epoch by epoch. Without sparse weights it is just the ramp of tokens."""
 
     def __init__(self, config: Config, sparse: SparseWeights | None, measure: Measure, mask: Mask, dense: float):
-        """
+        """Makes the plan.
+
         Args:
-            mask: masks sparse weights of these names, in a model whose tokens are pruned so.
-            dense: GFLOPs of the uncompressed model, as `measure` gives them.
+            config: the config.
+            sparse: the weights to mask; None without sparse weights.
+            measure: setting -> mean GFLOPs per sample.
+            mask: (names, setting) -> None; masks these weights of the model while its tokens are pruned by `setting`.
+            dense: GFLOPs of the uncompressed model, from `measure`.
+
+        Raises:
+            UserError: when max_epoch is too low for the plan, or p is out of reach.
         """
         self.config, self.sparse, self.mask = config, sparse, mask
         self.ramp = max(1, round(config.max_epoch / 3) if config.ramp_epochs is None else config.ramp_epochs)
@@ -83,17 +91,17 @@ class WeightPlan:
         if needed > epochs:
             order = f"order: {self.config.order}, mask_schedule: {self.config.mask_schedule}: " if self.sparse else ""
             raise UserError(
-                f"{order}with ramp_epochs: {self.ramp} all is in place in epoch {needed}, and max_epoch is {epochs}; raise"
+                f"{order}with ramp_epochs: {self.ramp} the ramp ends in epoch {needed}, but max_epoch is {epochs}; raise"
                 " max_epoch or lower ramp_epochs"
             )
 
     @property
     def prunes_tokens(self) -> bool:
-        """Whether weights alone do not meet p."""
+        """Tells whether tokens must be pruned because the weights alone do not meet p."""
         return self.removed_by_weights < self.config.p - ROUNDING
 
     def removal(self, epoch: int) -> float:
-        """The share of GFLOPs that is to be gone in an epoch."""
+        """Returns the share of GFLOPs to remove in an epoch."""
         p, alone = self.config.p, self.removed_by_weights
         if not self.prunes_tokens:
             return p
@@ -101,11 +109,14 @@ class WeightPlan:
             return p * min(1.0, (epoch + 1) / self.ramp)
         late = self.ramp if self.config.order == "weights_first" else 0
         share = max(0.0, (epoch - late + 1) / self.ramp)
-        return p if share >= 1 else alone + (p - alone) * share  # p itself, not what rounding makes of it
+        # Exactly p after the ramp, without rounding errors, because callers compare with p.
+        return p if share >= 1 else alone + (p - alone) * share
 
     def enter(self, epoch: int, setting: PruneSetting) -> bool:
-        """Mask what this epoch has masked, the tokens pruned as before; but for `adaptive`, which `choose` does. Whether any mask
-        is new."""
+        """Masks the weights that are due in this epoch, with tokens pruned by `setting`. Tells whether any mask is new.
+
+        The order `adaptive` masks in `choose` instead.
+        """
         if self.sparse is None:
             return False
         new = False
@@ -118,34 +129,37 @@ class WeightPlan:
         return new
 
     def chooses(self, epoch: int) -> bool:
-        """Whether it is `choose` that meets the epoch's target."""
+        """Tells whether the epoch's target is met by `choose`."""
         return self.sparse is not None and self.config.order == "adaptive" and epoch < self.ramp
 
     def settled(self, epoch: int) -> bool:
-        """Whether all masks are there that will be, so that the epoch may be selected."""
+        """Tells whether all masks are final, so that the epoch may be selected."""
         return self.sparse is None or (epoch >= self._start and not self.sparse.changing)
 
     @property
     def _start(self) -> int:
-        """The first epoch with masks; of `adaptive` the first in which none is new."""
+        """The first epoch with masks; for `adaptive`, the first epoch without new masks."""
         return self.ramp if self.config.order in ("tokens_first", "adaptive") else 0
 
     @property
     def _settled_from(self) -> int:
-        """The first epoch with the masks that stay."""
+        """The first epoch with final masks."""
         return self._start + (self.ramp if self.config.mask_schedule == "refresh" else 0)
 
     def counting(self, epoch: int) -> AbstractContextManager:
-        """Inside, the GFLOPs are those that count: with all weights masked, if tokens go first and leave that to them."""
+        """Returns a context manager in which GFLOPs are counted as the plan needs them in this epoch.
+
+        While `tokens_first` prunes tokens only, all weights count as sparse, because they will be masked later.
+        """
         if self.sparse is None or self.config.order != "tokens_first" or epoch >= self.ramp:
             return nullcontext()
         return self.sparse.counted(self.sparse.weights)
 
     def choose(self, target: float, setting: PruneSetting, measure: Measure, meet: Meet, score: Score) -> PruneSetting:
-        """`adaptive`: bring the GFLOPs down to `target`, first by what loses the least score per GFLOP that it saves.
+        """Lowers the GFLOPs to `target` (order: adaptive), by the options that lose least score per GFLOP. Returns the setting.
 
-        Each option is tried alone, from where the step begins; tokens as if they took the whole step. What weights save is counted
-        with the tokens that stay before they are masked: afterwards scores differ, and others stay.
+        Each option is tried alone, from the state at the start of the step; pruning tokens is tried as if it took the whole step.
+        The savings of weights are measured before they are masked: masking changes the scores and thereby the tokens kept.
         """
         now, near = measure(setting), NEAR if self.prunes_tokens else ROUNDING
         if now > target * (1 + near):
@@ -164,7 +178,7 @@ class WeightPlan:
         return setting
 
     def _options(self, target: float, setting: PruneSetting, measure: Measure, meet: Meet, score: Score) -> dict[str, Option]:
-        """By name; the model is as before."""
+        """Tries all options and returns them by name. The model is unchanged afterwards."""
         now, best, options = measure(setting), score(setting), {}
         for name, weights in self._groups_left().items():
             with self.sparse.counted([*self.sparse.masks, *weights]):

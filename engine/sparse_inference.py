@@ -1,4 +1,4 @@
-"""Which sparse weights run sparse kernels in an evaluation: those that are faster so, as measured here and now."""
+"""Sparse kernels in an evaluation: each 2:4 weight uses one if that is measured to be faster on this GPU."""
 
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -16,11 +16,16 @@ from utils import gather_objects, logger
 def sparse_kernels(
     wanted: bool, model: nn.Module, sparse: SparseWeights | None, device: torch.device, forward: Callable[[], object]
 ) -> Iterator[dict[str, int]]:
-    """Inside, masked weights run sparse kernels where these are faster; yields how many do, "used", "of" how many.
+    """A context manager in which masked weights run sparse kernels if these are faster.
+
+    Yields the number of weights that do ("used") and of all sparse weights ("of").
 
     Args:
-        wanted: the key `sparse_kernels`.
-        forward: a pass such as those inside, whose products are measured.
+        wanted: the config key `sparse_kernels`.
+        model: the model.
+        sparse: its sparse weights, if any.
+        device: the device that it runs on.
+        forward: a typical pass. The matrix products in it are timed.
     """
     chosen = _choose(wanted, sparse, device, forward) if sparse is not None and sparse.masks else {}
     with on_sparse_kernels(model, chosen):
@@ -28,7 +33,7 @@ def sparse_kernels(
 
 
 def _choose(wanted: bool, sparse: SparseWeights, device: torch.device, forward: Callable[[], object]) -> dict[str, torch.dtype]:
-    """The names of weights, and the type that their products have."""
+    """Returns the names of the weights that use sparse kernels, with the dtype of their products."""
     if device.type != "cuda":
         return _dense("this is no GPU")
     if not wanted:
@@ -39,7 +44,7 @@ def _choose(wanted: bool, sparse: SparseWeights, device: torch.device, forward: 
     if not products:
         return _dense("no 2:4 layer runs in 16 bits; set amp: true")
     chosen = {name: next(iter(products[name])).dtype for name in faster_sparse(products, Stopwatch(device))}
-    chosen = gather_objects(chosen)[0]  # one choice for all processes, whatever each has measured
+    chosen = gather_objects(chosen)[0]  # timings differ between processes; all use the choice of rank 0
     shapes = Counter("{} x {}".format(*sparse.weights[name].shape) for name in chosen)
     logger.info(
         "sparse kernels: %d of %d layers%s", len(chosen), len(sparse.masks),
@@ -49,5 +54,5 @@ def _choose(wanted: bool, sparse: SparseWeights, device: torch.device, forward: 
 
 
 def _dense(reason: str) -> dict[str, torch.dtype]:
-    logger.info("sparse kernels: dense ones run everywhere: %s", reason)
+    logger.info("sparse kernels: not used, dense ones run everywhere: %s", reason)
     return {}

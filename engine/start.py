@@ -1,4 +1,4 @@
-"""What a run starts from: the model with its weights, and the teacher that it learns from (MADTP++)."""
+"""The start of a run: the model with its weights, and the teacher for distillation (MADTP++)."""
 
 from collections.abc import Callable, Mapping
 from typing import TypeVar
@@ -14,13 +14,16 @@ from utils import UserError
 
 ConfigT = TypeVar("ConfigT", bound=Config)
 Build = Callable[[ConfigT], nn.Module]
-Load = Callable[[nn.Module, Mapping[str, Tensor], str], list[str]]  # model, weights, where they are from -> what they lack
-TRAINING = {"optimizer", "scaler", "sparse", "rng"}  # what a checkpoint_last.pth holds beside
+Load = Callable[[nn.Module, Mapping[str, Tensor], str], list[str]]  # model, weights, their source -> names of missing weights
+TRAINING = {"optimizer", "scaler", "sparse", "rng"}  # entries of checkpoint_last.pth that only resuming needs
 UNCOMPRESSED = {"p": 0.0, "drop_path": 0.0}
 
 
 def start(config: ConfigT, device: torch.device, build: Build, load: Load) -> tuple[nn.Module, dict, Distillation | None]:
-    """The model on `device` with the weights of `pretrained`, what else that file holds, and with `distill: true` the teacher.
+    """Builds the model on `device` and loads the weights of `pretrained`.
+
+    Returns:
+        the model, the other entries of the `pretrained` file, and the teacher with its losses (None unless `distill: true`).
 
     Raises:
         UserError: when weights are missing or do not fit.
@@ -32,7 +35,7 @@ def start(config: ConfigT, device: torch.device, build: Build, load: Load) -> tu
         if config.evaluate:
             check_readable(missing, config.pretrained)
     model.to(device)
-    given = checkpoint.pop("model", None)  # else every process would keep a second copy of the weights, or more
+    given = checkpoint.pop("model", None)  # otherwise every process would keep a second copy of the weights in memory
     for key in TRAINING & set(checkpoint):
         del checkpoint[key]
     if not config.distill or config.evaluate:
@@ -44,7 +47,7 @@ def start(config: ConfigT, device: torch.device, build: Build, load: Load) -> tu
     if saved.get("masked") or is_pruned(saved["model"]):
         raise UserError(f"{path}: is compressed, and a teacher must not be; set the key 'teacher' to such a model's weights")
     teacher = build(config.model_copy(update=UNCOMPRESSED))
-    check_readable(load(teacher, saved["model"], path), path)  # else it teaches what chance gave its heads
+    check_readable(load(teacher, saved["model"], path), path)  # a head with random weights would teach noise
     if isinstance(teacher, MomentumModel):
         teacher.forget_momentum()
     return model, checkpoint, Distillation(teacher.to(device), model, config.distill_temperature)

@@ -1,4 +1,4 @@
-"""One epoch of training: the only training loop there is."""
+"""The training loop over one epoch, shared by all tasks."""
 
 import math
 import time
@@ -13,15 +13,15 @@ from madtp.pruning import PruneSetting
 from madtp.sparsity.masks import SparseWeights
 from utils import Run, UserError, all_reduce_sum, logger
 
-CHECK_EVERY = 50  # steps between looks at the loss, each of which waits for the device
-LOG_EVERY = 500  # steps between lines in the log
+CHECK_EVERY = 50  # steps between checks of the loss; each check waits for the device
+LOG_EVERY = 500  # steps between log lines
 
 Losses = Callable[[nn.Module, dict, PruneSetting], Mapping[str, Tensor]]
 
 
 @dataclass(frozen=True)
 class Precision:
-    """The one autocast path: bfloat16 where the device has it, else float16 with a scaled loss; float32 when not enabled."""
+    """The settings of mixed precision: bfloat16 if the device has it, else float16 with loss scaling. float32 if not enabled."""
 
     device: torch.device
     enabled: bool = False
@@ -40,9 +40,9 @@ class Precision:
 
 @dataclass(frozen=True)
 class CosineSchedule:
-    """Learning rate: a linear warm-up over `warmup_steps`, then a cosine from `init_lr` to `min_lr` over all epochs.
+    """The learning rate schedule: linear warm-up over `warmup_steps`, then a cosine from `init_lr` to `min_lr` over all epochs.
 
-    `per_step` False holds the rate within an epoch, as the published runs do.
+    With `per_step=False` the rate is constant within an epoch, as in the published runs.
     """
 
     init_lr: float
@@ -53,7 +53,7 @@ class CosineSchedule:
     per_step: bool = False
 
     def rate(self, step: int) -> float:
-        """The learning rate of a step, counted from 0 over all epochs."""
+        """Returns the learning rate of a step, counted from 0 over all epochs."""
         if step < self.warmup_steps:
             return self.init_lr * (step + 1) / self.warmup_steps
         epoch = step / self.steps_per_epoch if self.per_step else step // self.steps_per_epoch
@@ -62,9 +62,9 @@ class CosineSchedule:
 
 @dataclass
 class Trainer:
-    """What training changes: weights, optimiser state, loss scale and the number of steps taken."""
+    """The state that training changes: weights, optimizer, loss scale and the number of steps."""
 
-    model: nn.Module  # wrapped for several processes
+    model: nn.Module  # in DistributedDataParallel if there are several processes
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     schedule: CosineSchedule
@@ -73,7 +73,7 @@ class Trainer:
     sparse: SparseWeights | None = None
 
     def update(self, loss: Tensor) -> None:
-        """One optimiser step on `loss`."""
+        """Takes one optimizer step on `loss`."""
         for group in self.optimizer.param_groups:
             group["lr"] = self.schedule.rate(self.step)
         self.optimizer.zero_grad(set_to_none=True)
@@ -89,12 +89,12 @@ class Trainer:
 
 
 def move(batch: dict, device: torch.device) -> dict:
-    """The batch with its tensors on `device`."""
+    """Moves the tensors of a batch to `device`."""
     return {k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in batch.items()}
 
 
 def progress(loader, description: str, run: Run):
-    """A bar on rank 0, quiet when not a terminal."""
+    """Wraps a loader in a progress bar. Shows nothing on other ranks than 0, or if the output is not a terminal."""
     return tqdm(loader, desc=description, disable=None if run.is_main else True, leave=False, dynamic_ncols=True)
 
 
@@ -108,9 +108,10 @@ def train_epoch(
     run: Run,
     description: str,
 ) -> dict[str, float]:
-    """One pass over `loader`; in a batch, `losses` finds also "epoch", the epochs done so far.
+    """Trains for one pass over `loader`. Each batch gets an entry "epoch", the fractional number of epochs done, for `losses`.
 
-    Returns the mean of each named loss, unweighted, and of their weighted sum, over all processes.
+    Returns:
+        the mean over all processes of each loss, unweighted, and of their weighted sum ("total").
 
     Raises:
         UserError: when the loss is not finite.

@@ -1,7 +1,7 @@
-"""Scores of captions against references, by pycocoevalcap: texts in, percent out.
+"""Captioning metrics, in percent, computed by pycocoevalcap.
 
-Its tokenizer (PTB), METEOR and SPICE are Java programs, and SPICE wants a download. What cannot be computed is named with the
-reason, and without Java the words are split here; the rest is scored all the same.
+Its tokenizer (PTB), METEOR and SPICE are Java programs, and SPICE needs a download. A metric that cannot be computed is reported
+with the reason, and the others are computed all the same. Without Java, captions are split into words by `split_words`.
 """
 
 import json
@@ -23,22 +23,26 @@ from pycocoevalcap.spice.get_stanford_models import JAR, SPICELIB
 from pycocoevalcap.spice.spice import SPICE_JAR
 from pycocoevalcap.tokenizer.ptbtokenizer import PUNCTUATIONS, STANFORD_CORENLP_3_4_1_JAR
 
-ORDERS = 4  # of BLEU
+ORDERS = 4  # largest n-gram of BLEU
 
 _PROGRAMS = Path(pycocoevalcap.__path__[0])
 _CLITIC = re.compile(r"(n't|'(?:s|m|d|ll|re|ve))\b")
-# Words with what may stand within one, as in and/or, o'clock, 1,000.5 and 12:30; then signs one by one.
+# A contraction, a word with inner signs (and/or, o'clock, 1,000.5, 12:30), or a single sign.
 _WORD = re.compile(r"n't|'(?:s|m|d|ll|re|ve)\b|\w+(?:(?:[-/']|(?<=\d)[.,:](?=\d))\w+)*|[^\w\s]")
 _PLAIN_QUOTES = str.maketrans("‘’“”", "''\"\"")
 _REMOVED = {*PUNCTUATIONS, '"', "…", "–", "—"}
 _BRACKETS = dict(zip("()[]{}", "-lrb- -rrb- -lsb- -rsb- -lcb- -rcb-".split(), strict=True))
 
-Texts = dict[int, list[str]]  # words with spaces between them
+Texts = dict[int, list[str]]  # tokenised texts by image: words joined by spaces
 
 
 class CaptionScores(NamedTuple):
-    """scores: metric -> percent, of CIDEr too (its 1.33 is 133 here, as papers print it); not_computed: metric -> why not;
-    tokenizer: what split the captions into words. Figures by "words" differ a little from published ones."""
+    """The scores of captions.
+
+    scores: metric -> percent. CIDEr is scaled in the same way: 1.33 is given as 133, as in papers.
+    not_computed: metric -> the reason
+    tokenizer: PTB, or "words" without Java. Scores with "words" differ slightly from published ones.
+    """
 
     scores: dict[str, float]
     not_computed: dict[str, str]
@@ -46,21 +50,24 @@ class CaptionScores(NamedTuple):
 
 
 class _NotComputed(Exception):
-    """The reason, in one line."""
+    """A metric cannot be computed; the message is the reason, in one line."""
 
 
 def caption_scores(
     predictions: Mapping[int | str, str], references: Mapping[int | str, Sequence[str]], slow: bool = True
 ) -> CaptionScores:
-    """Bleu_1 to Bleu_4, METEOR, ROUGE_L, CIDEr and SPICE of one caption per image against its references.
+    """Computes Bleu_1 to Bleu_4, METEOR, ROUGE_L, CIDEr and SPICE of one caption per image.
 
-    Both map an image's id. `slow` False leaves out METEOR, which takes ten seconds to start, and SPICE, which takes minutes.
+    Args:
+        predictions: image id -> caption.
+        references: image id -> reference captions.
+        slow: also compute METEOR, which takes ten seconds to start, and SPICE, which takes minutes.
 
     Raises:
-        ValueError: when there is no image, or one has no prediction or no reference.
+        ValueError: when there is no image, or an image has no prediction or no reference.
     """
     if not predictions or predictions.keys() != references.keys() or not all(references.values()):
-        raise ValueError("captions are scored where images have a prediction and references each, and there is one at least")
+        raise ValueError("scoring needs at least one image, and a prediction and references for each image")
     texts = [[predictions[image], *references[image]] for image in predictions]
     words, tokenizer = _tokenize([" ".join(text.split()) for image in texts for text in image])
     split = [[next(words) for _ in image] for image in texts]
@@ -79,7 +86,7 @@ def caption_scores(
 
 
 def _tokenize(texts: list[str]) -> tuple[Iterator[str], Literal["PTB", "words"]]:
-    """The words of each text, with spaces between them, and what split them."""
+    """Tokenises texts. Returns an iterator of the words of each text, joined by spaces, and the tokenizer's name."""
     try:
         lines = _java(
             "tokenizer",
@@ -94,13 +101,20 @@ def _tokenize(texts: list[str]) -> tuple[Iterator[str], Literal["PTB", "words"]]
 
 
 def split_words(text: str) -> str:
-    """Lower case, without punctuation, "don't" as do n't: what PTB makes of a text but for abbreviations and rare cases."""
+    """Tokenises a text: lower case, no punctuation, contractions split (do n't).
+
+    The result is that of PTB, except for abbreviations and rare cases.
+    """
     text = _CLITIC.sub(r" \1", text.lower().translate(_PLAIN_QUOTES))
     return _kept(_BRACKETS.get(word, word) for word in _WORD.findall(text))
 
 
 def _kept(words: Iterable[str]) -> str:
-    """Brackets stay, as officially: the list of what goes has them in capitals, and the words are in lower case by then."""
+    """Joins words without punctuation.
+
+    Brackets stay, as in the official evaluation: its punctuation list has them in upper case (-LRB-), but the words are
+    already in lower case.
+    """
     return " ".join(word for word in words if word not in _REMOVED)
 
 
@@ -115,13 +129,13 @@ def _cider(truth: Texts, said: Texts) -> float:
 
 
 def _meteor(truth: Texts, said: Texts) -> float:
-    _java("meteor", "-version")  # else a Java that is missing or broken is known by no more than silence
+    _java("meteor", "-version")  # raises a clear error if Java is missing or broken; Meteor() would not
     meteor = Meteor()
     try:
         return meteor.compute_score(truth, said)[0]
-    except (OSError, ValueError):  # it ended before it answered
+    except (OSError, ValueError):  # the Java process ended before it answered
         raise _NotComputed("its Java program failed; it needs 2 GB of memory") from None
-    finally:  # its destructor would wait for a lock that a failure leaves held, and complain of the pipe
+    finally:  # its destructor would wait for the lock, which a failure leaves held, and complain about the pipe
         with suppress(OSError):
             meteor.meteor_p.stdin.close()
         if meteor.lock.locked():
@@ -129,7 +143,7 @@ def _meteor(truth: Texts, said: Texts) -> float:
 
 
 def _spice(truth: Texts, said: Texts) -> float:
-    """SPICE's program with its files in a temporary folder: pycocoevalcap's own wrapper downloads, and writes where it lies."""
+    """Runs SPICE's program in a temporary folder. pycocoevalcap's wrapper would download files and write into the package."""
     if not (_PROGRAMS / "spice" / SPICELIB / f"{JAR}-models.jar").exists():
         raise _NotComputed("needs Stanford's models: fetch them once with python -m pycocoevalcap.spice.get_stanford_models")
     with TemporaryDirectory() as folder:
@@ -146,10 +160,10 @@ def _spice(truth: Texts, said: Texts) -> float:
 
 
 def _java(program: str, *arguments: str, text: str = "") -> str:
-    """What Java prints, given `text`, in the folder of one of pycocoevalcap's programs.
+    """Runs Java in the folder of one of pycocoevalcap's programs, with `text` on its input. Returns its output.
 
     Raises:
-        _NotComputed: when there is no Java, or it fails.
+        _NotComputed: when Java is missing or fails.
     """
     try:
         done = subprocess.run(
@@ -158,8 +172,8 @@ def _java(program: str, *arguments: str, text: str = "") -> str:
     except OSError:
         raise _NotComputed("needs Java, which is not on the PATH") from None
     if done.returncode:
-        said = done.stderr.decode("utf-8", "replace").splitlines() or ["it says nothing"]
-        raise _NotComputed(f"its Java program failed ({said[0]}); Java 8 is what it is made for")
+        said = done.stderr.decode("utf-8", "replace").splitlines() or ["no message"]
+        raise _NotComputed(f"its Java program failed ({said[0]}); it is made for Java 8")
     return done.stdout.decode("utf-8")
 
 

@@ -1,4 +1,4 @@
-"""Recall of image-text retrieval: rankings in, percent out."""
+"""Recall of image-text retrieval, in percent, from rankings."""
 
 import torch
 from torch import Tensor
@@ -7,12 +7,16 @@ CUTS = (1, 5, 10)
 
 
 def recalls(texts: Tensor, images: Tensor, image_of_text: Tensor) -> dict[str, float]:
-    """Percent of the queries with a correct target among the first 1, 5 and 10, and the means, under BLIP's names.
+    """Computes the percentage of queries with a correct target among the first 1, 5 and 10, and the means.
 
     Args:
-        texts: (I, k) the best texts of each image, as numbers, best first (txt_*).
-        images: (T, k) the best images of each text (img_*).
-        image_of_text: (T,) the number of each text's image.
+        texts: (I, k) indices of the best texts for each image, best first.
+        images: (T, k) indices of the best images for each text, best first.
+        image_of_text: (T,) index of the image of each text.
+
+    Returns:
+        recalls under BLIP's names: txt_r1, txt_r5, txt_r10 and txt_r_mean from `texts`, the same with img_ from `images`, and
+        r_mean.
     """
     right = {"txt": image_of_text[texts] == torch.arange(len(texts)).unsqueeze(1), "img": images == image_of_text.unsqueeze(1)}
     found = {}

@@ -1,16 +1,16 @@
-"""Accuracy of visual question answering: texts in, percent out.
+"""Accuracy of visual question answering, in percent.
 
-The official evaluation of VQA v2 (visualqa.org/evaluation.html; vqaEval.py of GT-Vision-Lab/VQA) in its current form: where the
-annotators of a question do not all give the same answer, their answers and the prediction are normalised. Where they do, the
-prediction has to be that very answer, capitals and all: so that text read in a picture stays as it is (issue 14 there). An older
-form normalises the prediction always, and of the answers the punctuation alone: nothing then agrees with ten times "two".
+This is the current official evaluation of VQA v2 (visualqa.org/evaluation.html; vqaEval.py of GT-Vision-Lab/VQA). If the
+annotators of a question give different answers, their answers and the prediction are normalised. If they all give the same
+answer, the prediction must equal it exactly, including capitals, so that text read in an image stays as it is. An older version
+always normalises the prediction, but only the punctuation of the answers: no prediction then agrees with ten answers "two".
 """
 
 import re
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 
-ENOUGH = 3  # annotators who say the same make an answer right
+ENOUGH = 3  # number of annotators who must give an answer for it to count as fully right
 
 _SIGNS = ';/[]"{}()=+\\_-><@`,?!'
 _COMMA_IN_A_NUMBER = re.compile(r"\d,\d")
@@ -18,8 +18,8 @@ _PERIOD = re.compile(r"\.(?!\d)")
 _ARTICLES = {"a", "an", "the"}
 _DIGITS = {"none": "0", "zero": "0", "one": "1", "two": "2", "three": "3", "four": "4", "five": "5", "six": "6", "seven": "7"}
 _DIGITS |= {"eight": "8", "nine": "9", "ten": "10"}
-# Words that get back an apostrophe that they lack: any one of them, where there are several. The ambiguous are not among them
-# ("its", "well", "shed"), nor those with "I", which lower case has made another word.
+# Words whose missing apostrophe is restored (any one of them, if there are several). Ambiguous words are not in the list ("its",
+# "well", "shed"), nor words with "I": in lower case they are other words.
 _CONTRACTED = """
 ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't haven't he'd he'd've he's how'd
 how'll how's isn't it'd it'd've it'll ma'am might've mightn't mightn't've must've mustn't needn't not've o'clock oughtn't 'ow's'at
@@ -30,36 +30,41 @@ why'll why're why's won't would've wouldn't wouldn't've y'all y'all'd've y'all'l
 """.split()
 _APOSTROPHES = {
     word[:place] + word[place + 1 :]: word for word in _CONTRACTED for place, sign in enumerate(word) if sign == "'"
-} | {"somebody'd": "somebodyd"}  # the published table has this one the wrong way round
+} | {"somebody'd": "somebodyd"}  # the published table has this entry the wrong way round
 
 
 def accuracy(predictions: Mapping[int | str, str], answers: Mapping[int | str, Sequence[str]]) -> float:
-    """Percent: the mean of `agreement` over the questions. Both map a question's id, `answers` to the ten of the annotators.
+    """Computes the accuracy in percent: the mean of `agreement` over the questions.
+
+    Args:
+        predictions: question id -> predicted answer.
+        answers: question id -> answers of the (ten) annotators.
 
     Raises:
-        ValueError: when there is no question, or one has no prediction or no answers.
+        ValueError: when there is no question, or a question has no prediction or no answers.
     """
     if not predictions or predictions.keys() != answers.keys():
-        raise ValueError("accuracy is of questions that have a prediction and answers each, and of one at least")
+        raise ValueError("accuracy needs at least one question, and a prediction and answers for each question")
     return 100 * sum(agreement(text, answers[question]) for question, text in predictions.items()) / len(predictions)
 
 
 def agreement(prediction: str, answers: Sequence[str]) -> float:
-    """How right a prediction is, 0 to 1: min(annotators who say the same / 3, 1), the mean over leaving out one of them each."""
+    """Scores a prediction from 0 to 1: min(matching annotators / 3, 1), averaged over leaving out each annotator in turn."""
     prediction, *answers = (re.sub(r"[\n\t]", " ", text).strip() for text in (prediction, *answers))
     if len(set(answers)) > 1:
         prediction, *answers = map(normalise, (prediction, *answers))
     same = answers.count(prediction)
+    # Leaving out a matching annotator leaves same - 1 matches; leaving out any other leaves `same`.
     one_of_them_left_out, another_left_out = min((same - 1) / ENOUGH, 1), min(same / ENOUGH, 1)
     return (same * one_of_them_left_out + (len(answers) - same) * another_left_out) / len(answers)
 
 
 @lru_cache(2**17)
 def normalise(answer: str) -> str:
-    """Lower case, no articles, digits for number words up to ten, apostrophes in contractions, and no punctuation.
+    """Normalises an answer: lower case, no articles, digits for number words up to ten, apostrophes in contractions, no signs.
 
-    A sign becomes a space, or nothing: where the answer has it beside a space, and all signs where it has a comma between
-    digits. Periods go, but before a digit.
+    A sign is deleted if it occurs next to a space, or if the answer has a comma between digits; otherwise it becomes a space.
+    Periods are deleted unless a digit follows.
     """
     closed = _COMMA_IN_A_NUMBER.search(answer) is not None
     plain = answer

@@ -1,4 +1,4 @@
-"""How fast compressed models are beside dense ones: throughput, latency and memory at real size, methods in turn.
+"""Benchmarks compressed models against dense ones: throughput, latency and memory at real size. The methods take turns.
 
     python tools/benchmark.py --task nlvr --p 0.5,0.7,0.8 --batch-sizes 8 --device cpu
     python tools/benchmark.py --task vit --against dense,timm,transformers --batch-sizes 1,8,32
@@ -10,27 +10,27 @@
     python tools/benchmark.py --task rerank --candidates 256 --batch-sizes 4
     python tools/benchmark.py --task rank_answers --batch-sizes 32
 
-The pictures are noise and the weights random, and scores of these mean nothing. So every block keeps the same share of its tokens,
-the one that makes the GFLOPs fall by p, pruning's own cost included; scores and thresholds are computed all the same.
---keep-schedule gives the share of each block instead; --temperature prunes as --pretrained weights would.
---train times a forward and a backward pass, the similarity loss included. --metered adds to each pruned model the same pass with
-the GFLOPs of each sample counted, as evaluation does.
+Images are noise and weights are random, so token scores carry no information. Therefore every block keeps the same share of its
+tokens: the share at which the GFLOPs fall by p, including the cost of pruning. Scores and thresholds are still computed, so that
+their time counts. --keep-schedule sets the share of each block instead. --temperature prunes by the scores, as with the weights of
+--pretrained. --train times a forward and a backward pass, with the similarity loss. --metered adds a row for each pruned model in
+which the pass also counts the GFLOPs of each sample, as evaluation does.
 
---sparse adds models with 2:4 weights in all blocks: with all tokens, and with as few as p takes beside them. On a GPU with --amp a
-layer runs sparse kernels where these are measured to be faster; elsewhere dense kernels multiply zeros, and the note says so.
---shapes prints, of the same models on a GPU, the milliseconds of each shape of product with dense and with sparse kernels.
+--sparse adds models with 2:4 weights in all blocks: one with all tokens, and one per p with as few tokens as p still requires. On a
+GPU with --amp, a layer uses sparse kernels if these are measured to be faster. Otherwise dense kernels multiply zeros, and the note
+says so. --shapes prints, for the same models on a GPU, the milliseconds of each matrix product with dense and with sparse kernels.
 
-nlvr is BLIP-NLVR whole (pairs), vit its image encoder (images), block the first block of that, on all its tokens; retrieval_clip is
-CLIP's image encoder (images).
-dense is this project's model without pruners (fused attention), compiled the same under torch.compile; timm and transformers are
-their image encoders of the same size and exist for --task vit, transformers for retrieval_clip too. speedup is the throughput over
-that of the first method, dense, round by round.
+Tasks (unit of throughput): nlvr is the whole BLIP-NLVR (pairs), vit its image encoder (images), block the first block of the image
+encoder with all tokens (images), retrieval_clip CLIP's image encoder (images).
+Methods: dense is this project's model without pruners, with fused attention; compiled is the same under torch.compile; timm and
+transformers are the image encoders of these libraries at the same size, for --task vit (transformers also for retrieval_clip).
+speedup is the throughput relative to the first method, dense, computed round by round.
 
-rerank and rank_answers score candidates with an uncompressed model; images and questions are encoded beforehand.
-rerank is BLIP's matching of images with --candidates texts each (pairs of an image and a text): separate repeats the image for each
-of its texts, which so have keys and values of their own; padded and shared compute them once an image, shared with packed texts, as
-evaluation does. rank_answers is VQA's choice among listed answers (questions): one by one, each question's candidates padded and
-with copies of the question; and batched, what candidates have in common computed once, as evaluation does.
+rerank and rank_answers time the scoring of candidates by an uncompressed model. Images and questions are encoded beforehand.
+rerank is BLIP's matching of images with --candidates texts each (unit: image-text pairs). separate repeats the image for each of
+its texts and computes keys and values for each; padded and shared compute them once per image; shared also packs the texts, as
+evaluation does. rank_answers is VQA's choice from the answer list (unit: questions). one by one runs each question alone, with
+padded candidates and copies of the question; batched computes the parts that candidates share once, as evaluation does.
 """
 
 import argparse
@@ -57,7 +57,11 @@ MIB = 2**20
 
 @dataclass
 class Row:
-    """One line of the result. throughput: samples a second, of rerank pairs; keep: tokens after each image block."""
+    """A row of the result.
+
+    throughput: samples per second; image-text pairs for rerank
+    keep: tokens after each block of the image encoder
+    """
 
     method: str
     p: float
@@ -76,24 +80,24 @@ class Row:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--task", choices=TASKS, default="nlvr")
-    parser.add_argument("--config", type=Path, help="sizes of the model; by default the published ones, for rankings small ones")
+    parser.add_argument("--config", type=Path, help="model sizes; default: published, or small for rerank and rank_answers")
     parser.add_argument("--pretrained", help="weights to load")
-    parser.add_argument("--p", type=numbers(float), default=PRUNED, help="shares of the GFLOPs to remove, 0.5,0.8")
-    parser.add_argument("--keep-schedule", type=numbers(float), help="the share of its tokens that each block keeps")
+    parser.add_argument("--p", type=numbers(float), default=PRUNED, help="shares of the GFLOPs to remove, such as 0.5,0.8")
+    parser.add_argument("--keep-schedule", type=numbers(float), help="share of tokens that each block keeps, separated by commas")
     parser.add_argument("--temperature", type=float, help="prune at this temperature, instead of --p")
     parser.add_argument("--batch-sizes", type=numbers(at_least_one), default=(8,))
-    parser.add_argument("--candidates", type=at_least_one, help="of each image or question, for rerank and rank_answers; k_test")
-    parser.add_argument("--against", default="dense", help="of dense, compiled, timm, transformers")
+    parser.add_argument("--candidates", type=at_least_one, help="rerank, rank_answers: candidates per item; default: k_test")
+    parser.add_argument("--against", default="dense", help="some of dense, compiled, timm, transformers")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--train", action="store_true", help="forward and backward, as training runs them")
-    parser.add_argument("--metered", action="store_true", help="pruned models also with the GFLOPs of each sample counted")
-    parser.add_argument("--sparse", action="store_true", help="also models with 2:4 weights")
-    parser.add_argument("--shapes", action="store_true", help="the time of each product of 2:4 weights instead, dense and sparse")
+    parser.add_argument("--train", action="store_true", help="time a forward and a backward pass, as in training")
+    parser.add_argument("--metered", action="store_true", help="also time pruned models while they count GFLOPs per sample")
+    parser.add_argument("--sparse", action="store_true", help="also time models with 2:4 weights")
+    parser.add_argument("--shapes", action="store_true", help="instead, time each product of 2:4 weights, dense and sparse")
     parser.add_argument("--amp", action="store_true", help="bf16 under autocast")
     parser.add_argument("--rounds", type=at_least_one, default=7)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, help="write the rows here")
-    parser.add_argument("--out", type=Path, help="a folder for a CSV and a plot, named by task, device and PyTorch version")
+    parser.add_argument("--out", type=Path, help="folder for a CSV file and a plot, named by task, device and PyTorch version")
     args = parser.parse_args()
     args.config = args.config or TASKS[args.task].path
     init_run(args.device, args.seed)
@@ -106,7 +110,7 @@ def main() -> None:
 
 
 def numbers(kind: type) -> Callable[[str], tuple]:
-    """An argparse type: numbers with commas between."""
+    """Returns an argparse type for numbers separated by commas."""
 
     def parse(text: str) -> tuple:
         return tuple(kind(part) for part in text.split(","))
@@ -130,7 +134,7 @@ def benchmark(args: argparse.Namespace) -> list[Row]:
         for method, times, mib in zip(methods, seconds, memory, strict=True):
             speedup = statistics.median(a / b for a, b in zip(first, times, strict=True))
             rates = sorted(method.each * batch_size / t for t in times)
-            spread = (rates[-1 - len(rates) // 4] - rates[len(rates) // 4]) / 2  # half of what lies between the quartiles
+            spread = (rates[-1 - len(rates) // 4] - rates[len(rates) // 4]) / 2  # half the interquartile range
             rate, latency = statistics.median(rates), 1000 * statistics.median(times)
             rows.append(
                 Row(method.name, method.p, batch_size, str(device), rate, spread, speedup, latency, mib, method.gflops,
@@ -140,7 +144,11 @@ def benchmark(args: argparse.Namespace) -> list[Row]:
 
 
 def time_in_turn(forwards: Sequence[Forward], rounds: int, device: torch.device) -> tuple[list[list[float]], list[float]]:
-    """Seconds of each round of each forward pass, after a warm-up, and its peak memory in MiB above what was there before."""
+    """Times the forward passes in turn, after a warm-up, so that a slower phase of the machine affects all alike.
+
+    Returns:
+        the seconds of each round of each pass, and the peak memory of each in MiB, above the memory in use before.
+    """
     memory = [peak_memory(forward, device) for forward in forwards]
     for forward in forwards:
         forward()
@@ -161,7 +169,7 @@ def synchronise(device: torch.device) -> None:
 
 
 def peak_memory(forward: Forward, device: torch.device) -> float:
-    """MiB that a forward pass needs beyond weights and inputs; of a CPU as Linux counts them."""
+    """Measures the MiB that a forward pass needs besides weights and inputs. On a CPU this is Linux' count for the process."""
     if device.type == "cuda":
         forward()
         torch.cuda.reset_peak_memory_stats(device)
@@ -169,16 +177,16 @@ def peak_memory(forward: Forward, device: torch.device) -> float:
         forward()
         return (torch.cuda.max_memory_allocated(device) - before) / MIB
     try:
-        Path("/proc/self/clear_refs").write_text("5")  # the peak becomes what is there now
+        Path("/proc/self/clear_refs").write_text("5")  # resets the peak to the current use
         before = status("VmRSS")
         forward()
         return (status("VmHWM") - before) / 1024
-    except OSError:  # no Linux
+    except OSError:  # not Linux
         return float("nan")
 
 
 def status(key: str) -> int:
-    """KiB, from Linux' account of this process."""
+    """Reads a value in KiB from Linux' status of this process."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(f"{key}:"))
 
@@ -200,7 +208,7 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def save(rows: Sequence[Row], args: argparse.Namespace) -> None:
-    """A CSV with the command that made it, and where models are pruned, the throughput over the GFLOPs reduction."""
+    """Saves a CSV file with the command that made it, and a plot of speed-up over p if models are pruned."""
     args.out.mkdir(parents=True, exist_ok=True)
     kind = f"{args.task}_shapes" if args.shapes else args.task
     name = args.out / f"{kind}_{args.device.replace(':', '')}_torch{torch.__version__.partition('+')[0]}"

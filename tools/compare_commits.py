@@ -1,12 +1,12 @@
-"""Proves that a change of code moved no number: runs every task before and after it, and compares what the runs leave.
+"""Checks that a code change alters no result: runs every task before and after it, and compares the output files.
 
     python tools/compare_commits.py --base COMMIT
     python tools/compare_commits.py --base COMMIT --head OTHER --tasks nlvr,vqa --work output/compare
 
-Each task is compressed twice on a tiny Shapes data set: by pruned tokens alone, in mixed precision; and with sparse weights and
-distillation, in float32. Then the base's checkpoint and its packed export are evaluated by both sides. Compared are log.txt, every
-JSON file and the checkpoints, to the last bit. Runs take the CPU, one thread each, and this Python environment; the base has a
-worktree. Exits with 0 only if all is the same.
+Each task is compressed twice on a tiny Shapes data set: by token pruning alone, in mixed precision; and with sparse weights and
+distillation, in float32. Then both sides evaluate the base's checkpoint and its packed export. log.txt, all JSON files and the
+checkpoints are compared to the last bit. Runs use the CPU, one thread each, and this Python environment; the base is checked out
+into a git worktree. Exits with 0 only if everything is the same.
 """
 
 import argparse
@@ -21,28 +21,28 @@ from pathlib import Path
 
 import torch
 
-# Of the project nothing is imported: what moves within it must not move this.
+# This file imports nothing from the project, so that it works the same whatever is changed there.
 ROOT = Path(__file__).resolve().parents[1]
 WORK = ROOT / "output" / "compare_commits"
 TASKS = ("nlvr", "caption", "vqa", "retrieval", "retrieval_clip")
 ARMS = {"tokens": "--p 0.5", "all": "--p 0.8 --enable-sparse-api --token_reduce --set distill=true --no-amp"}
-SHORT = (
+SHORT = (  # with a short warm-up, so that most of the few steps use the full learning rate
     "--epoch 2 --set epoch_steps=3 --set ramp_epochs=1 --set calibration_size=16 --seed 42 --device cpu"
-    " --set batch_size_train=8 --set batch_size_test=16 --set warmup_steps=2"  # soon at the full rate: the steps are to tell
+    " --set batch_size_train=8 --set batch_size_test=16 --set warmup_steps=2"
 )
-SIZES = "--seed 7 --size 160 --eval-size 24 --val-size 24 --workers 1"  # two batches of each split, the second a small one
-PICTURES = {"vqa": ("vqa_root", "vg_root")}  # the keys of the folder with pictures, where it is not image_root
+SIZES = "--seed 7 --size 160 --eval-size 24 --val-size 24 --workers 1"  # val and test have two batches, the second a smaller one
+PICTURES = {"vqa": ("vqa_root", "vg_root")}  # keys of the image folders, if not image_root
 IGNORED = {"log.txt": "seconds", "result.json": "versions", "checkpoint_last.pth": "config"}
-COMPARED = ("log.txt", "*.json", "*.pth")  # in this order: the log tells the earliest
+COMPARED = ("log.txt", "*.json", "*.pth")  # in this order, because the log shows the earliest difference
 
 
 class Stopped(Exception):
-    """A program ended with an error, so that nothing is left to compare."""
+    """A program ended with an error, so there is nothing to compare."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """A task with an arm, and the folders of both sides and of what they write."""
+    """A task with an arm, the folders of both sides, and the folder for their output."""
 
     task: str
     arm: str
@@ -55,12 +55,12 @@ class Case:
         return self.work / "data" / shapes_of(self.task)
 
     def compare(self) -> dict[str, str]:
-        """Runs all checks; check -> what differs, empty where nothing does."""
+        """Runs all checks. Returns check -> the first difference, empty if there is none."""
         found = {"run": self._check("run", [*self._config(), *SHORT.split()])}
         trained = self._output("base", "run")
         loads = [*self._config(), *SHORT.split(), "--evaluate", "--pretrained", str(trained / "checkpoint_best.pth")]
         found["checkpoint"] = self._check("checkpoint", loads)
-        if self.arm == "all":  # a packed file is one of sparse weights
+        if self.arm == "all":  # only sparse weights can be packed
             found["packed export"] = self._check_export(trained / "checkpoint_best.pth")
         return found
 
@@ -98,10 +98,10 @@ class Case:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base", required=True, metavar="COMMIT", help="the code before the change")
-    parser.add_argument("--head", metavar="COMMIT", help="a commit, or a folder with a checkout; by default the files as they are")
+    parser.add_argument("--head", metavar="COMMIT", help="commit, or folder of a checkout; default: the files as they are")
     parser.add_argument("--tasks", default=",".join(TASKS), help="some of " + ",".join(TASKS))
-    parser.add_argument("--work", type=Path, default=WORK, metavar="DIR", help="the folder for all that is written")
-    parser.add_argument("--jobs", type=int, default=2, metavar="N", help="runs at a time")
+    parser.add_argument("--work", type=Path, default=WORK, metavar="DIR", help="folder for all output")
+    parser.add_argument("--jobs", type=int, default=2, metavar="N", help="number of runs at a time")
     args = parser.parse_args()
     tasks, work = args.tasks.split(","), args.work.resolve()
     if not set(tasks) <= set(TASKS):
@@ -129,7 +129,7 @@ def main() -> None:
 
 
 def compare_all(cases: Sequence[Case], jobs: int) -> dict[Case, dict[str, str]]:
-    """All cases, some at a time."""
+    """Compares all cases, `jobs` at a time."""
     found = {}
     with ThreadPoolExecutor(jobs) as pool:
         running = {pool.submit(case.compare): case for case in cases}
@@ -142,15 +142,15 @@ def compare_all(cases: Sequence[Case], jobs: int) -> dict[Case, dict[str, str]]:
 
 
 def shapes_of(task: str) -> str:
-    """Returns the name of a task's data in tools/make_shapes.py: CLIP reads BLIP's."""
+    """Returns the name of a task's data in tools/make_shapes.py. CLIP uses the same data as BLIP."""
     return task.removesuffix("_clip")
 
 
 def worktree(commit: str, folder: Path) -> Path:
-    """Returns the folder with a clean checkout of the commit, which is made anew."""
+    """Makes a clean checkout of the commit in `folder`, replacing an earlier one. Returns the folder."""
     if folder.exists():
         git("worktree", "remove", "--force", str(folder))
-    git("worktree", "prune")  # of folders that were deleted by hand
+    git("worktree", "prune")  # forgets worktrees whose folders were deleted by hand
     git("worktree", "add", "--quiet", "--detach", str(folder), commit)
     return folder
 
@@ -162,9 +162,9 @@ def git(*arguments: str) -> None:
 
 
 def execute(root: Path, arguments: Sequence[str], side: str) -> None:
-    """Runs one of the programs of a side's folder, in it."""
+    """Runs a program of one side, in the folder of that side."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    environment.pop("PYTHONPATH", None)  # it could let one side import the other
+    environment.pop("PYTHONPATH", None)  # otherwise one side could import the code of the other
     done = subprocess.run([sys.executable, *arguments], cwd=root, env=environment, capture_output=True, text=True)
     if done.returncode:
         raise Stopped(f"{side}: {arguments[0]} ended with exit code {done.returncode}: {last_line(done.stderr)}")
@@ -175,14 +175,14 @@ def last_line(text: str) -> str:
 
 
 def remove_files(folder: Path) -> None:
-    """Removes what an earlier comparison wrote, lest it be taken for this one's."""
+    """Removes the files of an earlier comparison, so that they are not mistaken for new ones."""
     for file in folder.glob("*"):
         if file.is_file():
             file.unlink()
 
 
 def differences(base: Path, head: Path) -> Iterator[str]:
-    """Yields where the files of two runs differ, with both values."""
+    """Yields the differences between the files of two runs, with both values."""
     names = [name for pattern in COMPARED for name in sorted({path.name for side in (base, head) for path in side.glob(pattern)})]
     if "result.json" not in names:
         yield "result.json: neither side wrote one"
@@ -194,7 +194,7 @@ def differences(base: Path, head: Path) -> Iterator[str]:
 
 
 def read(path: Path) -> object:
-    """Returns what a file holds, but for what differs from run to run."""
+    """Reads a file, without the entries that differ from run to run."""
     if path.suffix == ".pth":
         content = torch.load(path, map_location="cpu", weights_only=True)
     else:
@@ -207,7 +207,7 @@ def read(path: Path) -> object:
 
 
 def leaves_that_differ(base: object, head: object, where: str) -> Iterator[str]:
-    """Yields every number, text or tensor that differs, to the last digit, and every entry that one side lacks."""
+    """Yields every number, text or tensor that differs, even in the last digit, and every entry that one side lacks."""
     if isinstance(base, list | tuple) and isinstance(head, list | tuple):
         base, head = dict(enumerate(base)), dict(enumerate(head))
     if isinstance(base, dict) and isinstance(head, dict):
@@ -219,12 +219,12 @@ def leaves_that_differ(base: object, head: object, where: str) -> Iterator[str]:
                 yield f"{place}: only {'base' if key in base else 'head'} has it"
     elif isinstance(base, torch.Tensor) and isinstance(head, torch.Tensor):
         yield from tensors_that_differ(base, head, where)
-    elif repr(base) != repr(head):  # 1 is not 1.0 here, and a NaN is itself
+    elif repr(base) != repr(head):  # by repr, 1 differs from 1.0, and NaN equals NaN
         yield f"{where}: base {base!r}, head {head!r}"
 
 
 def tensors_that_differ(base: torch.Tensor, head: torch.Tensor, where: str) -> Iterator[str]:
-    """Yields the first number that differs, if one does."""
+    """Yields the first number that differs, if any."""
     if (base.dtype, base.shape) != (head.dtype, head.shape):
         yield f"{where}: base {base.dtype} {tuple(base.shape)}, head {head.dtype} {tuple(head.shape)}"
         return

@@ -1,9 +1,9 @@
-"""The whole way on a small world: data, uncompressed evaluation, compression, and a report. Run by `make demo`.
+"""Runs all steps on the small Shapes data: data, uncompressed evaluation, compression and a report. Run by `make demo`.
 
     python tools/demo.py --task nlvr
 
-Writes output/demo/TASK_pX/ (a run each), output/demo/summary.json (their results) and output/demo/report.html; the last task's
-take the place of those before.
+Writes output/demo/TASK_pX/ (one run each), output/demo/summary.json (their results) and output/demo/report.html. The summary and
+the report of an earlier demo are replaced.
 """
 
 import argparse
@@ -34,15 +34,15 @@ from utils import run_main
 
 ROOT = Path(__file__).resolve().parents[1]
 OUTPUT, SHAPES = Path("output/demo"), Path("datasets/shapes")
-SEED = 7  # of the data; another than pretraining's: its pictures have not been seen
+SEED = 7  # seed of the data; differs from that of pretraining, so that the pictures are new to the model
 
-DEMO_EPOCHS = 3  # fewer than the config's: they have to fit the demo's minutes
+DEMO_EPOCHS = 3  # fewer than in the config, so that the demo takes only minutes
 SHORT = ["--epoch", str(DEMO_EPOCHS), "--set", "ramp_epochs=1"]
 
-# What is measured for the report.
+# Measurements for the report.
 TIMED_BATCHES, TIMED_ROUNDS = 2, 9
 COUNTED_SAMPLES = 512
-DRAWN = (0.0, 0.25, 0.5, 0.75, 1.0)  # of the counted samples, these ranks of the tokens that they keep are drawn
+DRAWN = (0.0, 0.25, 0.5, 0.75, 1.0)  # the counted samples are sorted by tokens kept, and those at these ranks are drawn
 
 
 def main() -> None:
@@ -57,17 +57,17 @@ def main() -> None:
     folders, programs = [], {}
     for p in (0.0, *task.reductions):
         folders.append(OUTPUT / f"{name}_p{p:g}")
-        shutil.rmtree(folders[-1], ignore_errors=True)  # an earlier demo's
+        shutil.rmtree(folders[-1], ignore_errors=True)  # remove the run of an earlier demo
         command = [script, "--config", str(config_of(name)), "--p", f"{p:g}", "--output_dir", str(folders[-1])]
         programs[f"p = {p:g}"] = command + (SHORT if p else ["--evaluate"])
     headline("2/4 uncompressed evaluation")
     commands.append(execute(programs.pop("p = 0")))
     headline(f"3/4 compression at {' and '.join(programs)}")
-    # Models this small gain nothing from a second core, but another run does.
+    # On a CPU the runs go side by side: a model this small gains nothing from a second core.
     commands += map(execute, programs.values()) if torch.cuda.is_available() else execute_side_by_side(programs)
     headline("4/4 report")
     runs, report = gather(task, folders, commands)
-    columns = zip(*table(runs), strict=True)  # a column a run: it fits a terminal
+    columns = zip(*table(runs), strict=True)  # one column per run, which fits a terminal
     print(f"\n{text_table(list(columns))}\n\n{report} ({minutes(time.time() - started)})")
 
 
@@ -76,13 +76,13 @@ def config_of(name: str) -> Path:
 
 
 def data_command(task: Demo, folder: Path, size: int) -> list[str]:
-    """Writes a Shapes data set of `size` to `folder`, unless the same one is there."""
+    """Returns the command that writes a Shapes data set of `size` to `folder`, unless the same one is there."""
     command = ["tools/make_shapes.py", "--out", str(folder), "--seed", str(SEED), "--size", str(size), "--tasks", task.shapes]
     return command + task.options.split()
 
 
 def execute(arguments: Sequence[str]) -> str:
-    """Run one of the project's programs as a user would, its output on this terminal; leaves with its exit code if it fails.
+    """Runs a program of the project with its output on this terminal. Exits with its exit code if it fails.
 
     Returns the command line.
     """
@@ -96,8 +96,10 @@ def execute(arguments: Sequence[str]) -> str:
 
 
 def execute_side_by_side(programs: Mapping[str, Sequence[str]]) -> list[str]:
-    """The same of several at a time, each on its share of the processor. A line of output begins with the name of its program; of
-    progress bars there is the first program's. When one fails the others are stopped.
+    """Runs several programs at once, each with its share of the CPU cores. Returns their command lines.
+
+    Each line of output starts with the name of its program. Only the progress bars of the first program are shown. If one
+    fails, the others are stopped.
     """
     share = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // len(programs)))}
     running: dict[str, subprocess.Popen] = {}
@@ -134,11 +136,11 @@ def announce(arguments: Sequence[str]) -> None:
 def leave_if_failed(arguments: Sequence[str], code: int) -> None:
     if code:
         print(f"error: the demo stopped: {arguments[0]} ended with exit code {code}", file=sys.stderr)
-        sys.exit(code if code > 0 else 128 - code)  # below 0: the number of a signal
+        sys.exit(code if code > 0 else 128 - code)  # a negative code is the number of a signal
 
 
 def gather(task: Demo, folders: Sequence[Path], commands: Sequence[str]) -> tuple[list[ReportedRun], Path]:
-    """Measure the models of the runs, write summary.json and report.html."""
+    """Measures the models of the runs, and writes summary.json and report.html."""
     results = [json.loads((folder / "result.json").read_text()) for folder in folders]
     views = [open_run(folder) for folder in folders]
     speeds, timed = throughput(views)
@@ -159,7 +161,7 @@ def gather(task: Demo, folders: Sequence[Path], commands: Sequence[str]) -> tupl
 
 
 def open_run(folder: Path) -> View:
-    """The model that a run left behind; of an evaluation, the one that it evaluated."""
+    """Opens the model that a run saved or, for an evaluation, the one that it evaluated."""
     config = load_any_config(folder / "config.yaml")
     return open_view(config, config.pretrained if config.evaluate else folder / "checkpoint_best.pth")
 
@@ -170,9 +172,10 @@ def read_log(folder: Path) -> list[dict]:
 
 
 def throughput(views: Sequence[View]) -> tuple[list[float], int]:
-    """Images per second of each model on the same real test samples, in memory; and the number of samples.
+    """Measures the images per second of each model on the same test samples, held in memory. Also returns the number of samples.
 
-    The models take turns, so that a machine that slows down slows all of them; the median of the rounds after a warm-up counts.
+    The models take turns, so that a slower phase of the machine affects all of them. The result is the median over the rounds
+    after a warm-up round.
     """
     ids = views[0].ids[: TIMED_BATCHES * views[0].config.batch_size_test]
     batches = list(views[0].batches(ids))
@@ -195,7 +198,7 @@ def synchronised_time(view: View) -> float:
 
 
 def count_tokens(view: View, ids: Sequence[str]) -> tuple[dict[str, np.ndarray], list[int]]:
-    """Tower -> (pictures or texts, 1 + blocks) tokens; and the tokens that each sample keeps to the end."""
+    """Counts tokens. Returns tower -> (images or texts, 1 + blocks), and the number of tokens that each sample keeps to the end."""
     counts, left = [], []
     for batch in view.batches(ids):
         output = view.forward(batch)
@@ -205,7 +208,10 @@ def count_tokens(view: View, ids: Sequence[str]) -> tuple[dict[str, np.ndarray],
 
 
 def draw_samples(compressed: Sequence[tuple[ReportedRun, View]], ranked: Sequence[str]) -> list[Picture]:
-    """The same test samples under each compressed model: from few tokens kept to many, as the first of these ranks them."""
+    """Draws the same test samples under each compressed model.
+
+    `ranked` holds the sample ids by the number of tokens that the first of these models keeps, fewest first.
+    """
     chosen = [ranked[round(rank * (len(ranked) - 1))] for rank in DRAWN]
     print(f"drawing {len(chosen)} test samples", flush=True)
     drawn = [{sample.id: sample for batch in view.batches(chosen) for sample in view.samples(batch)} for _, view in compressed]
@@ -222,10 +228,10 @@ def draw_samples(compressed: Sequence[tuple[ReportedRun, View]], ranked: Sequenc
 
 def counting_notes(result: dict) -> list[str]:
     return [
-        "GFLOPs are billions of multiply-adds per sample at true text lengths, padding left out, pruning's own cost included;"
-        " the mean over the calibration slice, a part of the training split. 'fewer' is p as measured there."
-        " The test split's mean stands beside it.",
-        "The checkpoint is chosen on validation; test is evaluated once."
+        "GFLOPs are billions of multiply-adds per sample at true text lengths, without padding, including the cost of pruning:"
+        " the mean over the calibration subset, a part of the training split. 'fewer' is p as measured there."
+        " The mean over the test split is shown next to it.",
+        "The checkpoint is selected on the validation split; the test split is evaluated once."
         f" Keep rule: {result['keep']}; variant: {result['variant']}; seed {result['seed']}.",
     ]
 
@@ -242,7 +248,7 @@ def timing_notes(view: View, samples: int) -> list[str]:
 
 
 def cpu_name() -> str:
-    """As Linux tells it, or the kind of processor."""
+    """Returns the name of the CPU on Linux, elsewhere its architecture."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

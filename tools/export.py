@@ -1,14 +1,15 @@
-"""A run's compressed weights as one .safetensors file to hand on, with what predicting and evaluating need beside them.
+"""Exports the compressed weights of a run to a .safetensors file, with all that prediction and evaluation need.
 
     python tools/export.py --checkpoint output/nlvr_p0.8/checkpoint_best.pth --out output/nlvr_p0.8_exported
     python tools/export.py --checkpoint output/nlvr_p0.8/checkpoint_best.pth --out output/small --packed --half
 
---out is a folder, which gets model.safetensors and config.yaml, or the path of a .safetensors file, beside which config.yaml goes.
-Both work as any run's: `tools/predict.py --checkpoint FILE`, `compress_*_dtp.py --config CONFIG --evaluate --pretrained FILE`.
-What training alone uses, as momentum encoders and queues, is left out; retrieval's GFLOPs of a training step are then those with
-momentum encoders that equal the others.
---packed stores of N:M sparse weights the values that are kept and their places; what reads the file gets the weights whole, to the
-bit. --half rounds to float16.
+--out is a folder for model.safetensors and config.yaml, or the path of a .safetensors file; config.yaml is then written next to it.
+Both are used like the files of a run: `tools/predict.py --checkpoint FILE`, `compress_*_dtp.py --config CONFIG --evaluate
+--pretrained FILE`.
+Parts that only training uses, such as momentum encoders and queues, are left out. The GFLOPs of a retrieval training step are then
+counted as if the momentum encoders had the weights of the online encoders.
+--packed stores only the kept values of N:M sparse weights and their positions. Loading restores the weights to the bit. --half
+rounds to float16.
 """
 
 import argparse
@@ -33,7 +34,13 @@ MIB = 2**20
 
 @dataclass
 class Exported:
-    """What was written. dense, now: bytes, of all weights in float32 and of the file."""
+    """The result of an export.
+
+    path: the file
+    dense: bytes of all weights in float32
+    now: bytes of the file
+    parameters, nonzero: number of all parameters, and of those that are not zero
+    """
 
     path: Path
     dense: int
@@ -49,17 +56,26 @@ class Exported:
 
 
 def export(checkpoint: Path, config: Path | None, out: Path, packed: bool, half: bool, task: str | None = None) -> Exported:
-    """Write the weights of a checkpoint, and its config beside them.
+    """Writes the weights of a checkpoint, and its config.yaml next to them.
+
+    Args:
+        checkpoint: the file that a run saved.
+        config: the config.yaml of the run; None if it is next to the checkpoint.
+        out: a folder, or a .safetensors file.
+        packed: store only the kept values of sparse weights.
+        half: round to float16.
+        task: the task, if the config has no key 'task'.
 
     Raises:
-        UserError: when the checkpoint is not what it says it is, or something else is where the files would go.
+        UserError: when the checkpoint is inconsistent, or other files are in the way.
     """
     saved = read_checkpoint(checkpoint)
     path = out if out.suffix == ".safetensors" else out / "model.safetensors"
     if out.is_file() and out != path or path.exists() and path.samefile(checkpoint):
-        raise UserError(f"--out {out}: is a file that is there already; give a folder, or another .safetensors file")
+        raise UserError(f"--out {out}: the file is there already; give a folder, or another .safetensors file")
     settings = load_any_config(config or checkpoint.with_name("config.yaml"), saved_rule(saved), task)
-    used = (name for name in saved["model"] if is_read(name) or name == "temp")  # by which a teacher divides
+    # temp, the contrastive temperature, is needed to use the model as a teacher.
+    used = (name for name in saved["model"] if is_read(name) or name == "temp")
     weights = {name: saved["model"][name].detach() for name in used}
     state = {"task": settings.task, **{key: saved[key] for key in SAVED if key in saved}}
     pattern = checked_pattern(settings, weights, saved, checkpoint)
@@ -76,15 +92,15 @@ def export(checkpoint: Path, config: Path | None, out: Path, packed: bool, half:
 
 
 def checked_pattern(config: Config, weights: Mapping[str, Tensor], saved: Mapping, source: Path) -> Pattern | None:
-    """The pattern of the masked weights, which they have; None where none are masked.
+    """Returns the pattern of the masked weights, after checking that they have it; None if no weights are masked.
 
     Raises:
-        UserError: when one of them is missing, or has more that is not zero.
+        UserError: when a masked weight is missing, or has more nonzero values than the pattern allows.
     """
     if not saved.get("masked"):
         return None
     if config.pattern is None:
-        raise UserError(f"{source}: has masked weights, but no sparsity_type says how; give the run's own --config")
+        raise UserError(f"{source}: has masked weights, but no sparsity_type says how; give the config of that run with --config")
     pattern = Pattern(*config.pattern)
     for name in saved["masked"]:
         if name not in weights:
@@ -113,12 +129,12 @@ def write_config(config: Config, path: Path) -> None:
 @torch.no_grad()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", type=Path, required=True, metavar="FILE", help="the weights that a run made")
-    parser.add_argument("--config", type=Path, metavar="FILE", help="the run's config.yaml, where it does not lie beside them")
-    parser.add_argument("--task", choices=TASKS, help="where the file has no key 'task'")
+    parser.add_argument("--checkpoint", type=Path, required=True, metavar="FILE", help="checkpoint that a run saved")
+    parser.add_argument("--config", type=Path, metavar="FILE", help="config.yaml of the run, if not next to the checkpoint")
+    parser.add_argument("--task", choices=TASKS, help="the task, if the config has no key 'task'")
     parser.add_argument("--out", type=Path, required=True, help="a folder, or a .safetensors file")
-    parser.add_argument("--packed", action="store_true", help="store what is kept of sparse weights, and where it goes")
-    parser.add_argument("--half", action="store_true", help="float16")
+    parser.add_argument("--packed", action="store_true", help="store only the kept values of sparse weights, and their positions")
+    parser.add_argument("--half", action="store_true", help="round to float16")
     args = parser.parse_args()
     print(export(args.checkpoint, args.config, args.out, args.packed, args.half, args.task).report())
 

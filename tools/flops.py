@@ -1,13 +1,14 @@
-"""GFLOPs and parameters of a model, from its config alone: no data, no weights, no tokenizer.
+"""Counts the GFLOPs and parameters of a model from its config, without data, weights or tokenizer.
 
     python tools/flops.py --config configs/nlvr.yaml [--temperature T | --p P] [--json]
 
-Counts the paper's reference case (NLVR2: two images, 36 text tokens; retrieval: a pair in a training step, its text padded to
-the longest) by closed form and by fvcore, and what a sample costs in deployment: a pair with its text read once, a caption of
-`max_length` tokens written, a question with its answer ranked among `k_test`, or written. With --temperature the model prunes;
-with --p the temperature that removes this share is looked for first. Scores of random weights mean little, so give --pretrained
-for a trained model's counts; the two ways of counting must agree whatever the weights are. Of a config with sparse weights --p is
-what tokens and weights remove together, and the closed form counts N:M layers at N / M, which fvcore does not.
+Counts the paper's reference case in closed form and with fvcore (NLVR2: two images, 36 text tokens; retrieval: a pair in a training
+step, its text padded to the maximum). Also counts a sample in deployment: a pair whose text is read once, the writing of a caption
+of `max_length` tokens, or a question whose answer is ranked among `k_test` candidates or written.
+--temperature prunes at that temperature; --p searches the temperature that removes this share. Random weights give meaningless
+scores, so use --pretrained for the counts of a trained model. The closed form and fvcore agree for any weights, unless the config
+has sparse weights: the closed form counts N:M layers at N / M, fvcore does not. --p is then the share that tokens and weights
+remove together.
 """
 
 import argparse
@@ -36,12 +37,12 @@ from utils import UserError, run_main
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True, type=Path)
-    parser.add_argument("--task", choices=TASKS, help="where the file has no key 'task'")
+    parser.add_argument("--task", choices=TASKS, help="the task, if the config has no key 'task'")
     parser.add_argument("--pretrained", help="weights to load")
     strength = parser.add_mutually_exclusive_group()
     strength.add_argument("--temperature", type=float, help="prune at this temperature")
     strength.add_argument("--p", type=float, help="prune at the temperature that removes this share of the GFLOPs")
-    parser.add_argument("--json", action="store_true", help="one JSON object instead of a table")
+    parser.add_argument("--json", action="store_true", help="print a JSON object instead of a table")
     args = parser.parse_args()
     pruned = args.temperature is not None or bool(args.p)
     config = load_any_config(args.config, {"p": args.p or (0.5 if pruned else 0.0)}, args.task)
@@ -71,7 +72,7 @@ def main() -> None:
 
 
 def as_sparse(sparse: SparseWeights | None, masked: list[str] | None) -> AbstractContextManager:
-    """Inside, the weights that a checkpoint lists as masked are counted as sparse; without such a list all that may be."""
+    """Returns a context manager in which the weights `masked` are counted as sparse; all that can be sparse if it is None."""
     return sparse.counted(sparse.weights if masked is None else masked) if sparse else nullcontext()
 
 
@@ -82,7 +83,7 @@ def count(
     setting: PruneSetting,
     deployment: Callable[[torch.nn.Module, Inputs, Guidance], torch.Tensor],
 ) -> dict:
-    """Counts a pass in closed form and by fvcore; `deployment` returns the GFLOPs (1,) of a sample in use."""
+    """Counts a pass in closed form and with fvcore. `deployment` returns the GFLOPs (1,) of a sample in deployment."""
     guidance = Guidance(setting)
     by_module = {name: float(value[0]) for name, value in model.costs(*inputs, guidance=guidance)[0].items()}
     counted = sum(fvcore_gflops(model, inputs, guidance).values())
@@ -98,7 +99,11 @@ def total(model: torch.nn.Module, inputs: Inputs, setting: PruneSetting) -> floa
 
 
 def setting_for(model: torch.nn.Module, inputs: Inputs, p: float, prune_from: int, dense: float) -> PruneSetting:
-    """What brings the model to a share 1 - p of the `dense` GFLOPs: nothing, where sparse weights do so alone."""
+    """Finds the setting that brings the model to a share 1 - p of the `dense` GFLOPs. OFF if sparse weights suffice.
+
+    Raises:
+        UserError: when no setting does; names the possible range of p.
+    """
 
     def measure(setting: PruneSetting) -> float:
         return total(model, inputs, setting)

@@ -1,6 +1,6 @@
-"""Write a Shapes data set in the published formats, unless the same one is there.
+"""Writes a Shapes data set in the published formats, unless the same one is there.
 
-python tools/make_shapes.py --out shapes --seed 1 --size 20000 --statements-per-pair 4
+    python tools/make_shapes.py --out shapes --seed 1 --size 20000 --statements-per-pair 4
 """
 
 import argparse
@@ -21,22 +21,22 @@ WRITTEN = {"nlvr": "nlvr_*.json", "retrieval": "flickr30k_*.json", "caption": "c
 
 
 def show_progress(results: Iterable, total: int, label: str) -> Iterable:
-    """A progress bar over chunks, on a terminal only."""
+    """Shows a progress bar over chunks, on a terminal only."""
     return tqdm(results, total=total, desc=label, unit="chunk", disable=None)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True, help="folder of the data set")
     parser.add_argument("--seed", type=int, required=True)
-    parser.add_argument("--size", type=int, required=True, help="training pairs, and pictures")
+    parser.add_argument("--size", type=int, required=True, help="number of training pairs, and of training pictures")
     parser.add_argument("--tasks", default=",".join(TASKS), help="some of " + ",".join(TASKS))
-    parser.add_argument("--statements-per-pair", type=int, default=1, help="in training (NLVR2)")
-    parser.add_argument("--eval-size", type=int, default=4000, help="pairs, and pictures, a split")
-    parser.add_argument("--val-size", type=int, help="of the validation split, where it is another")
-    parser.add_argument("--workers", type=at_least_one, help="processes; all cores by default")
-    parser.add_argument("--most-things", type=int, default=FULL.most, help="in a picture; fewer is easier")
-    parser.add_argument("--templates", default=",".join(FULL.templates), help="some of " + ",".join(FULL.templates))
+    parser.add_argument("--statements-per-pair", type=int, default=1, help="NLVR2: statements per training pair")
+    parser.add_argument("--eval-size", type=int, default=4000, help="number of pairs, and of pictures, in val and in test")
+    parser.add_argument("--val-size", type=int, help="number for val, if it differs from test")
+    parser.add_argument("--workers", type=at_least_one, help="number of processes; default: all cores")
+    parser.add_argument("--most-things", type=int, default=FULL.most, help="most things in a picture; fewer is easier")
+    parser.add_argument("--templates", default=",".join(FULL.templates), help="NLVR2: some of " + ",".join(FULL.templates))
     args = parser.parse_args()
     tasks, level = args.tasks.split(","), Level(args.most_things, tuple(args.templates.split(",")))
     val_size = args.eval_size if args.val_size is None else args.val_size
@@ -49,7 +49,7 @@ def main() -> None:
                 print(f"{args.out}: made before by the same command and code, used again")
                 return
         elif found := others(args.out, tasks):
-            raise UserError(f"{found}: this program did not make it, or not by itself; move it away, or give another --out")
+            raise UserError(f"{found}: this program did not make it, or made it with other --tasks; move it, or give another --out")
         args.out.mkdir(parents=True, exist_ok=True)
         write_json({**stamp, "complete": False}, path)
         make_shapes(
@@ -62,12 +62,12 @@ def main() -> None:
 
 
 def others(out: Path, tasks: Iterable[str]) -> Path | None:
-    """A file that these tasks would write, and that is there already."""
+    """Finds a file that these tasks would write but that exists already; None if there is none."""
     return next((found for task in tasks if task in WRITTEN for found in sorted((out / "annotations").glob(WRITTEN[task]))), None)
 
 
 def digest(folder: Path) -> str:
-    """Of the Python files of a folder: data made by other code are other data."""
+    """Hashes the Python files of a folder: other code makes other data."""
     return hashlib.sha256(b"".join(file.read_bytes() for file in sorted(folder.glob("*.py")))).hexdigest()[:16]
 
 

@@ -1,13 +1,14 @@
-"""What a checkpoint says of your own pictures, and what that costs. Of any task's run; its config.yaml lies beside it.
+"""Predicts for your own images with the checkpoint of a run of any task, and counts the GFLOPs.
 
     python tools/predict.py --checkpoint output/nlvr_p0.5/checkpoint_best.pth --image a.jpg --image b.jpg --text "Both are red."
     python tools/predict.py --checkpoint output/vqa_p0.5/checkpoint_best.pth --image a.jpg --text "What is on the table?"
     python tools/predict.py --checkpoint output/caption_p0.4/checkpoint_best.pth --image a.jpg
     python tools/predict.py --checkpoint output/coco_p0.45/checkpoint_best.pth --image a.jpg --text "a dog" --text "a cat"
 
-Retrieval ranks several texts for one picture, or several pictures for one text. Weights that came without a temperature want a
---config and run dense. GFLOPs are those of the whole answer, "uncompressed" of the same answer with nothing pruned, no weight
-either. --explain draws what survives in each block, as tools/visualize.py.
+The config.yaml of the run must be next to the checkpoint, or be given with --config. Retrieval ranks several texts for one image,
+or several images for one text. Weights without a temperature need a --config and run dense. GFLOPs are those of the whole answer;
+"uncompressed" is the same answer without pruned tokens or sparse weights. --explain draws the tokens kept in each block, like
+tools/visualize.py.
 """
 
 import argparse
@@ -28,10 +29,10 @@ from utils import UserError, run_main
 
 
 def check_inputs(images: Sequence[str], texts: Sequence[str], explain: Path | None) -> None:
-    """What can be said before there is a model.
+    """Checks the inputs as far as that is possible without a model.
 
     Raises:
-        UserError: for a picture that is not there, a text without words, or a drawing that is no .png.
+        UserError: when an image is missing, a text has no words, or the path `explain` does not end in .png.
     """
     for path in images:
         if not Path(path).exists():
@@ -47,17 +48,17 @@ def check_inputs(images: Sequence[str], texts: Sequence[str], explain: Path | No
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--checkpoint", required=True, metavar="FILE", help="the weights that a run made, or those of a dense model"
+        "--checkpoint", required=True, metavar="FILE", help="checkpoint of a run, or weights of a dense model"
     )
-    parser.add_argument("--config", metavar="FILE", help="the run's config.yaml, where it does not lie beside the checkpoint")
-    parser.add_argument("--task", choices=TASKS, help="where the file has no key 'task'")
-    parser.add_argument("--image", action="append", default=[], metavar="FILE", help="a picture; may come again")
-    parser.add_argument("--text", action="append", default=[], metavar="TEXT", help="a sentence or a question; may come again")
-    parser.add_argument("--explain", type=Path, metavar="PNG", help="draw what survives in each block")
-    parser.add_argument("--device", help="cpu or cuda; cuda when there is one")
-    parser.add_argument("--json", action="store_true", help="one JSON object instead of lines")
+    parser.add_argument("--config", metavar="FILE", help="config.yaml of the run, if not next to the checkpoint")
+    parser.add_argument("--task", choices=TASKS, help="the task, if the config has no key 'task'")
+    parser.add_argument("--image", action="append", default=[], metavar="FILE", help="an image; may be repeated")
+    parser.add_argument("--text", action="append", default=[], metavar="TEXT", help="a sentence or a question; may be repeated")
+    parser.add_argument("--explain", type=Path, metavar="PNG", help="draw the tokens kept in each block")
+    parser.add_argument("--device", help="cpu, cuda or cuda:N; default: cuda if available")
+    parser.add_argument("--json", action="store_true", help="print a JSON object instead of lines")
     args = parser.parse_args()
-    logging.basicConfig(level=logging.WARNING, stream=sys.stderr)  # else a run's log goes to where the answer goes
+    logging.basicConfig(level=logging.WARNING, stream=sys.stderr)  # keeps log messages out of stdout, which is for the answer
     check_inputs(args.image, args.text, args.explain)
     opened = open_checkpoint(args.checkpoint, args.config, args.device, args.task)
     config, device = opened.task.config, opened.task.run.device

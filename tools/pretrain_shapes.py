@@ -1,25 +1,25 @@
-"""Train an uncompressed Shapes model from nothing, by stages, each from the weights of the one before.
+"""Trains an uncompressed Shapes model from scratch, in stages. Each stage starts from the weights of the one before.
 
     python tools/pretrain_shapes.py --task nlvr --work output/pretrain
 
-nlvr            vision   the image encoder names what each patch shows and where it is, the class token counts, as BLIP's image
-                         encoder starts from a trained classifier
-                reading  the text encoder tells what either picture holds of a statement (how many, in which row), the image
-                         encoder frozen; of the ground it sees a random share, so that how much is shown says nothing
-                         (PatchDropout, Liu et al., 2023)
-                joint    both encoders together, on what is true alone, as they will be compressed
-                sparse   the same with little ground shown to the image encoder too, while the class token tells after every
-                         block what the things are
-retrieval       pairs    from the encoders of the model for NLVR2: pictures and captions find each other among near-alike ones,
-                         little of the ground shown, while the class token tells after every block what the things are
-retrieval_clip  vision   as above
-                pairs    as above
-caption         captions from the encoders of the model for NLVR2, the decoder from that of texts: captions are written, little of
-                         the ground shown
-vqa             answers  from the encoders of the model for NLVR2: questions are answered, little of the ground shown
+nlvr            vision   the image encoder learns to name the content and position of each patch, and the class token to count,
+                         since BLIP's image encoder also starts from a trained classifier
+                reading  the text encoder learns to tell the evidence for a statement in either picture (a count or a row), with the
+                         image encoder frozen; it sees a random share of the background patches, so that their number carries no
+                         information (PatchDropout, Liu et al., 2023)
+                joint    both encoders learn together whether statements are true, as in compression
+                sparse   the same, but the image encoder too sees only a few background patches, and a head on the class token of
+                         every block must name the things
+retrieval       pairs    starts from the NLVR2 model's encoders; contrastive and matching losses on similar pictures and captions,
+                         with few background patches and heads on the class tokens as above
+retrieval_clip  vision   as for nlvr
+                pairs    as for retrieval
+caption         captions starts from the NLVR2 model, whose text encoder initialises the decoder; caption loss, with few background
+                         patches
+vqa             answers  starts from the NLVR2 model's encoders; answer loss, with few background patches
 
-A stage that has left its weights is not run again. The weights go to pretrained/shapes/TASK.safetensors in half precision, the
-logs beside them, with the metrics on fresh test data.
+A stage whose weights exist is skipped. The weights are written to pretrained/shapes/TASK.safetensors in half precision, with a log
+next to them that ends with the metrics on new test data.
 """
 
 import argparse
@@ -44,7 +44,7 @@ from utils import UserError, run_main, seed_everything
 
 ROOT = Path(__file__).resolve().parents[1]
 PRETRAINED = ROOT / "pretrained/shapes"
-SHARED = ("common",)  # modules of tools/stages that are no task's
+SHARED = ("common",)  # modules of tools/stages that belong to no task
 
 
 def main() -> None:
@@ -86,13 +86,13 @@ def config_of(task: str) -> Path:
 
 
 def publish(model: nn.Module, out: Path) -> None:
-    """Half precision; momentum weights, which start as the others, and buffers such as queues are left out."""
+    """Writes the weights in half precision, without momentum encoders (which start as copies) and buffers such as queues."""
     weights = {name: weight for name, weight in model.named_parameters() if not name.split(".")[0].endswith("_m")}
     save_file({name: weight.detach().half().contiguous() for name, weight in weights.items()}, out)
 
 
 def test(args: argparse.Namespace, recipe: Recipe, words: Path, work: Path) -> None:
-    """Evaluates what was published, on samples that no stage has seen."""
+    """Evaluates the published weights on samples that no stage has seen."""
     data = work / "data"
     run([sys.executable, "tools/make_shapes.py", "--out", str(data), "--seed", str(args.seed + 1), *recipe.data])
     script = TASKS[args.task].config_class.script
@@ -106,7 +106,7 @@ def test(args: argparse.Namespace, recipe: Recipe, words: Path, work: Path) -> N
 def run(command: list[str]) -> None:
     print("$ " + " ".join(["python", *command[1:]]), flush=True)
     if subprocess.run(command, cwd=ROOT, check=False).returncode:
-        raise UserError(f"{command[1]} failed; its message stands above; mend it and start again: finished stages are kept")
+        raise UserError(f"{command[1]} failed; see its message above, fix the cause and start again: finished stages are kept")
 
 
 if __name__ == "__main__":

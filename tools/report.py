@@ -1,6 +1,6 @@
-"""The demo's report: one HTML file that needs nothing beside it. What it shows holds for every task.
+"""The demo's report: a self-contained HTML file, the same for every task.
 
-Numbers come from the runs' result.json and log.txt; curves are embedded as SVG, pictures as PNG.
+Numbers come from the runs' result.json and log.txt. Curves are embedded as SVG, pictures as PNG.
 """
 
 import base64
@@ -17,16 +17,17 @@ from matplotlib.ticker import MaxNLocator, ScalarFormatter
 from tasks.registry import TASKS
 
 DENSE, COLOURS = "#6b7280", ("#2563a8", "#c2570c", "#2f7d4f", "#8b4a9c")
-BAND = (10, 90)  # percentiles
+BAND = (10, 90)  # percentiles of the shaded range
 
 
 @dataclass(frozen=True)
 class ReportedRun:
-    """A run, as the report shows it.
+    """The data of a run for the report.
 
-    result, log: the content of result.json and log.txt; no log for a run that only evaluated
-    images_per_second: on this machine
-    tokens: tower -> (samples, 1 + blocks) tokens entering the first block and leaving each
+    result: the content of result.json
+    log: the entries of log.txt; empty for a run that only evaluated
+    images_per_second: measured on this machine
+    tokens: tower -> (samples, 1 + blocks) number of tokens that enter the first block and that leave each block
     """
 
     result: Mapping
@@ -50,13 +51,13 @@ class Picture:
 
 
 def table(runs: Sequence[ReportedRun]) -> list[list[str]]:
-    """The comparison, its header first. The first run is the one that the others are compared with."""
+    """Returns the rows of the comparison, the header first. The other runs are compared with the first run."""
     rows = [_cells(run, runs[0]) for run in runs]
     return [list(rows[0]), *(list(row.values()) for row in rows)]
 
 
 def _cells(run: ReportedRun, first: ReportedRun) -> dict[str, str]:
-    """A run's row by the words above it. What a sample costs in deployment is shown where that is not what p counts."""
+    """Returns the cells of a run by column title. The cost in deployment is shown if it differs from the one that p counts."""
     gflops, whole = run.result["gflops"], first.result["gflops"]
     cells = {"model": run.label}
     for number, (words, names) in enumerate(TASKS[run.result["task"]].columns.items()):
@@ -87,7 +88,7 @@ def _strength(run: ReportedRun) -> str:
 
 
 def text_table(rows: Sequence[Sequence[str]]) -> str:
-    """Columns as wide as they need to be, the first flush left."""
+    """Formats rows as a text table. The first column is left-aligned, the others right-aligned."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = []
     for row in rows:
@@ -97,7 +98,7 @@ def text_table(rows: Sequence[Sequence[str]]) -> str:
 
 
 def budget_figure(runs: Sequence[ReportedRun]) -> Figure:
-    """GFLOPs with their target, and the temperature, epoch by epoch."""
+    """Plots the GFLOPs with their target, and the temperature, over the epochs."""
     figure = Figure(figsize=(9.2, 3.1), layout="constrained")
     gflops, temperature = figure.subplots(1, 2)
     gflops.axhline(runs[0].result["gflops"]["uncompressed"], color=DENSE, linewidth=1.2, label="uncompressed")
@@ -120,7 +121,7 @@ def budget_figure(runs: Sequence[ReportedRun]) -> Figure:
 
 
 def tokens_figure(runs: Sequence[ReportedRun]) -> Figure:
-    """Tokens after each block: the mean over samples, and the band that holds most of them."""
+    """Plots the tokens after each block: the mean over samples, and the range between the percentiles BAND."""
     towers = list(runs[0].tokens)
     figure = Figure(figsize=(9.2, 3.1), layout="constrained")
     for axes, tower in zip(np.atleast_1d(figure.subplots(1, len(towers))), towers, strict=True):
@@ -158,12 +159,16 @@ def write_report(
     pictures: Sequence[Picture],
     commands: Sequence[str],
 ) -> None:
-    """
+    """Writes the report.
+
     Args:
-        runs: the uncompressed one first.
-        notes: how the numbers of the table were measured, a sentence each.
-        samples: how many test samples the curve of tokens is over.
-        commands: what was run, to be run again.
+        path: the HTML file.
+        title: the heading.
+        runs: the uncompressed run first.
+        notes: sentences that explain the numbers of the table.
+        samples: number of test samples in the plot of tokens.
+        pictures: drawings of single samples.
+        commands: the commands that made the runs, for the reader to repeat.
     """
     header, *rows = table(runs)
     parts = [
@@ -173,15 +178,15 @@ def write_report(
         "<ul class=notes>" + "".join(f"<li>{html.escape(note)}</li>" for note in notes) + "</ul>",
         "<h2>The GFLOPs budget, epoch by epoch</h2>",
         _svg(budget_figure(runs), "GFLOPs and temperature per epoch"),
-        "<p>After each epoch the temperature is chosen anew so that the calibration slice meets the target."
+        "<p>After each epoch the temperature is calibrated again, so that the calibration subset meets the target."
         " The target falls over the first epochs. The uncompressed model is only evaluated.</p>",
         "<h2>Tokens kept, block by block</h2>",
         _svg(tokens_figure(runs), "tokens kept per block"),
-        f"<p>Mean over {samples} test samples; the band holds their {BAND[0]} to {BAND[1]} % range."
-        " Class token and merged token are counted, padding is not.</p>",
+        f"<p>Mean over {samples} test samples; the band is the range from the {BAND[0]}th to the {BAND[1]}th percentile."
+        " The class token and the merged token are counted, padding is not.</p>",
         "<h2>Which patches and words survive</h2>",
-        "<p>Pale patches and struck-out words are pruned; the number below a picture is that of its patches left."
-        " A token in brackets begins or ends a text. The GFLOPs above are what the sample costs in deployment.</p>",
+        "<p>Pale patches and struck-out words are pruned. The number below an image is the number of patches kept."
+        " A token in brackets begins or ends a text. The GFLOPs above are the cost of the sample in deployment.</p>",
         *map(_figure, pictures),
         "<h2>Commands</h2>",
         f"<pre>{html.escape(chr(10).join(commands))}</pre>",

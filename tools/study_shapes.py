@@ -1,12 +1,12 @@
-"""What the Shapes results rest on: several seeds, pruning at random, pruning without fine-tuning, models that see less.
+"""Produces the Shapes results: several seeds, random pruning, pruning without fine-tuning, and models with restricted inputs.
 
     python tools/study_shapes.py --task nlvr --jobs 2
-    python tools/study_shapes.py --task nlvr --jobs 2 --arms      # tokens beside 2:4 weights, distillation, and both
-    python tools/study_shapes.py --task nlvr --jobs 2 --orders    # all three, in which order weights and tokens go
+    python tools/study_shapes.py --task nlvr --jobs 2 --arms      # token pruning with 2:4 weights, distillation, and both
+    python tools/study_shapes.py --task nlvr --jobs 2 --orders    # all three, with different orders of weights and tokens
 
-Makes the data, runs the task's script once a row and seed (a run that has ended by the same command is not run again), and after
-each run writes what there is to results/shapes_TASK.md and, the results themselves, to results/shapes_TASK.json; of the arms to
-shapes_TASK_arms.*, of the orders to shapes_TASK_orders.*.
+Makes the data and runs the task's script once per row and seed; a run that the same command has completed is not repeated. After
+each run the tables so far are written to results/shapes_TASK.md and the results to results/shapes_TASK.json (with --arms to
+shapes_TASK_arms.*, with --orders to shapes_TASK_orders.*).
 """
 
 import argparse
@@ -28,19 +28,19 @@ from utils import UserError, at_least_one, run_main
 
 ROOT = Path(__file__).resolve().parents[1]
 OUTPUT, RESULTS = Path("output/study"), Path("results")
-STUDY_SHAPES = Path("datasets/shapes_study")  # of tasks that want more data than their demo
+STUDY_SHAPES = Path("datasets/shapes_study")  # data of tasks whose study needs more than the demo
 SEEDS = (42, 43, 44)
-COMMAND = "command.txt"  # in a run's folder
+COMMAND = "command.txt"  # file in a run's folder that records its command
 ARMS_P = 0.8
-ALONE_P = 0.2  # less than 2:4 weights remove: then no token goes
+ALONE_P = 0.2  # less than 2:4 weights remove, so that no tokens are pruned
 WEIGHTS = "--set sparsity_type=2:4 --set order=together"
 ARMS = {", distilled": "--set distill=true", ", 2:4": WEIGHTS, ", 2:4, distilled": f"{WEIGHTS} --set distill=true"}
-ORDERS = ("weights_first", "tokens_first", "adaptive")  # beside together
+ORDERS = ("weights_first", "tokens_first", "adaptive")  # the orders other than together
 
 
 @dataclass(frozen=True)
 class Job:
-    """A row's run with one seed."""
+    """The run of a row with one seed."""
 
     row: str
     folder: Path
@@ -52,7 +52,7 @@ class Job:
 
     @property
     def has_run(self) -> bool:
-        """With this very command: what a row stands for may have changed."""
+        """Tells whether the run has completed with exactly this command: the meaning of a row may have changed since."""
         said = self.folder / COMMAND
         return self.result.is_file() and said.is_file() and said.read_text(encoding="utf-8") == shlex.join(self.command)
 
@@ -60,11 +60,11 @@ class Job:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--task", default="nlvr", choices=demonstrated())
-    parser.add_argument("--jobs", type=at_least_one, default=1, help="runs at a time, which share the processor's cores")
+    parser.add_argument("--jobs", type=at_least_one, default=1, help="number of runs at a time, which share the CPU cores")
     instead = parser.add_mutually_exclusive_group()
-    instead.add_argument("--arms", action="store_true", help=f"instead: what weights and distillation add at p = {ARMS_P:g}")
-    instead.add_argument("--orders", action="store_true", help="instead: what the order of weights and tokens makes of it")
-    parser.add_argument("--rows", help="run only these, by their names with ';' between them; the table has all that have been run")
+    instead.add_argument("--arms", action="store_true", help=f"instead: effect of sparse weights and distillation, p = {ARMS_P:g}")
+    instead.add_argument("--orders", action="store_true", help="instead: effect of the order of weights and tokens")
+    parser.add_argument("--rows", help="run only these rows, separated by ';'; the table shows all rows that have been run")
     args = parser.parse_args()
     os.chdir(ROOT)
     task = TASKS[args.task].demo
@@ -91,9 +91,15 @@ def main() -> None:
 
 
 def jobs_of(name: str, data: Path, rows: Mapping[str, tuple[str, bool]]) -> list[Job]:
-    """All runs, a first one of each row before the second of any; `data` is the folder of the data set, rows as of `rows_of`."""
+    """Lists all runs. The first seed of every row comes before any second seed, so that a full table is there early.
+
+    Args:
+        name: the task.
+        data: the folder of the data set.
+        rows: from `rows_of`, `arms_of` or `orders_of`.
+    """
     shared = [TASKS[name].config_class.script, "--config", str(config_of(name))]
-    if data != SHAPES:  # where the config looks
+    if data != SHAPES:  # the configs already point to SHAPES
         for key in TASKS[name].config_class.image_keys:
             shared += ["--set", f"{key}={data / 'images'}"]
         shared += ["--set", f"ann_root={data / 'annotations'}"]
@@ -106,7 +112,7 @@ def jobs_of(name: str, data: Path, rows: Mapping[str, tuple[str, bool]]) -> list
 
 
 def rows_of(name: str) -> dict[str, tuple[str, bool]]:
-    """Row -> its arguments, and whether it is run once a seed."""
+    """Returns row -> its arguments, and whether it is run with every seed."""
     demo = TASKS[name].demo
     reductions = demo.reductions
     rows = {"uncompressed": ("--p 0 --evaluate", False)}
@@ -117,7 +123,7 @@ def rows_of(name: str) -> dict[str, tuple[str, bool]]:
 
 
 def arms_of() -> dict[str, tuple[str, bool]]:
-    """The same of MADTP++: all arms cost the same, however much of it tokens or weights save."""
+    """Returns the rows of MADTP++, in the form of `rows_of`. All arms have the same GFLOPs, whether tokens or weights save them."""
     tokens = f"p = {ARMS_P:g}"
     arms = {tokens + name: (f"--p {ARMS_P:g} {arguments}".strip(), True) for name, arguments in {"": "", **ARMS}.items()}
     alone = f"--p {ALONE_P:g} --evaluate {WEIGHTS} --set method=none"
@@ -132,14 +138,14 @@ def arms_of() -> dict[str, tuple[str, bool]]:
 
 
 def orders_of() -> dict[str, tuple[str, bool]]:
-    """Of the arm with all three, `together`, and the other orders."""
+    """Returns the rows of the arm with tokens, weights and distillation: the order `together`, and the other orders."""
     name, arms = f"p = {ARMS_P:g}, 2:4, distilled", arms_of()
     others = {f"{name}, {order}": (arms[name][0].replace("together", order), True) for order in ORDERS}
     return {"uncompressed": arms["uncompressed"], name: arms[name], **others}
 
 
 def run(job: Job, at_a_time: int) -> None:
-    """Its output goes to `folder`.txt; `at_a_time` runs share the processor."""
+    """Runs a job, one of `at_a_time` that share the CPU cores. Its output goes to the file `folder`.txt."""
     if job.has_run:
         return
     job.result.unlink(missing_ok=True)
@@ -154,7 +160,7 @@ def run(job: Job, at_a_time: int) -> None:
 
 
 def write_results(task: str, jobs: Sequence[Job], name: str) -> str:
-    """The results of the runs that have ended, to files of this name; returns the table."""
+    """Writes the results of the completed runs to files with this name. Returns the table."""
     results: dict[str, list[dict]] = {}
     for job in jobs:
         if job.has_run:
@@ -168,7 +174,7 @@ def write_results(task: str, jobs: Sequence[Job], name: str) -> str:
 
 
 def table(name: str, results: Mapping[str, Sequence[dict]]) -> str:
-    """Markdown; of several seeds the mean and the standard deviation. The task's main metric stands for it."""
+    """Formats the results as a Markdown table of the task's main metric: mean and standard deviation over the seeds."""
     words, (metric, *_) = next(iter(TASKS[name].columns.items()))
     head = ("model", f"{words} (test)", f"{words} (val)", "GFLOPs (slice)", "fewer", "off target", "seeds")
     sparse = any(each["sparsity_type"] for found in results.values() for each in found)

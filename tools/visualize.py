@@ -1,9 +1,10 @@
-"""Pictures of what a compressed model still sees, block by block (as the paper's Fig. 4).
+"""Draws the patches and words that a compressed model keeps, block by block (like Fig. 4 of the paper).
 
     python tools/visualize.py --config output/demo/nlvr_p0.5/config.yaml --checkpoint output/demo/nlvr_p0.5/checkpoint_best.pth
 
-A row per image, a column per block: pruned patches fade. Below, the text after each text layer: pruned words are grey and struck
-out, and what the model says. Each sample becomes <out>/<id>.png; an --out that ends in .png takes all samples on one sheet.
+There is a row per image and a column per block; pruned patches fade. Below is the text after each text layer, with pruned words
+grey and struck out, and then the prediction. Each sample is written to <out>/<id>.png. If --out ends in .png, all samples are drawn
+on one sheet.
 """
 
 import argparse
@@ -20,16 +21,16 @@ from tasks.registry import TASKS, load_any_config, open_view
 from tasks.view import Sample, spread
 from utils import UserError, run_main
 
-# Inches, points and shades of a drawing.
+# Sizes (in inches), font sizes (in points) and colours of a drawing.
 CELL, COUNT, MARGIN, LABEL, LINE, HEAD = 1.1, 0.13, 0.08, 0.75, 0.17, 0.28
-FONT, SMALL, GLYPH = 9, 7, 0.602  # GLYPH: the width of a monospaced letter over its size
+FONT, SMALL, GLYPH = 9, 7, 0.602  # GLYPH: width of a monospaced letter relative to its font size
 DPI = 110
-VEIL, FADE = (0.91, 0.92, 0.97), 0.85  # what covers a pruned patch, and how much of it: no picture has much of this pale blue
+VEIL, FADE = (0.91, 0.92, 0.97), 0.85  # colour and opacity over a pruned patch; this pale blue is rare in images
 BLACK, GREY = "#1a1a1a", "#b4b4b4"
 
 
 def draw(samples: Sequence[Sample]) -> Figure:
-    """One sheet with all samples, one below the other."""
+    """Draws all samples on one sheet, one below the other."""
     columns = 1 + max((alive.shape[0] for sample in samples for _, _, alive in sample.pictures), default=0)
     width = LABEL + columns * CELL + MARGIN
     heights = [_height(sample) for sample in samples]
@@ -47,7 +48,7 @@ def _height(sample: Sample) -> float:
 
 
 def _draw_sample(figure: Figure, sample: Sample, width: float, top: float) -> None:
-    """In inches from the lower left corner of the sheet, downwards from `top`."""
+    """Draws a sample downwards from `top`. Positions are in inches from the lower left corner of the sheet."""
     page = figure.get_size_inches()
 
     def axes(x: float, y: float, w: float, h: float):
@@ -97,14 +98,17 @@ def _draw_sample(figure: Figure, sample: Sample, width: float, top: float) -> No
 
 
 def fade(picture: np.ndarray, alive: np.ndarray) -> np.ndarray:
-    """The picture with a veil over its pruned patches. (H, W, 3), (rows, columns) bool -> (H, W, 3)."""
+    """Fades the pruned patches of an image. (H, W, 3), (rows, columns) bool -> (H, W, 3)."""
     rows, columns = (side // patches for side, patches in zip(picture.shape[:2], alive.shape, strict=True))
     pruned = ~np.kron(alive, np.ones((rows, columns), dtype=bool)).astype(bool)
     return np.where(pruned[..., None], FADE * np.array(VEIL) + (1 - FADE) * picture, picture)
 
 
 def write_drawings(samples: Sequence[Sample], out: Path) -> list[Path]:
-    """One PNG a sample in the folder `out`, or all on one sheet when `out` ends in .png. An id may be the path of a picture."""
+    """Writes a PNG file per sample to the folder `out`, or all on one sheet if `out` ends in .png. Returns the paths.
+
+    An id may be the path of an image; the file then gets the name of the image.
+    """
     sheets = [(out / f"{PurePosixPath(sample.id).name.removesuffix('.jpg')}.png", [sample]) for sample in samples]
     if out.suffix == ".png":
         sheets = [(out, list(samples))]
@@ -116,15 +120,15 @@ def write_drawings(samples: Sequence[Sample], out: Path) -> list[Path]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", required=True, metavar="FILE", help="the config.yaml of the run")
-    parser.add_argument("--checkpoint", required=True, metavar="FILE", help="the weights that it made")
-    parser.add_argument("--task", choices=TASKS, help="where the file has no key 'task'")
+    parser.add_argument("--config", required=True, metavar="FILE", help="config.yaml of the run")
+    parser.add_argument("--checkpoint", required=True, metavar="FILE", help="checkpoint of the run")
+    parser.add_argument("--task", choices=TASKS, help="the task, if the config has no key 'task'")
     parser.add_argument("--temperature", type=float, help="prune at this temperature instead of the checkpoint's")
     chosen = parser.add_mutually_exclusive_group()
-    chosen.add_argument("--samples", type=int, default=6, metavar="N", help="that many test samples, evenly spaced")
-    chosen.add_argument("--ids", nargs="+", metavar="ID", help="these test samples; retrieval: their pictures' paths")
-    parser.add_argument("--out", type=Path, default=Path("output/visualize"), help="a folder, or a .png for one sheet")
-    parser.add_argument("--device", help="cpu or cuda; cuda when there is one")
+    chosen.add_argument("--samples", type=int, default=6, metavar="N", help="draw N test samples, evenly spaced")
+    chosen.add_argument("--ids", nargs="+", metavar="ID", help="draw these test samples; retrieval: the paths of their images")
+    parser.add_argument("--out", type=Path, default=Path("output/visualize"), help="a folder, or a .png file for one sheet")
+    parser.add_argument("--device", help="cpu, cuda or cuda:N; default: cuda if available")
     args = parser.parse_args()
     if args.samples < 1:
         raise UserError(f"--samples must be at least 1, got {args.samples}")

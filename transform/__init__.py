@@ -1,1 +1,1 @@
-"""Pictures to tensors."""
+"""Transforms from images to tensors."""

@@ -1,4 +1,4 @@
-"""From a picture to what the model sees: for training and for evaluation."""
+"""Image transforms for training and evaluation."""
 
 import random
 import re
@@ -14,7 +14,7 @@ from torchvision.transforms import functional as F
 MEAN = (0.48145466, 0.4578275, 0.40821073)  # CLIP's, which BLIP uses as well
 STD = (0.26862954, 0.26130258, 0.27577711)
 
-# The published choice. At strength 5, Brightness and Sharpness have the factor 1: they leave the picture as it is.
+# As published. At strength 5, Brightness and Sharpness have the factor 1, so they do not change the image.
 OPERATIONS = ["AutoContrast", "Brightness", "Sharpness", "Equalize", "ShearX", "ShearY", "TranslateX", "TranslateY", "Rotate"]
 LAYERS, STRENGTH = 2, 5
 
@@ -22,7 +22,7 @@ _SIDE = re.compile(r"\b(left|right)", re.IGNORECASE)  # also leftmost, right-han
 
 
 class ImageTransform(Protocol):
-    """A picture (RGB) to a float tensor (3, image_size, image_size). `may_flip` False forbids mirroring this one."""
+    """A transform from an RGB image to a float tensor (3, image_size, image_size). `may_flip=False` forbids mirroring."""
 
     image_size: int
 
@@ -30,25 +30,26 @@ class ImageTransform(Protocol):
 
 
 def keeps_truth(sentence: str) -> bool:
-    """Whether a mirrored picture leaves the sentence as true as it was.
+    """Tells whether mirroring the image keeps the sentence true: no word of it begins with left or right.
 
-    The rule: no word of it begins with left or right. In NLVR2 these words often name one of the two pictures, which
-    mirroring would not touch, but just as often a side within one; the published code mirrors always.
-    The small shears, shifts and turns of RandAugment keep every sentence.
+    In NLVR2 these words often name one of the two images, which mirroring does not change, but just as often a side within an
+    image. The published code always mirrors. The small shears, shifts and rotations of RandAugment keep all sentences true.
     """
     return _SIDE.search(sentence) is None
 
 
 def train_transform(image_size: int, augment: Any, blank: bool = False) -> ImageTransform:
-    """Random crop, flip and RandAugment, as `augment` (config.Augment: crop_scale, flip, randaugment) switches them on; `blank`:
-    zeros, whatever the picture."""
+    """Builds the training transform: random crop, flip and RandAugment.
+
+    `augment` (configs.schema.Augment) switches each of them on or off. With `blank`, every image becomes zeros.
+    """
     if blank:
         return _BlankTransform(image_size)
     return _TrainTransform(image_size, tuple(augment.crop_scale), augment.flip, augment.randaugment)
 
 
 def eval_transform(image_size: int, blank: bool = False) -> ImageTransform:
-    """The whole picture, resized; `blank`: zeros, whatever the picture."""
+    """Builds the evaluation transform, which resizes the whole image. With `blank`, every image becomes zeros."""
     return _BlankTransform(image_size) if blank else _EvalTransform(image_size)
 
 
@@ -71,7 +72,7 @@ class _EvalTransform:
 class _TrainTransform:
     def __init__(self, image_size: int, crop_scale: tuple[float, float], flip: bool, randaugment: bool) -> None:
         self.image_size = image_size
-        # RandomResizedCrop changes the shape of even a whole picture, so a scale of 1 must not reach it.
+        # RandomResizedCrop changes the aspect ratio even at a scale of 1, so it is skipped there.
         self.crop = None
         if min(crop_scale) < 1:
             self.crop = RandomResizedCrop(image_size, scale=crop_scale, interpolation=InterpolationMode.BICUBIC)
@@ -86,7 +87,7 @@ class _TrainTransform:
 
 
 def _rand_augment() -> Callable[[Image.Image], Image.Image]:
-    """BLIP's RandAugment: each of two operations is applied half the time; shifts are in pixels, at most 10."""
+    """Builds BLIP's RandAugment: two operations, each applied with probability 0.5. Shifts are at most 10 pixels."""
     settings = {"translate_const": 10, "img_mean": (128, 128, 128), "interpolation": Image.Resampling.BILINEAR}
     operations = rand_augment_ops(STRENGTH, prob=0.5, hparams=settings, transforms=OPERATIONS)
     return RandAugment([_identity, *operations], num_layers=LAYERS)

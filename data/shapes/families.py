@@ -1,8 +1,8 @@
-"""Retrieval: families of pictures that differ in little, and captions that tell them apart.
+"""Retrieval: families of similar pictures, and captions that tell them apart.
 
-Pictures drawn independently are told apart by their colours alone, and short captions are true of
-many of them. Here a picture has siblings of nearly the same things, and its captions name what is
-its own.
+Pictures drawn independently would be too easy to tell apart, by their colours alone, and a short
+caption would be true of many of them. Here a picture has siblings that hold nearly the same things,
+and its captions name the differences.
 """
 
 import numpy as np
@@ -21,11 +21,11 @@ from data.shapes.world import (
     random_scene,
 )
 
-FAMILY = 5  # pictures
-FEWEST = 4  # things in a picture: with fewer too many pictures would be alike, and siblings have too little in common
-CHANGES = 2  # from the picture, never shown, that all of a family come from
+FAMILY = 5  # pictures in a family
+FEWEST = 4  # things in a picture; with fewer, too many pictures would be alike and siblings would share too little
+CHANGES = 2  # number of changes between each picture and the family's base picture, which is never shown
 MENTIONS = 2  # things that a caption counts
-ATTEMPTS = 20  # captions tried; one in twenty then still fits a sibling
+ATTEMPTS = 20  # captions tried; about one in twenty still fits a sibling
 
 ANYTHING = Description(None, None, None)
 
@@ -33,7 +33,7 @@ Cell = tuple[int, int]
 
 
 def draw_family(rng: np.random.Generator, most: int = MOST) -> list[Scene]:
-    """FAMILY different scenes, each CHANGES away from the same one."""
+    """Draws FAMILY different scenes, each made by CHANGES changes to the same base scene."""
     base = random_scene(rng, max(most, FEWEST), FEWEST)
     family: dict[frozenset, Scene] = {}
     while len(family) < FAMILY:
@@ -45,7 +45,7 @@ def draw_family(rng: np.random.Generator, most: int = MOST) -> list[Scene]:
 
 
 def vary(rng: np.random.Generator, scene: Scene) -> Scene:
-    """The scene with one thing moved, with one attribute of it changed, or exchanged with another thing."""
+    """Makes one random change to a scene: moves a thing, changes an attribute of it, or exchanges one with another thing."""
     things = {(thing.row, thing.column): thing for thing in scene}
     kinds = {cell: thing.kind for cell, thing in things.items()}
     one, other = (list(kinds)[i] for i in rng.permutation(len(kinds))[:2])
@@ -54,7 +54,7 @@ def vary(rng: np.random.Generator, scene: Scene) -> Scene:
 
 
 def move(rng: np.random.Generator, kinds: dict[Cell, Kind], one: Cell, other: Cell) -> None:
-    """Put a thing into any cell; what stands there changes places with it."""
+    """Moves a thing to a random cell. If another thing is there, the two change places."""
     row, column = rng.integers(0, LATTICE, 2).tolist()
     kind = kinds.pop(one)
     if (row, column) in kinds:
@@ -79,7 +79,10 @@ def with_word(kind: Kind, attribute: int, word: str) -> Kind:
 
 
 def distinctive_caption(rng: np.random.Generator, scene: Scene, siblings: list[Scene]) -> str:
-    """A relation, some counts and the number of things, all true of the scene but not all of any sibling."""
+    """Draws a caption of a relation, some counts and the total number of things.
+
+    The caption is true of the scene and, unless all ATTEMPTS fail, false of every sibling.
+    """
     for _ in range(ATTEMPTS):
         parts = [*describe(rng, scene, MENTIONS), counted(ANYTHING, scene)]
         if not any(all(part.holds(sibling) for part in parts) for sibling in siblings):

@@ -1,8 +1,9 @@
-"""Balanced annotations: couples of statements, true once and false once, and their pairs.
+"""Balanced NLVR2 annotations: every sentence is true of one pair of pictures and false of another.
 
-Every sentence comes as a couple, with both labels, so that no text gives its answer away. The
-first statement of a pair has scenes built for it; further ones are searched for among the pairs
-of a chunk, the two of a couple on pairs that hold about as many things.
+The same sentence comes as a couple, once with each label, so that the text alone does not reveal
+the answer. The scenes of a pair are built for its first statement. Further statements are added by
+a search among the pairs of a chunk. It places the two statements of a couple on pairs with similar
+numbers of things, so that these numbers do not reveal the answer either.
 """
 
 from collections.abc import Iterator
@@ -24,16 +25,16 @@ from data.shapes.statements import (
 from data.shapes.world import KINDS, MOST, Scene, draw_number
 
 PAIRS_PER_CHUNK = 500
-ATTEMPTS = 60  # descriptions tried for one couple before it is given up
+ATTEMPTS = 60  # descriptions tried before a couple is given up
 RAREST_FIRST = ("above", "higher", "more", "things", "total", "pair", "one", "both")
-NEARNESS = 0.7  # greatest difference, in log numbers of things, within a couple
+NEARNESS = 0.7  # largest distance within a couple: differences of the log numbers of things, summed over both pictures
 
 FITS = np.array([[d.fits(kind) for d in DESCRIPTIONS] for kind in KINDS], dtype=np.int64)
 INDEX = {description: i for i, description in enumerate(DESCRIPTIONS)}
 
 
 class Level(NamedTuple):
-    """How hard the world is: the most things in a picture, and the templates of its statements."""
+    """The difficulty of the data: the maximum number of things in a picture, and the statement templates in use."""
 
     most: int = MOST
     templates: tuple[str, ...] = tuple(MIXTURE)
@@ -43,7 +44,7 @@ FULL = Level()
 
 
 def spread_templates(rng: np.random.Generator, number: int, level: Level) -> Iterator[str]:
-    """`number` templates in the shares of the mixture, as evenly as whole numbers allow."""
+    """Yields `number` templates whose counts match the shares in MIXTURE as closely as whole numbers allow."""
     names = list(level.templates)
     bounds = np.cumsum([MIXTURE[name] for name in names])
     points = (np.arange(number) + rng.random()) / number * bounds[-1]
@@ -52,7 +53,10 @@ def spread_templates(rng: np.random.Generator, number: int, level: Level) -> Ite
 
 
 def plan_couples(rng: np.random.Generator, number: int, level: Level) -> list[tuple[Statement, bool]]:
-    """`number` statements in random order, each sentence as often true as false."""
+    """Draws `number` labelled statements in random order. Each sentence comes once with each label.
+
+    For an odd `number`, one sentence comes with one label only.
+    """
     plan = []
     for template in spread_templates(rng, (number + 1) // 2, level):
         statement = draw_statement(rng, template)
@@ -61,9 +65,9 @@ def plan_couples(rng: np.random.Generator, number: int, level: Level) -> list[tu
 
 
 def tally(scenes: list[Scene]) -> np.ndarray:
-    """What every description finds in every scene: (3, scenes, descriptions).
+    """Tabulates the things that fit each description in each scene: (3, scenes, descriptions).
 
-    The three layers are the count, the sum of the rows and the sum of the columns.
+    The three layers are the number of things, the sum of their rows and the sum of their columns.
     """
     position = {kind: i for i, kind in enumerate(KINDS)}
     kinds = np.zeros((3, len(scenes), len(KINDS)), dtype=np.int64)
@@ -74,14 +78,14 @@ def tally(scenes: list[Scene]) -> np.ndarray:
 
 
 class Evidence:
-    """The evidence in all pairs of a chunk at once."""
+    """The evidence for statements in all P pairs of a chunk, computed for all pairs at once."""
 
     def __init__(self, pairs: list[tuple[Scene, Scene]]):
         self.sides = [tally([pair[side] for pair in pairs]) for side in (0, 1)]
         self.numbers = np.array([[len(scene) for scene in pair] for pair in pairs]).T  # (2, P)
 
     def of(self, statement: Statement) -> np.ndarray:
-        """The cells (2, P) of the pairs; -1 where the statement presupposes what is missing."""
+        """Returns the cells (2, P) of the pairs; -1 where something that the statement presupposes is missing."""
         template, form, first, second, _ = statement
         if template == "things":
             return self.numbers
@@ -111,9 +115,9 @@ class Evidence:
 
 
 class Search:
-    """Adds statements to the pairs of a chunk, up to `room` a pair.
+    """Adds statements to the pairs of a chunk, at most `room` per pair.
 
-    `told` holds, for each pair, the statements it has already, with their labels.
+    `told` holds the statements that each pair has already, with their labels. The search extends it in place.
     """
 
     def __init__(
@@ -131,7 +135,7 @@ class Search:
         self.room = np.full(len(pairs), room)
 
     def nearest(self, statement: Statement, cell: Cell, target: np.ndarray) -> int | None:
-        """A pair in a cell, with about `target` (2,) log numbers of things."""
+        """Finds the pair in the given cell whose log numbers of things are closest to `target` (2,), with some random noise."""
         cells = self.evidence.of(statement)
         fit = np.flatnonzero((cells[0] == cell[0]) & (cells[1] == cell[1]) & (self.room > 0))
         if not fit.size:
@@ -141,7 +145,7 @@ class Search:
         return int(fit[distance.argmin()])
 
     def place(self, statement: Statement, cells: dict[bool, Cell]) -> bool:
-        """Give a statement to a pair in its true and to one in its false cell, if there are."""
+        """Adds a statement to a pair in its true cell and to one in its false cell. Tells whether both were found."""
         label = bool(self.rng.integers(2))
         drawn = np.log([draw_number(self.rng, self.level.most) for _ in range(2)])
         one = self.nearest(statement, cells[label], drawn)
@@ -161,7 +165,7 @@ class Search:
         return True
 
     def find_couple(self, template: str) -> None:
-        """Draw the cells first, then look for a description: rare cells keep their share."""
+        """Draws the cells first and then searches for a description that fits, so that rare cells keep their share."""
         statement = draw_statement(self.rng, template)
         cells = {told: pick(self.rng, cell_weights(statement, told)) for told in (True, False)}
         for _ in range(ATTEMPTS):
@@ -171,7 +175,7 @@ class Search:
             statement = statement._replace(first=new.first, second=new.second)
 
     def run(self) -> None:
-        """Find statements for all pairs; a few may keep room."""
+        """Finds statements for all pairs. A few pairs may get fewer than `room`."""
         templates = spread_templates(self.rng, int(self.room.sum()) // 2, self.level)
         for template in sorted(templates, key=RAREST_FIRST.index):
             self.find_couple(template)
@@ -180,7 +184,7 @@ class Search:
 def make_chunk(
     rng: np.random.Generator, pairs: int, statements_per_pair: int, level: Level = FULL
 ) -> list[tuple[Scene, Scene, list[tuple[Statement, bool]]]]:
-    """The pairs of a chunk, each with its statements and their labels."""
+    """Builds the pairs of a chunk, each with its statements and their labels."""
     plan = plan_couples(rng, pairs, level)
     scenes = [construct(rng, statement, label, level.most) for statement, label in plan]
     told = [[entry] for entry in plan]

@@ -1,8 +1,9 @@
 """NLVR2 statements about two pictures of the Shapes world, with scenes built to fit them.
 
-A cell is the pair (evidence in the left picture, evidence in the right picture): whether a thing
-is there (0 or 1), how many there are, its lattice row. The order of the draws is what keeps the
-answers out of the text: first the statement, then the label, then the cell, and the scenes last.
+A cell is the pair (evidence in the left picture, evidence in the right picture). Depending on the
+template, evidence is the presence of a thing (0 or 1), the number of things, or a lattice row. The
+draws come in a fixed order: the statement, the label, the cell, and the scenes last. This way the
+text is independent of the answer.
 """
 
 from functools import cache
@@ -61,7 +62,7 @@ FORMS = {
         "the left image has fewer things than the right image",
     ),
 }
-# Which attributes a description names (size, colour, shape), and how often.
+# The share of descriptions that name these attributes: (size, colour, shape).
 SPECIFICITY = {
     (0, 0, 1): 0.06,
     (0, 1, 0): 0.06,
@@ -71,13 +72,13 @@ SPECIFICITY = {
     (1, 1, 0): 0.11,
     (1, 1, 1): 0.35,
 }
-NEAR_MISSES = 3  # things that share all attributes but one, per picture
+NEAR_MISSES = 3  # things per picture that differ from a description in one attribute
 
 Cell = tuple[int, int]
 
 
 class Description(NamedTuple):
-    """A noun phrase; None leaves an attribute open."""
+    """The attributes named by a noun phrase; None leaves an attribute open."""
 
     size: str | None
     colour: str | None
@@ -94,7 +95,7 @@ class Description(NamedTuple):
 
 
 class Statement(NamedTuple):
-    """A sentence in parts: `form` indexes FORMS[template], `number` belongs to "total"."""
+    """The parts of a sentence: `form` indexes FORMS[template]; `number` is used by "total" only."""
 
     template: str
     form: int
@@ -114,30 +115,30 @@ DESCRIPTIONS = tuple(Description(*choice) for choice in product((None, *SIZES), 
 
 
 def pick(rng: np.random.Generator, weights: dict):
-    """One key of `weights`, drawn in proportion to its value."""
+    """Draws a key of `weights` with probability proportional to its value."""
     total = sum(weights.values())
     point = rng.random() * total
     for key, weight in weights.items():
         point -= weight
         if point < 0:
             return key
-    return key  # rounding left the point at the very end
+    return key  # rounding errors can leave the point past the last key
 
 
 def draw_description(rng: np.random.Generator) -> Description:
-    """A description with one to three attributes."""
+    """Draws a description with one to three attributes."""
     kind = KINDS[rng.integers(len(KINDS))]
     named = pick(rng, SPECIFICITY)
     return Description(*(word if keep else None for word, keep in zip(kind, named, strict=True)))
 
 
 def disjoint(one: Description, other: Description) -> bool:
-    """Whether no thing fits both descriptions."""
+    """Tells whether no thing can fit both descriptions."""
     return any(a and b and a != b for a, b in zip(one, other, strict=True))
 
 
 def draw_other(rng: np.random.Generator, first: Description) -> Description:
-    """A second description that no thing shares with the first, half the time a sibling of it."""
+    """Draws a second description that no thing of the first fits. Half the time they differ in a single attribute."""
     if rng.random() < 0.5:
         named = [i for i in range(3) if first[i]]
         changed = named[rng.integers(len(named))]
@@ -151,20 +152,20 @@ def draw_other(rng: np.random.Generator, first: Description) -> Description:
 
 
 def draw_statement(rng: np.random.Generator, template: str) -> Statement:
-    """A statement of a template, its truth left open."""
+    """Draws a statement of a template. Its label is drawn later."""
     form = int(rng.integers(2))
     if template == "things":
         return Statement(template, form)
     first = draw_description(rng)
     while template == "above" and not (first.colour or first.shape):
-        first = draw_description(rng)  # a small and a large thing would leave room for no third
+        first = draw_description(rng)  # "the small thing above the large thing" would allow no third thing
     second = draw_other(rng, first) if template in ("pair", "above") else None
     number = pick(rng, {1: 1, 2: 1.2, 3: 1, 4: 0.6}) if template == "total" else 0
     return Statement(template, form, first, second, number)
 
 
 def steps(values: int, weights: dict[int, float]) -> dict[Cell, float]:
-    """Cells (a, a + step) within range(values); a step's weight is shared by its cells."""
+    """Weights all cells (a, a + step) within range(values). The cells of a step share its weight equally."""
     cells = {}
     for step, weight in weights.items():
         starts = values - step
@@ -172,13 +173,13 @@ def steps(values: int, weights: dict[int, float]) -> dict[Cell, float]:
     return cells
 
 
-# Small steps dominate: with large ones the count or the row of one picture gives the answer away.
+# Small steps dominate: with large ones the count or the row in one picture would reveal the answer.
 FEWER = steps(5, {1: 0.92, 2: 0.08})
 HIGHER = steps(LATTICE, {1: 0.86, 2: 0.12, 3: 0.02})
-# Chains that span the whole range by factors of at least 1.5, for the same reason.
+# Steps along these chains cover the whole range of numbers, by factors of at least 1.5, so that one number alone reveals little.
 CHAINS = ((1, 2, 3, 5, 8, 12), (1, 2, 4, 7, 11))
 FEWER_THINGS = {step: 1.0 for chain in CHAINS for step in pairwise(chain)}
-# Splits of true and false totals with the same counts on either side: one picture tells nothing.
+# True and false totals have the same distribution of counts in each picture, so that one picture alone reveals nothing.
 TOTALS = {
     1: ({(0, 1): 1, (1, 0): 1}, {(0, 0): 1, (1, 1): 1}),
     2: ({(0, 2): 1, (1, 1): 2, (2, 0): 1}, {(0, 1): 1, (1, 0): 1, (1, 2): 1, (2, 1): 1}),
@@ -197,7 +198,7 @@ TOTALS = {
 
 
 def cell_weights(statement: Statement, label: bool) -> dict[Cell, float]:
-    """The cells in which a statement is true (or false), with their shares."""
+    """Returns the cells in which a statement has the given label, with their weights."""
     template = statement.template
     if template == "one":
         return {(1, 0): 1, (0, 1): 1} if label else {(1, 1): 1, (0, 0): 1}
@@ -214,7 +215,7 @@ def cell_weights(statement: Statement, label: bool) -> dict[Cell, float]:
 
 
 def one_sided_accuracy(statement: Statement) -> float:
-    """How often the best guess from the left evidence alone is right."""
+    """Returns the accuracy of the best guess from the evidence in the left picture alone."""
     shares: dict[int, list[float]] = {}
     for label in (True, False):
         weights = cell_weights(statement, label)
@@ -224,7 +225,7 @@ def one_sided_accuracy(statement: Statement) -> float:
 
 
 def evidence(statement: Statement, left: Scene, right: Scene) -> Cell | None:
-    """The cell that two scenes are in; None where the statement presupposes what is not there."""
+    """Returns the cell of two scenes, or None if something that the statement presupposes is missing."""
     template, _, first, second, _ = statement
     found = [[t for t in scene if first is None or first.fits(t.kind)] for scene in (left, right)]
     if template in ("both", "one"):
@@ -249,7 +250,7 @@ def evidence(statement: Statement, left: Scene, right: Scene) -> Cell | None:
 
 
 def evaluate(statement: Statement, left: Scene, right: Scene) -> bool | None:
-    """Whether a statement is true of two scenes; None where it cannot be said."""
+    """Tells whether a statement is true of two scenes; None if it is undecided."""
     cell = evidence(statement, left, right)
     if cell is None:
         return None
@@ -269,13 +270,13 @@ def evaluate(statement: Statement, left: Scene, right: Scene) -> bool | None:
 
 @cache
 def fitting(description: Description) -> tuple[Kind, ...]:
-    """The kinds that fit a description."""
+    """Returns the kinds that fit a description."""
     return tuple(kind for kind in KINDS if description.fits(kind))
 
 
 @cache
 def near_kinds(description: Description, changed: int) -> tuple[Kind, ...]:
-    """The kinds that fit a description in all attributes but the one that is `changed`."""
+    """Returns the kinds that fit a description except in the attribute with the index `changed`."""
     open_again = description._replace(**{description._fields[changed]: None})
     return tuple(k for k in fitting(open_again) if k[changed] != description[changed])
 
@@ -291,11 +292,11 @@ def populate(
     described: tuple[Description, ...],
     lure: Description | None = None,
 ) -> Scene:
-    """A scene with the `wanted` things and else nothing that fits a description in `described`.
+    """Builds a scene with the `wanted` things and no other thing that fits a description in `described`.
 
-    The rest are near misses (a red circle and a blue star for a red star), a `lure` now and then
-    (what the other picture is said to hold), and random things. Their number hangs on `number`
-    only, never on what is true.
+    The rest are near misses (for a red star, a red circle or a blue star), half the time a `lure`
+    (a thing that the statement names in the other picture), and random things. The total depends on
+    `number`, not on the label, so that it does not reveal the answer.
     """
     number = max(number, len(wanted))
     fixed = [thing for thing in wanted if thing[1] is not None]
@@ -318,7 +319,7 @@ def populate(
 
 
 def place_relation(rng: np.random.Generator, statement: Statement, holds: bool) -> list[tuple[Kind, int, int]]:
-    """One thing for each description of an "above" statement, at cells where it holds or not."""
+    """Draws one thing for each description of an "above" statement, at cells where the relation `holds` or not."""
     step = pick(rng, {1: 0.5, 2: 0.3, 3: 0.2})
     low = int(rng.integers(LATTICE - step))
     along = (low, low + step) if holds else (low + step, low)
@@ -329,7 +330,7 @@ def place_relation(rng: np.random.Generator, statement: Statement, holds: bool) 
 
 
 def build_side(rng: np.random.Generator, statement: Statement, side: int, value: int, number: int) -> Scene:
-    """A scene that gives the evidence `value` on one side (0 left, 1 right)."""
+    """Builds a scene with the evidence `value` for one side (0 left, 1 right)."""
     template, _, first, second, _ = statement
     if template == "things":
         return populate(rng, value, [], ())
@@ -349,7 +350,7 @@ def build_side(rng: np.random.Generator, statement: Statement, side: int, value:
 
 
 def construct(rng: np.random.Generator, statement: Statement, label: bool, most: int = MOST) -> tuple[Scene, Scene]:
-    """Two scenes of which the statement is true (or false), of about `most` things at most."""
+    """Builds two scenes for a statement and its label, with at most `most` things each, unless the statement needs more."""
     numbers = draw_number(rng, most), draw_number(rng, most)
     cell = pick(rng, cell_weights(statement, label))
     left, right = (build_side(rng, statement, i, cell[i], numbers[i]) for i in (0, 1))

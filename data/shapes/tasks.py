@@ -18,8 +18,8 @@ from data.shapes.world import COLOURS, SHAPES, Scene, Thing
 
 ATTEMPTS = 30  # descriptions tried before another kind of question is asked
 ANSWERS = 10  # per question, as in VQA v2
-MANY = len(NUMBERS)  # more things than that are not told apart
-MENTION_LARGE = 3.0  # how much likelier a drawn description names a large thing than a small one
+MANY = len(NUMBERS)  # from this number on, captions say "many"
+MENTION_LARGE = 3.0  # how much more often captions mention a large thing than a small one
 CAPTIONED = 3  # things that a caption names
 PROMPT = "a picture of"
 QUESTIONS = {
@@ -42,13 +42,13 @@ def count(description: Description, scene: Scene) -> int:
 
 
 def name(rng: np.random.Generator, thing: Thing) -> Description:
-    """A description of a thing: now and then without its size."""
+    """Describes a thing, in three of ten cases without its size."""
     size, colour, shape = thing.kind
     return Description(size if rng.random() < 0.7 else None, colour, shape)
 
 
 def directions(one: Thing, other: Thing) -> tuple[str, ...]:
-    """Where one thing is, seen from another one: on a diagonal there are two ways to say it."""
+    """Returns the direction of one thing as seen from another. On an exact diagonal there are two."""
     down, across = one.row - other.row, one.column - other.column
     vertical, horizontal = "above" if down < 0 else "below", "left of" if across < 0 else "right of"
     if abs(down) == abs(across):
@@ -57,13 +57,13 @@ def directions(one: Thing, other: Thing) -> tuple[str, ...]:
 
 
 def relate(rng: np.random.Generator, one: Thing, other: Thing) -> str:
-    """One of the directions."""
+    """Draws one of the directions."""
     ways = directions(one, other)
     return ways[0] if len(ways) == 1 or rng.random() < 0.5 else ways[1]
 
 
 class Related(NamedTuple):
-    """A part of a caption: some thing is there, `where` of another one."""
+    """A part of a caption: one thing is `where` (above, below, left of, right of) of another."""
 
     first: Description
     where: str
@@ -80,7 +80,7 @@ class Related(NamedTuple):
 
 
 class Counted(NamedTuple):
-    """A part of a caption: how many things fit, up to four or MANY."""
+    """A part of a caption: the number of things that fit a description, from zero to four, or MANY."""
 
     number: int
     description: Description
@@ -100,7 +100,10 @@ def counted(description: Description, scene: Scene) -> Counted:
 
 
 def tell(rng: np.random.Generator, things: Sequence[Thing], scene: Scene) -> list[Related | Counted]:
-    """Where the first of some things is, seen from the second, then the number of each other one; of one alone its name."""
+    """Describes some things: the direction from the second to the first, then a count for each other thing.
+
+    A single thing gets a count only.
+    """
     if len(things) == 1:
         return [counted(name(rng, things[0]), scene)]
     one, other, *rest = things
@@ -109,7 +112,7 @@ def tell(rng: np.random.Generator, things: Sequence[Thing], scene: Scene) -> lis
 
 
 def describe(rng: np.random.Generator, scene: Scene, mentions: int) -> list[Related | Counted]:
-    """A relation between two things, then up to `mentions` others with their number; all drawn, of two things at least."""
+    """Draws a relation between two things, then counts for up to `mentions` others. The scene needs at least two things."""
     salience = np.array([MENTION_LARGE if t.kind.size == "large" else 1.0 for t in scene])
     chosen = min(2 + mentions, len(scene))
     order = rng.choice(len(scene), chosen, replace=False, p=salience / salience.sum())
@@ -117,16 +120,16 @@ def describe(rng: np.random.Generator, scene: Scene, mentions: int) -> list[Rela
 
 
 def caption(rng: np.random.Generator, scene: Scene) -> str:
-    """What a picture shows: the first few things, large ones before small ones, in the order of reading.
+    """Captions a picture: its first CAPTIONED things, large ones before small ones, in reading order.
 
-    So captions of one picture mostly agree, and a caption that fits no picture in particular scores little against them.
+    The fixed order makes the captions of a picture agree, so that a caption that could fit any picture scores low.
     """
     things = sorted(scene, key=lambda thing: (thing.kind.size != "large", thing.row, thing.column))
     return " and ".join(part.text() for part in tell(rng, things[:CAPTIONED], scene))
 
 
 def near_or_fitting(rng: np.random.Generator, scene: Scene, fits: bool) -> Description:
-    """A description of a thing in the picture, or one with a single attribute off."""
+    """Draws a description of a thing in the picture. If not `fits`, one attribute is redrawn."""
     kind = scene[rng.integers(len(scene))].kind
     drawn = draw_description(rng)
     words = [its if mine else None for mine, its in zip(drawn, kind, strict=True)]
@@ -156,7 +159,7 @@ def ask_count(rng: np.random.Generator, scene: Scene) -> tuple[Description, str]
 
 
 def ask_attribute(rng: np.random.Generator, scene: Scene, attribute: str) -> tuple[Description, str] | None:
-    """The colour or shape of the only thing that fits a description without it."""
+    """Asks for the colour or shape of the only thing that fits a description without that attribute."""
     for _ in range(ATTEMPTS):
         thing = scene[rng.integers(len(scene))]
         description = Description(*thing.kind)._replace(**{attribute: None})
@@ -168,7 +171,7 @@ def ask_attribute(rng: np.random.Generator, scene: Scene, attribute: str) -> tup
 
 
 def ask(rng: np.random.Generator, scene: Scene) -> tuple[str, str, str]:
-    """A question about a scene: (its type, the question, the answer)."""
+    """Draws a question about a scene. Returns its type, its text and the answer."""
     while True:
         topic = list(QUESTIONS)[rng.integers(len(QUESTIONS))]
         if topic == "exists":
@@ -183,19 +186,19 @@ def ask(rng: np.random.Generator, scene: Scene) -> tuple[str, str, str]:
 
 
 def ten_answers(rng: np.random.Generator, topic: str, answer: str) -> list[str]:
-    """Ten annotators' answers; up to two of them get it wrong."""
+    """Simulates the answers of ten annotators, up to two of them wrong."""
     wrong = [word for word in ANSWERS_TO[topic] if word != answer]
     slips = [wrong[rng.integers(len(wrong))] for _ in range(rng.integers(3))]
     return [answer] * (ANSWERS - len(slips)) + slips
 
 
 def answer_list() -> list[str]:
-    """All answers there are, each once."""
+    """Lists all possible answers, each once."""
     return list(dict.fromkeys(word for words in ANSWERS_TO.values() for word in words))
 
 
 def vocabulary() -> list[str]:
-    """A BERT-style word list: the special tokens, then all words of all templates, sorted."""
+    """Returns a word list in BERT's format: the special tokens, then all words of all templates, sorted."""
     blank = Description(None, None, None)
     texts = [
         Statement(template, form, blank, blank, number).text()

@@ -1,8 +1,8 @@
-"""Shapes, a small visual world: what a picture holds and how it is drawn.
+"""The world of Shapes: the content of a picture, and its drawing.
 
 A picture is 96x96 px on a lattice of 6x6 cells of 16 px (2x2 patches of 8 px). Every thing has a
-kind (size, colour, shape) and stands alone in its cell. Positions are in quarter pixels, so that
-the alpha masks of all things come from a small cache.
+kind (size, colour, shape) and a cell of its own. Positions are in quarter pixels, so that few
+different alpha masks exist and all can be cached.
 """
 
 import io
@@ -20,7 +20,7 @@ PICTURE = 96  # px
 CELL = 16  # px
 LATTICE = PICTURE // CELL
 FEWEST, MOST = 1, 12  # things in a picture
-FULLNESS = 2.0  # their number is log-uniform at 1; above, full pictures are rarer
+FULLNESS = 2.0  # at 1 the number of things is log-uniform; above 1, full pictures are rarer
 JPEG = {"format": "JPEG", "quality": 92, "subsampling": 0}
 
 RGB = {
@@ -32,11 +32,11 @@ RGB = {
 }
 RADIUS = {"small": 4.0, "large": 7.0}  # px
 SUPERSAMPLING = 8
-TILE = CELL + 2  # px: the largest thing, its jitter and a rim of one pixel
+TILE = CELL + 2  # px; fits the largest thing with its jitter and a rim of one pixel
 
 
 class Kind(NamedTuple):
-    """What a thing is, apart from where it stands."""
+    """The attributes of a thing, without its position."""
 
     size: str
     colour: str
@@ -44,7 +44,7 @@ class Kind(NamedTuple):
 
 
 class Thing(NamedTuple):
-    """One thing: `y`, `x` is its centre in quarter pixels, `light` its brightness."""
+    """A thing in a scene: `y`, `x` is its centre in quarter pixels, `light` its brightness."""
 
     kind: Kind
     row: int
@@ -59,12 +59,12 @@ KINDS = tuple(Kind(s, c, f) for s in SIZES for c in COLOURS for f in SHAPES)
 
 
 def draw_number(rng: np.random.Generator, most: int = MOST, fewest: int = FEWEST) -> int:
-    """How many things a picture holds, from `fewest` to `most`: few more often than many, as in photographs (see FULLNESS)."""
+    """Draws the number of things in a picture, from `fewest` to `most`. Few are more likely than many (see FULLNESS)."""
     return int(fewest * ((most + 1) / fewest) ** (rng.random() ** FULLNESS))
 
 
 def place(rng: np.random.Generator, kind: Kind, cell: tuple[int, int]) -> Thing:
-    """Put a thing into a cell: a large one in its middle, a small one into one of its patches."""
+    """Places a thing in a cell: a large one in its middle, a small one in one of its four patches, with some jitter."""
     light = float(rng.uniform(0.86, 1.0))
     if kind.size == "large":
         y, x = rng.integers(28, 37, 2)  # 8 px, give or take one
@@ -75,7 +75,7 @@ def place(rng: np.random.Generator, kind: Kind, cell: tuple[int, int]) -> Thing:
 
 
 def arrange(rng: np.random.Generator, fixed: list[tuple[Kind, int, int]], others: list[Kind]) -> Scene:
-    """A scene of things at given (row, column) cells and of others in random free cells."""
+    """Builds a scene from things at given (row, column) cells and others in random free cells."""
     taken = {(row, column) for _, row, column in fixed}
     free = [(i // LATTICE, i % LATTICE) for i in rng.permutation(LATTICE * LATTICE).tolist()]
     cells = (cell for cell in free if cell not in taken)
@@ -85,13 +85,13 @@ def arrange(rng: np.random.Generator, fixed: list[tuple[Kind, int, int]], others
 
 
 def random_scene(rng: np.random.Generator, most: int = MOST, fewest: int = FEWEST) -> Scene:
-    """A scene of things drawn independently."""
+    """Draws a scene of independent things."""
     number = draw_number(rng, most, fewest)
     return arrange(rng, [], [KINDS[i] for i in rng.integers(0, len(KINDS), number)])
 
 
 def outline(shape: str, radius: float) -> list[tuple[float, float]]:
-    """Corners (x, y) of a shape around the origin, `radius` being half its width."""
+    """Returns the corners (x, y) of a shape around the origin. `radius` is about half its width."""
     if shape == "square":
         side = 0.86 * radius
         return [(-side, -side), (side, -side), (side, side), (-side, side)]
@@ -112,7 +112,7 @@ def outline(shape: str, radius: float) -> list[tuple[float, float]]:
 
 @cache
 def alpha_mask(size: str, shape: str, y: int, x: int) -> np.ndarray:
-    """Coverage (TILE, TILE, 1) in 0..1 of a thing `y`, `x` quarter pixels off the tile's middle."""
+    """Draws the coverage mask (TILE, TILE, 1) in 0..1 of a thing `y`, `x` quarter pixels off the centre of the tile."""
     scale = SUPERSAMPLING
     centre_y, centre_x = (scale * (TILE / 2 + offset / 4) for offset in (y, x))
     radius = scale * RADIUS[size]
@@ -129,13 +129,13 @@ def alpha_mask(size: str, shape: str, y: int, x: int) -> np.ndarray:
 
 @cache
 def pixel_grid() -> tuple[np.ndarray, np.ndarray]:
-    """Rows (PICTURE, 1) and columns (1, PICTURE) in px."""
+    """Returns the rows (PICTURE, 1) and columns (1, PICTURE) of all pixels."""
     line = np.arange(PICTURE, dtype=np.float32)
     return line[:, None], line[None, :]
 
 
 def draw_clutter(rng: np.random.Generator) -> np.ndarray:
-    """Faint strokes and specks (PICTURE, PICTURE), brightness to add: too thin to be things."""
+    """Draws faint strokes and specks, too thin to be things, as brightness to add (PICTURE, PICTURE)."""
     layer = Image.new("L", (PICTURE, PICTURE), 128)
     pen = ImageDraw.Draw(layer)
     strokes = rng.integers(2, 9)
@@ -151,7 +151,7 @@ def draw_clutter(rng: np.random.Generator) -> np.ndarray:
 
 
 def draw_ground(rng: np.random.Generator) -> np.ndarray:
-    """A muted textured ground (PICTURE, PICTURE, 3), brightness 0..255."""
+    """Draws a muted textured background (PICTURE, PICTURE, 3), brightness 0..255."""
     coarse = Image.fromarray(rng.uniform(-1, 1, (6, 6)).astype(np.float32))
     hills = np.asarray(coarse.resize((PICTURE, PICTURE), Image.Resampling.BICUBIC))
     grain = rng.standard_normal((PICTURE, PICTURE), dtype=np.float32)
@@ -165,8 +165,8 @@ def draw_ground(rng: np.random.Generator) -> np.ndarray:
 
 
 def draw(rng: np.random.Generator, scene: Scene) -> Image.Image:
-    """Draw a scene; `rng` gives the ground, the scene everything else."""
-    margin = TILE // 2  # the rim lets tiles hang over the edge
+    """Draws a scene. `rng` determines the background only; the scene determines everything else."""
+    margin = TILE // 2  # padding, so that tiles may reach over the edge of the picture
     canvas = np.pad(draw_ground(rng), ((margin, margin), (margin, margin), (0, 0)))
     for kind, _, _, y, x, light in scene:
         top, left = (y + 2) // 4, (x + 2) // 4
@@ -179,7 +179,7 @@ def draw(rng: np.random.Generator, scene: Scene) -> Image.Image:
 
 
 def encode(picture: Image.Image) -> bytes:
-    """The bytes of the JPEG file of a picture."""
+    """Encodes a picture as the bytes of a JPEG file."""
     buffer = io.BytesIO()
     picture.save(buffer, **JPEG)
     return buffer.getvalue()

@@ -1,12 +1,12 @@
-"""Writes Shapes data sets in the published file formats.
+"""Writing of Shapes data sets in the published file formats.
 
-    DIR/images/nlvr/SPLIT/00012/0000012a.jpg       left picture of pair 12 (right: b)
-    DIR/images/single/SPLIT/00012/SPLIT_0000012.jpg       for captions and questions
-    DIR/images/family/SPLIT/00012/SPLIT_0000012.jpg       for retrieval
+    DIR/images/nlvr/SPLIT/00012/0006012a.jpg       left picture of pair 6012 (right: b)
+    DIR/images/single/SPLIT/00012/SPLIT_0006012.jpg       for captions and questions
+    DIR/images/family/SPLIT/00012/SPLIT_0006012.jpg       for retrieval
     DIR/annotations/*.json, DIR/annotations/coco_gt/*.json, DIR/annotations/vocab.txt
 
-Every random stream is named by (seed, world, split, stream, index), so the files are the same
-byte for byte whatever the number of processes, and no two splits share a picture.
+Every random stream is seeded by (seed, world, split, stream, index). The files are therefore
+identical byte for byte for any number of processes, and no two splits share a picture.
 """
 
 import json
@@ -26,10 +26,10 @@ from data.shapes.world import Scene, draw, encode, random_scene
 TASKS = ("nlvr", "caption", "vqa", "retrieval")
 SPLITS = ("train", "val", "test")  # NLVR2 calls its "val" "dev"
 CAPTIONS = 5  # per picture
-QUESTIONS = 3  # per training picture; one per picture in val and test
+QUESTIONS = 3  # per training picture; pictures of val and test get one
 PICTURES_PER_FOLDER = 500
-SINGLES_PER_CHUNK = 500  # whole families
-# Worlds and streams of the random numbers.
+SINGLES_PER_CHUNK = 500  # a multiple of FAMILY, so that chunks hold whole families
+# Parts of the random seeds: worlds, then streams.
 PAIRS, SINGLES, FAMILIES = range(3)
 CONTENT, LEFT, RIGHT, COCO, FLICKR, VQA, VG = range(7)
 
@@ -38,7 +38,7 @@ Progress = Callable[[Iterable, int, str], Iterable]
 
 
 class Chunk(NamedTuple):
-    """A piece of work: pictures `start` ... `start + number - 1` of a split."""
+    """A unit of work for one process: pictures `start` to `start + number - 1` of a split."""
 
     out: Path
     seed: int
@@ -54,7 +54,7 @@ class Chunk(NamedTuple):
 
 
 def save_picture(chunk: Chunk, world: int, stream: int, index: int, scene: Scene) -> str:
-    """Draw a scene into its file; the path relative to the image root."""
+    """Draws a scene and writes its file. Returns the path relative to the image root."""
     if world == PAIRS:
         folder, name = "nlvr", f"{index:07d}{'a' if stream == LEFT else 'b'}"
     else:
@@ -67,7 +67,7 @@ def save_picture(chunk: Chunk, world: int, stream: int, index: int, scene: Scene
 
 
 def write_pairs(chunk: Chunk) -> Rows:
-    """Pictures and NLVR2 entries of a chunk of pairs."""
+    """Writes the pictures of a chunk of pairs. Returns their NLVR2 entries."""
     entries = []
     rng = chunk.rng(PAIRS, CONTENT, chunk.start)
     pairs = make_chunk(rng, chunk.number, chunk.statements_per_pair, chunk.level)
@@ -78,7 +78,7 @@ def write_pairs(chunk: Chunk) -> Rows:
 
 
 def caption_rows(chunk: Chunk, index: int, image: str, captions: list[str], dataset: str) -> Rows:
-    """The captions of one picture: an entry each for training, one entry for evaluation."""
+    """Returns the captions of one picture: an entry for each caption in training, one entry with all in evaluation."""
     if chunk.split != "train":
         entries = [{"image": image, "caption": captions}]
     else:
@@ -89,7 +89,7 @@ def caption_rows(chunk: Chunk, index: int, image: str, captions: list[str], data
 
 
 def question_rows(chunk: Chunk, index: int, image: str, scene: Scene) -> Rows:
-    """The questions about one picture; training pictures get one in the manner of VG as well."""
+    """Returns the questions about one picture. A training picture also gets one in the format of Visual Genome."""
     rng = chunk.rng(SINGLES, VQA, index)
     number = QUESTIONS if chunk.split == "train" else 1
     entries = []
@@ -113,7 +113,7 @@ def question_rows(chunk: Chunk, index: int, image: str, scene: Scene) -> Rows:
 
 
 def write_singles(chunk: Chunk) -> Rows:
-    """Pictures of a chunk, with captions and questions."""
+    """Writes the pictures of a chunk. Returns their captions and questions."""
     rows: Rows = {}
     for index in range(chunk.start, chunk.start + chunk.number):
         scene = random_scene(chunk.rng(SINGLES, CONTENT, index), chunk.level.most)
@@ -128,7 +128,7 @@ def write_singles(chunk: Chunk) -> Rows:
 
 
 def write_families(chunk: Chunk) -> Rows:
-    """Pictures of a chunk for retrieval; those of a family follow each other, and the last family may not be whole."""
+    """Writes the pictures of a chunk for retrieval, family by family. Returns their captions. The last family may be cut."""
     rows: Rows = {}
     end = chunk.start + chunk.number
     for start in range(chunk.start, end, FAMILY):
@@ -148,7 +148,7 @@ def append(rows: Rows, more: Rows) -> None:
 
 
 def coco_ground_truth(entries: list[dict]) -> dict:
-    """COCO caption format; an image's id is the number at the end of its file name."""
+    """Converts entries to COCO's caption format. The id of an image is the number at the end of its file name."""
     images, annotations = [], []
     for entry in entries:
         image_id = int(Path(entry["image"]).stem.split("_")[-1])
@@ -160,7 +160,7 @@ def coco_ground_truth(entries: list[dict]) -> dict:
 
 
 def chunks(template: Chunk, sizes: dict[str, int], per_chunk: int) -> list[Chunk]:
-    """All splits cut into chunks; further statements are for training only."""
+    """Cuts all splits into chunks. Only training pairs get more than one statement."""
     return [
         template._replace(
             split=split,
@@ -174,7 +174,7 @@ def chunks(template: Chunk, sizes: dict[str, int], per_chunk: int) -> list[Chunk
 
 
 def run_chunks(work: Callable[[Chunk], Rows], todo: list[Chunk], workers: int, progress: Progress, label: str) -> Rows:
-    """Do chunks in some processes; the entries come in the order of the chunks."""
+    """Runs `work` on all chunks in `workers` processes. Returns the entries in the order of the chunks."""
     rows: Rows = {}
 
     def collect(results: Iterator[Rows]) -> None:
@@ -199,7 +199,7 @@ def no_progress(results: Iterable, total: int, label: str) -> Iterable:
 
 
 def check(tasks: Sequence[str], level: Level, *sizes: int) -> None:
-    """Raise a ValueError for what `make_shapes` cannot make."""
+    """Raises a ValueError for arguments that `make_shapes` does not support."""
     if not tasks or not set(tasks) <= set(TASKS):
         raise ValueError(f"tasks must be some of {', '.join(TASKS)}; got {tuple(tasks)}")
     if not level.templates or not set(level.templates) <= set(FULL.templates):
@@ -220,7 +220,20 @@ def make_shapes(
     progress: Progress = no_progress,
     val_size: int | None = None,
 ) -> None:
-    """Write a data set of `size` training pairs (and pictures); `val_size` for validation is `eval_size` where not given."""
+    """Writes a Shapes data set to the folder `out`.
+
+    Args:
+        out: the folder.
+        seed: of all random numbers.
+        size: number of training pairs, and of training pictures for the other tasks.
+        tasks: some of TASKS.
+        statements_per_pair: statements about each training pair.
+        eval_size: number of test pairs (and pictures).
+        workers: number of processes; None is one per CPU core.
+        level: the difficulty.
+        progress: wraps the iterator of finished chunks, such as in a progress bar.
+        val_size: number of validation pairs (and pictures); None is `eval_size`.
+    """
     out, tasks = Path(out), tuple(tasks)
     val_size = eval_size if val_size is None else val_size
     check(tasks, level, size, eval_size, val_size, statements_per_pair)

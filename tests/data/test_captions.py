@@ -180,7 +180,7 @@ def test_cocos_ground_truth_takes_the_place_of_the_captions(world: Path) -> None
     annotations = [{"image_id": 7, "caption": "a"}, {"image_id": 42, "caption": "b"}, {"image_id": 7, "caption": "c"}]
     (world / "x_gt.json").write_text(json.dumps({"images": [], "annotations": annotations}))
     assert read_coco_truth(world / "x_gt.json", names) == {names[0]: ["b"], names[1]: ["a", "c"]}
-    with pytest.raises(UserError, match="has no caption of 3.jpg, nor of 0 others; is it of another split"):
+    with pytest.raises(UserError, match="has no captions of 3.jpg and 0 other images; is it of another split"):
         read_coco_truth(world / "x_gt.json", [*names, "3.jpg"])
 
 

@@ -226,7 +226,7 @@ def test_the_answer_list_is_read_and_a_foreign_one_named(world: Path) -> None:
     for content in ("{}", "[]", '["red", 5]', '["red", ""]'):
         (world / "answer_list.json").write_text(content)
         with pytest.raises(
-            UserError, match="answer_list.json: must be a list of texts with something in it; set the key 'answer_list'"
+            UserError, match="answer_list.json: must be a list of texts, and not empty; set the key 'answer_list'"
         ):
             read_answer_list(config_of(world))
     with pytest.raises(UserError, match="none.json: No such file"):

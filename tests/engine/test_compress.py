@@ -217,7 +217,7 @@ def test_a_folder_that_cannot_be_is_named(tmp_path):
 
 def test_a_ramp_that_does_not_end_is_refused_before_any_epoch(tmp_path):
     task, evaluated = experiment(tmp_path, [50.0], ramp_epochs=2)
-    with pytest.raises(UserError, match="^with ramp_epochs: 2 all is in place in epoch 2, and max_epoch is 1"):
+    with pytest.raises(UserError, match="^with ramp_epochs: 2 the ramp ends in epoch 2, but max_epoch is 1"):
         run_experiment(task)
     assert not evaluated
 

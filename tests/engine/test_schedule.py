@@ -178,7 +178,7 @@ def test_adaptive_leaves_the_tokens_alone_where_weights_meet_p():
     ],
 )
 def test_too_few_epochs_are_refused_before_any_is_trained(keys, epoch):
-    with pytest.raises(UserError, match=f"all is in place in epoch {epoch}, and max_epoch is {keys['max_epoch']}"):
+    with pytest.raises(UserError, match=f"the ramp ends in epoch {epoch}, but max_epoch is {keys['max_epoch']}"):
         plan(sparse=sparse_model(), ramp_epochs=2, **keys)
     plan(sparse=sparse_model(), ramp_epochs=2, **{**keys, "max_epoch": epoch})
 

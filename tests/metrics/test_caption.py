@@ -160,5 +160,5 @@ def test_words_by_hand():
     [({}, {}), ({1: "a"}, {}), ({1: "a"}, {2: ["a"]}), ({1: "a"}, {1: ["a"], 2: ["a"]}), ({1: "a"}, {1: []})],
 )
 def test_every_image_needs_a_prediction_and_references(predictions, references):
-    with pytest.raises(ValueError, match="have a prediction and references each"):
+    with pytest.raises(ValueError, match="a prediction and references for each image"):
         caption_scores(predictions, references)

@@ -1,4 +1,4 @@
-"""The models that tools/benchmark.py times: dense, pruned, other libraries', and one that ranks in different ways."""
+"""The methods that tools/benchmark.py times: dense and pruned models, models of other libraries, and ways of ranking."""
 
 import argparse
 from collections.abc import Iterator
@@ -24,23 +24,23 @@ from tools.benchmarks.rankings import RANKINGS
 from tools.benchmarks.workloads import WORKLOADS, ClipImage, Forward, Inputs, Method, Prepare
 from utils import UserError
 
-LIVELY = 0.1  # standard deviation of random learnable tokens: alignment that is not flat
+LIVELY = 0.1  # standard deviation of random learnable tokens; large enough that token attention is not uniform
 BISECTIONS = 12
-PRUNED = (0.5, 0.7, 0.8)  # shares of the GFLOPs to remove, where none are given
+PRUNED = (0.5, 0.7, 0.8)  # shares of the GFLOPs to remove by default
 TASKS = WORKLOADS | RANKINGS
 SPARSE_TASKS = ("nlvr", "vit")
 
 
 def build_methods(args: argparse.Namespace, device: torch.device) -> list[Method]:
-    """What the others are measured by comes first."""
+    """Builds the methods to compare. The first one is the reference of the speed-ups."""
     if args.task in RANKINGS:
         return ranking_methods(args, device)
     names = args.against.split(",")
     known = {"dense": dense_method, "compiled": compiled_method, "timm": timm_method, "transformers": transformers_method}
     if unknown := [name for name in names if name not in known]:
-        raise UserError(f"--against {unknown[0]}: not known; choose of {', '.join(known)}")
+        raise UserError(f"--against {unknown[0]}: not known; choose from {', '.join(known)}")
     if args.train and (args.task == "block" or set(names) != {"dense"}):
-        raise UserError("--train: times the models of this project alone, of task nlvr, vit or retrieval_clip")
+        raise UserError("--train: times only models of this project, for --task nlvr, vit or retrieval_clip")
     if args.sparse:
         check_sparse(args)
     if args.train and args.metered:
@@ -54,7 +54,7 @@ def build_methods(args: argparse.Namespace, device: torch.device) -> list[Method
 
 
 def strengths(args: argparse.Namespace) -> list[float | None]:
-    """The shares of the GFLOPs to remove; None where something else says what is pruned."""
+    """Returns the shares of the GFLOPs to remove; a single None if --keep-schedule or --temperature determine the pruning."""
     return [None] if args.keep_schedule or args.temperature is not None else [p for p in args.p if p > 0]
 
 
@@ -95,7 +95,7 @@ def dense_config(args: argparse.Namespace) -> Config:
 
 
 def forward_of(args: argparse.Namespace, model: nn.Module, setting: PruneSetting, packed: bool):
-    """inputs -> the pass that is timed of a workload's model."""
+    """Returns a function from inputs to the pass to time: a forward pass, or with --train a forward and backward pass."""
     workload = WORKLOADS[args.task]
     if not args.train:
         return lambda inputs: lambda: workload.run(model, inputs, Guidance(setting, packed=packed))
@@ -111,10 +111,10 @@ def forward_of(args: argparse.Namespace, model: nn.Module, setting: PruneSetting
 
 
 def cost_of(args: argparse.Namespace, model: nn.Module, setting: PruneSetting, packed: bool) -> tuple[float, tuple[float, ...]]:
-    """GFLOPs of a sample and the tokens after each image block, from a batch of one."""
+    """Returns the GFLOPs of a sample and the tokens after each image block, measured on a batch of one."""
     workload = WORKLOADS[args.task]
     device = next(model.parameters()).device
-    with Precision(device, args.amp).autocast():  # which kernels run, and so what scores cost, depends on it
+    with Precision(device, args.amp).autocast():  # autocast decides the attention kernel, and thereby the cost of scores
         output = workload.run(model, random_inputs(args, 1, device), Guidance(setting, packed=packed))
         gflops = float(workload.gflops(model, output).mean())
     return gflops, tuple(float(n.double().mean()) for n in workload.record(output).leaving)
@@ -133,7 +133,7 @@ def compiled_method(args: argparse.Namespace, device: torch.device) -> Method:
 
 
 def of_one_shape(forward_with: Prepare) -> Prepare:
-    """Passes whose shapes are always the same may use cuDNN's attention, which `init_run` keeps from those that prune."""
+    """Allows cuDNN's attention in passes whose shapes never change. `init_run` switches it off, because pruning changes shapes."""
 
     def prepare(inputs: Inputs) -> Forward:
         forward = forward_with(inputs)
@@ -154,7 +154,7 @@ def timm_method(args: argparse.Namespace, device: torch.device) -> Method:
     import timm
 
     if args.task != "vit":
-        raise UserError(f"--against timm: has no model of task {args.task}; compare image encoders with --task vit")
+        raise UserError(f"--against timm: has no model for task {args.task}; compare image encoders with --task vit")
     config = dense_config(args)
     size = config.vit_sizes
     model = timm.models.VisionTransformer(
@@ -185,20 +185,20 @@ def transformers_method(args: argparse.Namespace, device: torch.device) -> Metho
         )  # fmt: skip
         return foreign("transformers", CLIPVisionModel(settings), device)
     raise UserError(
-        f"--against transformers: has no model of task {args.task}; compare image encoders with --task vit or retrieval_clip"
+        f"--against transformers: has no model for task {args.task}; compare image encoders with --task vit or retrieval_clip"
     )
 
 
 def foreign(name: str, model: nn.Module, device: torch.device) -> Method:
-    """Another library's model."""
+    """Returns the method of another library's model."""
     model = model.eval().to(device)
     return Method(name, 0.0, of_one_shape(lambda inputs: lambda: model(*inputs)))
 
 
 def pruned_methods(args: argparse.Namespace, device: torch.device, p: float | None, dense: float) -> list[Method]:
-    """This project's packed model at `p`, or under --keep-schedule, and with --metered the same beside the count of its cost.
+    """Builds this project's packed model at `p` or with --keep-schedule; with --metered also a method that counts its GFLOPs.
 
-    dense: GFLOPs of a sample without pruning
+    `dense` is the GFLOPs of a sample without pruning.
     """
     workload = WORKLOADS[args.task]
     model = model_of(args, 0.5).to(device)
@@ -215,20 +215,23 @@ def pruned_methods(args: argparse.Namespace, device: torch.device, p: float | No
 
 
 def prune(args: argparse.Namespace, model: nn.Module, p: float | None, dense: float) -> PruneSetting:
-    """Impose what removes p of `dense` GFLOPs, or --keep-schedule. Which temperature does not matter where shares are imposed."""
+    """Fixes the share of tokens that blocks keep, so that p of the `dense` GFLOPs are removed, or by --keep-schedule.
+
+    Returns the setting to run with. Its temperature has no effect when shares are fixed.
+    """
     if p is not None:
         impose(args, model, share_for(args, model, dense * (1 - p)))
     elif args.keep_schedule:
         schedule, blocks = args.keep_schedule, len(WORKLOADS[args.task].towers(model)[0])
         if len(schedule) != blocks:
-            raise UserError(f"--keep-schedule: {len(schedule)} shares for {blocks} blocks; give one a block")
+            raise UserError(f"--keep-schedule: {len(schedule)} shares for {blocks} blocks; give one per block")
         impose(args, model, *schedule)
     return PruneSetting(1.0 if args.temperature is None else args.temperature)
 
 
 def check_sparse(args: argparse.Namespace) -> None:
     if args.train or args.task not in SPARSE_TASKS:
-        raise UserError(f"--sparse, --shapes: 2:4 weights are timed in inference, of task {' or '.join(SPARSE_TASKS)}")
+        raise UserError(f"--sparse, --shapes: 2:4 weights are timed only in inference, for --task {' or '.join(SPARSE_TASKS)}")
 
 
 def sparse_methods(args: argparse.Namespace, device: torch.device, dense: float) -> list[Method]:
@@ -238,7 +241,7 @@ def sparse_methods(args: argparse.Namespace, device: torch.device, dense: float)
 def sparse_models(
     args: argparse.Namespace, device: torch.device, dense: float
 ) -> Iterator[tuple[str, nn.Module, SparseWeights, PruneSetting]]:
-    """Models with 2:4 weights: with all tokens, and where weights alone do not remove p already, with as few as p takes."""
+    """Yields models with 2:4 weights: one with all tokens, and for each p that weights alone do not reach, one that also prunes."""
     model, sparse = masked_model(args, 0.0, device)
     yield "2:4", model, sparse, OFF
     alone, _ = cost_of(args, model, OFF, False)
@@ -249,7 +252,7 @@ def sparse_models(
 
 
 def masked_model(args: argparse.Namespace, p: float, device: torch.device) -> tuple[nn.Module, SparseWeights]:
-    """A model as `model_of` gives it, with masks by magnitude."""
+    """Builds a model with `model_of`, and masks its weights by magnitude."""
     model = model_of(args, p).to(device)
     sparse = sparse_weights(model, PATTERN, "all")
     sparse.select(sparse.weights)
@@ -260,7 +263,7 @@ def masked_model(args: argparse.Namespace, p: float, device: torch.device) -> tu
 def sparse_method(
     args: argparse.Namespace, name: str, model: nn.Module, sparse: SparseWeights, setting: PruneSetting, dense: float
 ) -> Method:
-    """Sparse kernels multiply where they are faster on the inputs for which the pass is prepared."""
+    """Returns the method of a model with sparse weights. `prepare` picks sparse kernels for layers where they are faster."""
     packed = setting.temperature is not None
     gflops, keep = cost_of(args, model, setting, packed)
     forward_with, kernels = forward_of(args, model, setting, packed), ExitStack()
@@ -278,7 +281,7 @@ def sparse_method(
 
 
 def impose(args: argparse.Namespace, model: nn.Module, *shares: float) -> None:
-    """The share that each block keeps, in all towers; one for all, or one a block."""
+    """Fixes the share of tokens that each block keeps, in all towers. `shares` is one for all blocks, or one per block."""
     for tower in WORKLOADS[args.task].towers(model):
         for index, block in enumerate(tower):
             pruner = block.pruner
@@ -286,7 +289,7 @@ def impose(args: argparse.Namespace, model: nn.Module, *shares: float) -> None:
 
 
 def share_for(args: argparse.Namespace, model: nn.Module, target: float) -> float:
-    """The share, the same in all blocks, at which a sample costs `target` GFLOPs."""
+    """Finds, by bisection, the share kept in all blocks at which a sample costs `target` GFLOPs."""
     low, high = 0.01, 1.0
     for _ in range(BISECTIONS):
         middle = (low + high) / 2

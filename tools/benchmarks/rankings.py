@@ -1,7 +1,7 @@
-"""What tools/benchmark.py times of rankings: one uncompressed model that scores the same candidates in different ways.
+"""The ranking tasks of tools/benchmark.py: an uncompressed model scores the same candidates in different ways.
 
-Images and questions are encoded beforehand. Weights and texts are random; the lengths of the texts spread as in public data sets.
-A ranking's `methods` take inputs with one image or question, whose GFLOPs they give.
+Images and questions are encoded beforehand. Weights and texts are random, with text lengths distributed as in public data sets.
+`methods` of a ranking takes the inputs of one image or question, to measure the GFLOPs.
 """
 
 from collections.abc import Callable
@@ -25,20 +25,20 @@ from tasks.task import bert_vocabulary
 from tools.benchmarks.workloads import Forward, Inputs, Method
 from utils import Run
 
-LISTED = 3128  # answers, as BLIP publishes them
+LISTED = 3128  # number of answers in BLIP's published list
 LONGEST_QUESTION, LONGEST_ANSWER = 25, 10
 
 
 @dataclass(frozen=True)
 class Words:
-    """How long texts are, in tokens with what begins and ends them: log-normal around the median, of this spread."""
+    """The distribution of text lengths, in tokens including special tokens: log-normal around `median`, with this `spread`."""
 
     least: int
     median: int
     spread: float
 
     def draw(self, number: int, longest: int, vocabulary: int) -> tuple[Tensor, Tensor]:
-        """Random token ids and attention mask (number, L); 0 is padding."""
+        """Draws random token ids and their attention mask, (number, L). 0 is padding."""
         lengths = (self.median * (self.spread * torch.randn(number)).exp()).round().clamp(self.least, longest)
         mask = (torch.arange(int(lengths.max())) < lengths.unsqueeze(1)).long()
         return torch.randint(5, vocabulary, mask.shape) * mask, mask
@@ -53,7 +53,7 @@ def spread(name: str, mask: Tensor) -> str:
 
 
 class Rerank:
-    """Images, each with texts of its own, that the matching head ranks anew."""
+    """Re-ranking by the matching head: images, each with its own candidate texts."""
 
     config, path = RetrievalConfig, Path("configs/shapes/retrieval.yaml")
 
@@ -68,14 +68,17 @@ class Rerank:
 
     @staticmethod
     def methods(config: RetrievalConfig, model: BlipRetrieval, one: Inputs) -> list[Method]:
-        """An image's keys and values anew for each of its texts, and shared, the texts padded; shared, the texts packed."""
+        """Builds the methods: keys and values of an image for each text; shared, with padded texts; shared, with packed texts."""
         separate, shared = matching_gflops(model, one)
         ways = (("separate", False, True, separate), ("padded", False, False, shared), ("shared", True, False, shared))
         return [Method(name, 0.0, matching(model, *way), cost, each=config.k_test) for name, *way, cost in ways]
 
 
 class Matcher(nn.Module):
-    """The model for one batch of images that are `encoded` already; `separate`: an image is repeated for each of its texts."""
+    """A wrapper of the model for a batch of images that are already `encoded`.
+
+    With `separate`, the image is repeated for each of its texts, so that keys and values are computed for each.
+    """
 
     def __init__(self, model: BlipRetrieval, encoded: Encoded, separate: bool):
         super().__init__()
@@ -93,7 +96,7 @@ class Matcher(nn.Module):
 
 
 def matching(model: BlipRetrieval, packed: bool, separate: bool) -> Callable[[Inputs], Forward]:
-    """The engine's re-ranking of each image's texts, and of no text's images."""
+    """Returns a function from inputs to a pass that re-ranks the texts of each image with `tasks.ranking.rerank`."""
 
     def prepare(inputs: Inputs) -> Forward:
         images, ids, mask = inputs
@@ -110,7 +113,7 @@ def matching(model: BlipRetrieval, packed: bool, separate: bool) -> Callable[[In
 
 
 def matching_gflops(model: BlipRetrieval, inputs: Inputs) -> tuple[float, float]:
-    """GFLOPs of a pair where the image's keys and values are its own, and where its texts share them. Of one image."""
+    """Returns the GFLOPs of a pair with separate keys and values of the image, and with shared ones. `inputs` hold one image."""
     images, *text = inputs
     image = model.encode_image(images)
     _, record = model.match(*text, (image.tokens, image.layout))
@@ -121,7 +124,7 @@ def matching_gflops(model: BlipRetrieval, inputs: Inputs) -> tuple[float, float]
 
 
 class RankAnswers:
-    """Questions, each with an image of its own, and listed answers."""
+    """Ranking of the listed answers: questions, each with its own image."""
 
     config, path = VqaConfig, Path("configs/shapes/vqa.yaml")
 
@@ -131,7 +134,7 @@ class RankAnswers:
         longest, words = config.bert_sizes.max_position_embeddings, bert_vocabulary(config)
         questions = QUESTION.draw(batch_size, min(LONGEST_QUESTION, longest), words)
         answer_ids, answer_mask = ANSWER.draw(LISTED, min(LONGEST_ANSWER, longest), words)
-        answer_ids[:, 0] = answer_ids[0, 0]  # as [DEC], with which all begin
+        answer_ids[:, 0] = answer_ids[0, 0]  # all answers begin with the same token, like [DEC]
         return images, *questions, answer_ids, answer_mask
 
     @staticmethod
@@ -140,7 +143,7 @@ class RankAnswers:
 
     @staticmethod
     def methods(config: VqaConfig, model: BlipVqa, one: Inputs) -> list[Method]:
-        """Each question by itself, its candidates padded and each with a copy of it; all at a time, as evaluation runs."""
+        """Builds the methods: each question alone, with padded candidates and a copy of the question for each; and all batched."""
         source, lengths = one[2].sum(dim=1), one[4].sum(dim=1)
 
         def ranking(rank: Callable[..., list]) -> Callable[[Inputs], Forward]:
@@ -164,7 +167,7 @@ class RankAnswers:
 def one_by_one(
     model: BlipVqa, question: Question, answer_ids: Tensor, answer_mask: Tensor, number: int
 ) -> list[tuple[Tensor, Tensor]]:
-    """`model.rank` of each question, in the plain way."""
+    """Computes the same as `model.rank`, in the plain way: question by question, nothing shared."""
     found = []
     for tokens, valid in zip(question.tokens, question.valid, strict=True):
 

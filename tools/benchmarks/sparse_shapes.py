@@ -1,4 +1,4 @@
-"""The products of a model's 2:4 weights, shape by shape: how long dense and sparse kernels take."""
+"""Timing of the matrix products with 2:4 weights, shape by shape, with dense and with sparse kernels."""
 
 import argparse
 import math
@@ -15,7 +15,7 @@ from utils import UserError
 
 @dataclass
 class ShapeRow:
-    """rows vectors of `inputs` channels by an (outputs, inputs) weight; no sparse_ms where sparse kernels do not serve."""
+    """The times of a product of (rows, inputs) by an (outputs, inputs) weight. sparse_ms is None without a sparse kernel for it."""
 
     rows: int
     outputs: int
@@ -26,23 +26,23 @@ class ShapeRow:
 
 
 def time_shapes(args: argparse.Namespace) -> list[ShapeRow]:
-    """Of all products of all models that --sparse times.
+    """Times all products of the models that --sparse times.
 
     Raises:
-        UserError: without a GPU, in 32 bits, or for a task that is not timed so.
+        UserError: without a GPU, without --amp, or when the task has no sparse models.
     """
     device = torch.device(args.device)
     check_sparse(args)
     if not args.amp:
         raise UserError("--shapes: sparse kernels run in 16 bits; add --amp")
     if device.type != "cuda":
-        raise UserError("--shapes: sparse kernels are a GPU's; give --device cuda where there is one")
+        raise UserError("--shapes: sparse kernels need a GPU; use --device cuda on a machine that has one")
     return timed(products_in(args, device), Stopwatch(device))
 
 
 @torch.no_grad()
 def products_in(args: argparse.Namespace, device: torch.device) -> list[Product]:
-    """Of all batch sizes, each once, the largest weights first."""
+    """Collects the distinct products over all batch sizes, the largest weights first."""
     dense = dense_method(args, device).gflops
     found: set[Product] = set()
     for _, model, sparse, setting in sparse_models(args, device, dense):

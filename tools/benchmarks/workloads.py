@@ -1,7 +1,7 @@
-"""What tools/benchmark.py runs pruned and dense models on: a model whole, an image encoder, a block.
+"""The workloads on which tools/benchmark.py compares pruned and dense models: a whole model, an image encoder, a single block.
 
-A workload's `run` gives the output of a forward pass, `gflops` what it cost each sample, `record` what its image encoder left. In
-`towers`, lists of blocks, a share of kept tokens can be imposed.
+`run` returns the output of a forward pass. From this output, `gflops` returns the cost of each sample, and `record` the TowerRecord
+of the image encoder. `towers` returns the lists of blocks for which a share of kept tokens can be fixed.
 """
 
 from collections.abc import Callable, Sequence
@@ -27,10 +27,10 @@ Prepare = Callable[[Inputs], Forward]
 
 @dataclass
 class Method:
-    """A model to time: `prepare(inputs)` gives the forward pass, GFLOPs and kept tokens are of one sample.
+    """A method to time: `prepare(inputs)` returns the forward pass. `gflops` and `keep` (tokens kept) refer to one sample.
 
-    each: the things in a sample that throughput counts
-    note: what a reader should know of the pass that was prepared last
+    each: number of items in a sample that throughput counts
+    note: a remark for the reader about the pass that was prepared last
     """
 
     name: str
@@ -43,7 +43,7 @@ class Method:
 
 
 class Nlvr:
-    """Two images and a text."""
+    """The workload of the whole BLIP-NLVR: two images and a text."""
 
     config, path = NlvrConfig, Path("configs/nlvr.yaml")
 
@@ -59,7 +59,7 @@ class Nlvr:
 
     @staticmethod
     def note(inputs: Inputs) -> str:
-        """What a reader should know of the inputs."""
+        """Returns a remark for the reader about the inputs."""
         return ""
 
     @staticmethod
@@ -81,7 +81,7 @@ class Nlvr:
 
 
 class Image(Nlvr):
-    """An image, and the image encoder alone."""
+    """The workload of the image encoder alone, on an image."""
 
     @staticmethod
     def inputs(config: NlvrConfig, batch_size: int) -> Inputs:
@@ -105,13 +105,13 @@ class Image(Nlvr):
 
 
 class ClipImage(Image):
-    """An image, and CLIP's image encoder alone."""
+    """The workload of CLIP's image encoder alone, on an image."""
 
     config, path = ClipRetrievalConfig, Path("configs/retrieval_flickr_clip.yaml")
 
     @staticmethod
     def built(config: ClipRetrievalConfig) -> AlignedModel:
-        """The image tower alone: at real size, all that training needs beside it is three gigabytes."""
+        """Builds only the image tower: at real size, the parts that only training needs would take three gigabytes."""
         model = AlignedModel()
         model.visual = VisionTower(ClipSize(config.image_size, **config.clip.model_dump()), pruner_factory(config))
         model.init_learnable_tokens(learnable_tokens(config))
@@ -139,7 +139,7 @@ class ClipImage(Image):
 
 
 class OneBlock(Nlvr):
-    """The tokens that enter a block of the image encoder, and that block alone."""
+    """The workload of a single block of the image encoder, on tokens."""
 
     @staticmethod
     def towers(model: BlipNlvr) -> list[Sequence[nn.Module]]:
@@ -167,7 +167,7 @@ class OneBlock(Nlvr):
 
 
 def mean_square(output: Tensor, record: TowerRecord) -> Tensor:
-    """A loss that reaches all of an encoder, its alignment features too."""
+    """Returns a loss whose gradient reaches all parts of an encoder, including its alignment features."""
     task = output.float().square().mean()
     return task if record.features is None else task + record.features.float().square().mean()
 

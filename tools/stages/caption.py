@@ -1,4 +1,4 @@
-"""The stage of the uncompressed Shapes model for captioning: from the encoders of the one for NLVR2."""
+"""The training stage of the uncompressed Shapes model for captioning, which starts from the NLVR2 model."""
 
 from collections.abc import Iterator
 from itertools import count
@@ -21,12 +21,14 @@ from tools.stages.common import SINGLES, ClassContent, Plan, Recipe, draw_shown,
 from transform.images import eval_transform
 
 PLAN = Plan(steps=1_000, batch=16, rate=5e-4, warmup=100)
-CAPTIONS = 2  # a picture: they differ in little
+CAPTIONS = 2  # per picture; its captions differ little
 
 
 class Captions(IterableDataset):
-    """Endless fresh pictures with CAPTIONS each, a batch an item: as of draw_shown, and input_ids, attention_mask (S, L), the
-    captions of the first picture first, each with the prompt in front.
+    """An endless stream of batches of new pictures with CAPTIONS captions each.
+
+    A batch is a dict with the entries of draw_shown, and input_ids and attention_mask (S, L): the captions, with the prompt in
+    front, in the order of the pictures.
     """
 
     def __init__(self, seed: int, config: CaptionConfig, tokenizer: PreTrainedTokenizerBase, plan: Plan):
@@ -45,7 +47,7 @@ class Captions(IterableDataset):
 def train_captions(
     model: BlipCaption, config: CaptionConfig, tokenizer: PreTrainedTokenizerBase, plan: Plan, seed: int, log: Path
 ) -> None:
-    """Captions are written, while the class token tells after every block what the things are."""
+    """Trains the model to write captions, while heads on the class token of every block must name the things."""
     model.train()
     content = ClassContent(model.visual_encoder.blocks, model.visual_encoder.embed_dim)
 

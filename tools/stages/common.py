@@ -1,4 +1,4 @@
-"""What the stages of all tasks share: optimiser steps, pictures with what they show, and an image encoder's first stage."""
+"""Shared code of the training stages: the optimizer loop, streams of labelled pictures, and the first stage of image encoders."""
 
 import logging
 import math
@@ -24,7 +24,7 @@ from transform.images import ImageTransform, eval_transform
 
 
 class Plan(NamedTuple):
-    """How a stage is trained: steps, samples a step, learning rate at its height and steps until then."""
+    """The training plan of a stage: steps, samples per step, peak learning rate and warm-up steps."""
 
     steps: int
     batch: int
@@ -32,23 +32,23 @@ class Plan(NamedTuple):
     warmup: int = 200
 
 
-PATCH = 8  # px, in 12 x 12 patches, two to a cell of the world's lattice
+PATCH = 8  # px; a picture has 12 x 12 patches, and each cell of the world's lattice 2 x 2
 SIDE = 2 * LATTICE
-ATTRIBUTES = (SIZES, COLOURS, SHAPES)  # in the order of a Kind; named one by one, as words will name them
+ATTRIBUTES = (SIZES, COLOURS, SHAPES)  # in the order of a Kind; each is predicted separately, because words name them separately
 GROUND_WEIGHT = 0.1
-PLACE_WEIGHT = 0.3  # of things alone; places are easy, and would drown what the patches show
+PLACE_WEIGHT = 0.3  # of the position loss, on patches of things only; low, because positions are easy and would dominate
 LOG_EVERY = 100
 NLVR = Path(__file__).resolve().parents[2] / "pretrained/shapes/nlvr.safetensors"
 VISION = Plan(steps=600, batch=32, rate=1e-3, warmup=100)
 RETRIEVAL_DATA = ["--tasks", "retrieval", "--size", "1000", "--eval-size", "1000"]
 SINGLES = ["--size", "500", "--eval-size", "1000", "--val-size", "500"]
 PACKED = Guidance(packed=True)
-THIN = 1.5  # the higher, the less ground is shown
+THIN = 1.5  # higher shows fewer background patches
 
 
 @dataclass
 class Recipe:
-    """A task's uncompressed model, its stages by name, and the options of make_shapes for its test data.
+    """The training recipe of a task: its uncompressed model, its stages by name, and make_shapes options for its test data.
 
     A stage is called with a seed and the path of its log.
     """
@@ -59,12 +59,12 @@ class Recipe:
 
 
 def nlvr_weights() -> dict[str, Tensor]:
-    """Returns the weights of the published model for NLVR2."""
+    """Reads the weights of the published Shapes model for NLVR2."""
     return read_checkpoint(NLVR)["model"]
 
 
 def fit(parameters: list[Tensor], plan: Plan, stream: Iterator, losses: Callable, log: Path) -> None:
-    """The steps of a plan, the learning rate on a cosine. `losses` maps a batch to the loss and figures to log by name."""
+    """Trains for the steps of a plan with a cosine learning rate. `losses` maps a batch to the loss and a dict of values to log."""
     optimizer = torch.optim.AdamW(parameters, lr=plan.rate, weight_decay=0.05)
     lines = []
     for step, batch in enumerate(bar := tqdm(islice(stream, plan.steps), desc=log.stem, total=plan.steps, disable=None), 1):
@@ -83,20 +83,20 @@ def fit(parameters: list[Tensor], plan: Plan, stream: Iterator, losses: Callable
 
 
 def patch_attributes(scene: Scene) -> Tensor:
-    """Size, colour and shape of what each patch shows, (SIDE * SIDE, 3): 0 is ground, else 1 + the index of the attribute."""
+    """Returns the size, colour and shape in each patch, (SIDE * SIDE, 3): 0 is background, else 1 + the index in ATTRIBUTES."""
     attributes = torch.zeros(SIDE, SIDE, 3, dtype=torch.long)
     for thing in scene:
         row, column = 2 * thing.row, 2 * thing.column
         value = torch.tensor([1 + names.index(name) for names, name in zip(ATTRIBUTES, thing.kind, strict=True)])
         if thing.kind.size == "large":
             attributes[row : row + 2, column : column + 2] = value
-        else:  # world places are in quarters of a pixel
+        else:  # positions in a scene are in quarter pixels
             attributes[thing.y // (4 * PATCH), thing.x // (4 * PATCH)] = value
     return attributes.flatten(0, 1)
 
 
 class Pictures(IterableDataset):
-    """Endless fresh pictures, a batch an item: images (B, 3, H, W) and what their patches show (B, N, 3)."""
+    """An endless stream of batches of new pictures: images (B, 3, H, W) and the attributes of their patches (B, N, 3)."""
 
     def __init__(self, seed: int, batch: int, image_size: int):
         self.seed, self.batch, self.transform = seed, batch, eval_transform(image_size)
@@ -118,16 +118,21 @@ def train_vision(
     seed: int,
     log: Path,
 ) -> None:
-    """The image encoder names what each patch shows and where it is; the class token counts.
+    """Trains an image encoder to predict the attributes and position of each patch, and to count with the class token.
 
     Args:
+        encoder: the image encoder.
         tokens_of: images (B, 3, H, W) -> the encoder's tokens (B, 1 + N, C).
-        words: of each attribute the directions (words, C) in which patches are to lie (see `word_directions`).
+        words: for each attribute, target directions (words, C) for the tokens of patches (see `word_directions`).
+        image_size: pixels along one side.
+        plan: the training plan.
+        seed: of the pictures.
+        log: the file for the log.
     """
     encoder.train()
     width = words[0].shape[1]
-    place = nn.Linear(width, 2 * SIDE)  # the row of a patch, its column
-    counter = nn.Linear(width, sum(map(len, ATTRIBUTES)))  # of the class token: how many patches show each attribute
+    place = nn.Linear(width, 2 * SIDE)  # patch token -> logits of its row and of its column
+    counter = nn.Linear(width, sum(map(len, ATTRIBUTES)))  # class token -> root of the number of patches with each attribute
     rows = torch.arange(SIDE).repeat_interleave(SIDE).repeat(plan.batch)
     columns = torch.arange(SIDE).repeat(SIDE * plan.batch)
 
@@ -146,7 +151,7 @@ def train_vision(
             logits = tokens[:, 1:].float().flatten(0, 1) @ directions.t()
             said = attributes[..., index].flatten()[things] - 1
             loss = loss + F.binary_cross_entropy_with_logits(logits[things], F.one_hot(said, logits.shape[-1]).float())
-            loss = loss + GROUND_WEIGHT * logits[~things].square().mean()  # between what fits a word and what does not
+            loss = loss + GROUND_WEIGHT * logits[~things].square().mean()  # background logits near 0: between match and no match
             right[things] &= logits[things].argmax(dim=-1) == said
         figures = {"named": right[things], "in their row": row.argmax(dim=-1) == rows[things], "counting": counting}
         return loss, {name: figure.detach().float().mean().item() for name, figure in figures.items()}
@@ -157,17 +162,23 @@ def train_vision(
 
 
 def word_directions(embeddings: Tensor, ids_of: Callable[[list[str]], list[int]]) -> list[Tensor]:
-    """Of each attribute, the unit vectors of its words' embeddings, (words, C).
+    """Returns the unit vectors of the embeddings of each attribute's words, (words, C).
 
-    Patches are to lie in the direction of the words that name them. So the encoders are aligned before they meet, as BLIP's are.
+    They are the target directions for the tokens of patches that the words name. This aligns the image encoder with the text
+    encoder before they are trained together, as in BLIP.
     """
     return [F.normalize(embeddings.detach()[ids_of(list(names))], dim=-1) for names in ATTRIBUTES]
 
 
 def shown_patches(rng: np.random.Generator, attributes: Tensor, thin: float = 1.0) -> Tensor:
-    """(B, 1 + N) bool: the class token, all things and a share of the ground, u ** `thin` of a random u in 0 ... 1.
+    """Draws the tokens to show, (B, 1 + N) bool: the class token, all patches with things and a share of the background patches.
 
-    attributes (B, N, 3): what the patches show
+    The share is u ** `thin`, with u random in 0 to 1 for each picture.
+
+    Args:
+        rng: the random generator.
+        attributes: (B, N, 3) from `patch_attributes`.
+        thin: higher shows fewer background patches.
     """
     things = attributes[..., 0] > 0
     ground = torch.from_numpy(rng.random(things.shape) < rng.random((len(things), 1)) ** thin)
@@ -175,14 +186,14 @@ def shown_patches(rng: np.random.Generator, attributes: Tensor, thin: float = 1.
 
 
 def draw_shown(rng: np.random.Generator, scenes: list[Scene], transform: ImageTransform) -> dict[str, Tensor]:
-    """images (B, 3, H, W), attributes (B, N, 3) and, with little of the ground, shown (B, 1 + N): see `shown_patches`."""
+    """Draws scenes. Returns images (B, 3, H, W), attributes (B, N, 3) and shown (B, 1 + N), from `shown_patches` with THIN."""
     attributes = torch.stack([patch_attributes(scene) for scene in scenes])
     images = torch.stack([transform(draw(rng, scene)) for scene in scenes])
     return {"images": images, "attributes": attributes, "shown": shown_patches(rng, attributes, THIN)}
 
 
 def encode_shown(encoder: VisionTransformer, images: Tensor, shown: Tensor) -> tuple[Tensor, Packed, TowerRecord]:
-    """The image encoder's output, packed, when it sees the tokens `shown` (B, 1 + N) alone. images (B, 3, H, W)"""
+    """Encodes images (B, 3, H, W) with only the tokens `shown` (B, 1 + N). Returns packed tokens, their layout and the record."""
     x = encoder.patch_embed(images)
     x = torch.cat([encoder.cls_token.expand(len(x), -1, -1).to(x.dtype), x], dim=1) + encoder.pos_embed
     x, layout, record = run_blocks(encoder.blocks, *pack(x, shown), UNPRUNED)
@@ -190,7 +201,10 @@ def encode_shown(encoder: VisionTransformer, images: Tensor, shown: Tensor) -> t
 
 
 class ClassContent(nn.Module):
-    """Reads from the class token after every block which share of the thing patches has which attribute."""
+    """Heads that predict, from the class token of every block, the share of thing patches with each attribute.
+
+    They make the class token attend to the things, so that its attention is useful for pruning.
+    """
 
     def __init__(self, blocks: nn.ModuleList, width: int):
         super().__init__()
@@ -202,7 +216,7 @@ class ClassContent(nn.Module):
         self._told.append(class_tokens(outputs[0], outputs[1]))
 
     def loss(self, attributes: Tensor) -> Tensor:
-        """Of the forward pass just done, Kullback-Leibler divergence, mean over the blocks. attributes (B, N, 3)"""
+        """Returns the loss of the last forward pass: the Kullback-Leibler divergence, averaged over blocks. attributes (B, N, 3)"""
         told, self._told = [F.layer_norm(token, token.shape[-1:]) for token in self._told], []
         shares = [F.one_hot(attributes[..., i], 1 + len(names))[..., 1:].sum(dim=1).float() for i, names in enumerate(ATTRIBUTES)]
         total = 0.0
@@ -218,9 +232,14 @@ class ClassContent(nn.Module):
 
 
 def start_from_nlvr(model: nn.Module, weights: dict[str, Tensor], text: str = "text_encoder") -> None:
-    """Both encoders of a model of NLVR2 for `model`; of each layer's two cross-attentions the one to the left image.
+    """Loads the weights of both encoders of an NLVR2 model into `model`.
 
-    text: the part of `model` that takes the text encoder's weights
+    NLVR2's text layers have two cross-attentions; the one to the left image is used.
+
+    Args:
+        model: the model of another task.
+        weights: the weights of the NLVR2 model.
+        text: the part of `model` that gets the weights of the text encoder.
     """
     translated = {}
     for name, tensor in weights.items():

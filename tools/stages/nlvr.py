@@ -1,4 +1,4 @@
-"""The stages of the uncompressed Shapes model for NLVR2, behind that of its image encoder."""
+"""The training stages of the uncompressed Shapes model for NLVR2."""
 
 from collections.abc import Iterator, Sequence
 from itertools import count
@@ -38,18 +38,19 @@ from transform.images import eval_transform
 READING = Plan(steps=6_000, batch=8, rate=3e-4)
 JOINT = Plan(steps=2_400, batch=8, rate=1.5e-4, warmup=100)
 SPARSE = Plan(steps=2_400, batch=8, rate=2e-4, warmup=100)
-LOOK = 2.0  # how sharply words look for their patches at first
-EVIDENCE = 32  # counts and rows are smaller
-EASIER_TOO = (Level(most=6), FULL)  # in turn: words are easier to tell apart where there is little to see
-STATEMENTS = 12  # a pair; those that share one cost little more than a single one
+LOOK = 2.0  # initial sharpness of the attention from words to patches
+EVIDENCE = 32  # number of classes of evidence; counts and rows are smaller
+EASIER_TOO = (Level(most=6), FULL)  # levels in turn; the meaning of words is easier to learn with few things in the picture
+STATEMENTS = 12  # per pair; they share the encoded images, so they cost little more than a single one
 
 
 class Pairs(IterableDataset):
-    """Endless fresh pairs with STATEMENTS each, a batch an item: NLVR2's batch, and
+    """An endless stream of batches of new pairs with STATEMENTS statements each.
 
-    evidence (S, 2): of left and right
-    attributes (2 B, N, 3): what the patches show, left pictures first
-    shown (2 B, 1 + N): as of shown_patches
+    A batch is that of NlvrCollate, and
+    evidence (S, 2): in the left and right picture
+    attributes (2 B, N, 3): from patch_attributes, left pictures first
+    shown (2 B, 1 + N): from shown_patches
     """
 
     def __init__(self, seed: int, config: NlvrConfig, plan: Plan, levels: Sequence[Level], thin: float = 1.0):
@@ -79,7 +80,10 @@ class Pairs(IterableDataset):
 
 
 def train_reading(model: BlipNlvr, config: NlvrConfig, plan: Plan, seed: int, log: Path) -> None:
-    """What either picture holds is plain to learn, and what is true follows from it; truth alone is a long plateau."""
+    """Trains the text encoder to predict the evidence in each picture and the truth of the statement.
+
+    Evidence is easy to learn, and the truth follows from it. With the truth alone, the loss stays on a plateau for long.
+    """
     model.train().visual_encoder.requires_grad_(False)
     look_for_words(model)
     evidence_head = nn.Linear(model.text_encoder.hidden_size, 2 * EVIDENCE)
@@ -106,7 +110,7 @@ def train_reading(model: BlipNlvr, config: NlvrConfig, plan: Plan, seed: int, lo
 
 
 def train_joint(model: BlipNlvr, config: NlvrConfig, plan: Plan, seed: int, log: Path) -> None:
-    """Both encoders together, on what is true alone."""
+    """Trains both encoders together, on the truth of the statements only."""
     model.train()
 
     def losses(batch: dict) -> tuple[Tensor, dict[str, float]]:
@@ -121,8 +125,10 @@ def train_joint(model: BlipNlvr, config: NlvrConfig, plan: Plan, seed: int, log:
 
 
 def train_sparse(model: BlipNlvr, config: NlvrConfig, plan: Plan, seed: int, log: Path) -> None:
-    """The same, of the ground a random and often small share shown to the image encoder, and the class token telling after every
-    block what the things are: then answers do not hang on how much ground there is, and class attention finds the things."""
+    """Trains both encoders with a random, often small share of the background patches, and with heads on the class tokens.
+
+    Answers then do not depend on the amount of background, and class attention finds the things.
+    """
     model.train()
     content = ClassContent(model.visual_encoder.blocks, model.visual_encoder.embed_dim)
 
@@ -144,7 +150,10 @@ def train_sparse(model: BlipNlvr, config: NlvrConfig, plan: Plan, seed: int, log
 
 @torch.no_grad()
 def look_for_words(model: BlipNlvr) -> None:
-    """Keys of the cross-attentions start as their queries: a word then looks at the patches that lie in its direction."""
+    """Initialises the key weights of the cross-attentions with their query weights.
+
+    A word then attends to patches whose tokens lie in the direction of its embedding.
+    """
     for layer in model.text_encoder.encoder.layer:
         for heads in (layer.crossattention.self0, layer.crossattention.self1):
             heads.key.weight.copy_(LOOK * heads.query.weight)

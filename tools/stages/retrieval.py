@@ -1,4 +1,4 @@
-"""The stages of the uncompressed Shapes models for retrieval: BLIP's starts from the one for NLVR2, CLIP's from nothing."""
+"""The training stage `pairs` of the uncompressed Shapes models for retrieval. BLIP's starts from the NLVR2 model."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -35,11 +35,11 @@ from tools.stages.common import (
 from transform.images import eval_transform
 
 PAIRS = Plan(steps=1_500, batch=0, rate=3e-4)
-FAMILIES = 8  # a batch: siblings are the negatives that teach most
+FAMILIES = 8  # per batch; siblings are the most useful negatives
 
 
 class Families(IterableDataset):
-    """Endless fresh families with a caption a picture, a batch an item: as of PairCollate, and of draw_shown."""
+    """An endless stream of batches of new families with a caption per picture: the entries of PairCollate and of draw_shown."""
 
     def __init__(self, seed: int, config: RetrievalConfig, tokenizer: Tokenizer):
         self.seed, self.transform = seed, eval_transform(config.image_size)
@@ -63,10 +63,10 @@ class Families(IterableDataset):
 
 
 def train_pairs(model: MomentumModel, config: RetrievalConfig, tokenizer: Tokenizer, plan: Plan, seed: int, log: Path) -> None:
-    """Images and texts of a batch find each other, by their features and, where the model has it, by the matching head, while the
-    image's class token tells after every block what the things are.
+    """Trains the model on the contrastive loss and, if it has a matching head, the matching loss.
 
-    Without momentum encoders and queues: batches are fresh, and siblings are harder than what a queue holds.
+    Heads on the class token of every image block must name the things. Momentum encoders and queues are not used: every batch is
+    new, and siblings are harder negatives than a queue would hold.
     """
     model.train()
     matching = hasattr(model, "match")
@@ -102,7 +102,7 @@ def train_pairs(model: MomentumModel, config: RetrievalConfig, tokenizer: Tokeni
 
 
 def encode_shown_images(model: MomentumModel, batch: dict[str, Tensor]) -> Encoded:
-    """What `encode_image` gives when the image encoder sees the tokens that are shown alone."""
+    """Returns the same as `encode_image`, with only the tokens batch["shown"] in the image encoder."""
     images, shown = batch["images"], batch["shown"]
     if isinstance(model, ClipRetrieval):
         encoded = model.visual.encode(*pack(model.visual.embed(images), shown))

@@ -1,4 +1,4 @@
-"""The stages of the uncompressed Shapes model for retrieval by CLIP."""
+"""The training stages of the uncompressed Shapes model for retrieval with CLIP."""
 
 from pathlib import Path
 

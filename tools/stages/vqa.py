@@ -1,4 +1,4 @@
-"""The stages of the uncompressed Shapes model for VQA: from the encoders of the one for NLVR2."""
+"""The training stage of the uncompressed Shapes model for VQA, which starts from the encoders of the NLVR2 model."""
 
 from collections.abc import Iterator
 from itertools import count
@@ -32,12 +32,14 @@ from tools.stages.common import (
 from transform.images import eval_transform
 
 PLAN = Plan(steps=500, batch=16, rate=4e-4, warmup=50)
-QUESTIONS = 12  # a picture
+QUESTIONS = 12  # per picture
 
 
 class Questions(IterableDataset):
-    """Endless fresh pictures with QUESTIONS each, a batch an item: as of draw_shown, and question_ids, question_mask (S, L),
-    answer_ids, answer_mask (S, M), those about the first picture first.
+    """An endless stream of batches of new pictures with QUESTIONS questions each.
+
+    A batch is a dict with the entries of draw_shown, and question_ids and question_mask (S, L), answer_ids and answer_mask
+    (S, M), in the order of the pictures.
     """
 
     def __init__(self, seed: int, config: VqaConfig, tokenizer: PreTrainedTokenizerBase, plan: Plan):
@@ -61,7 +63,7 @@ class Questions(IterableDataset):
 
 
 def train_answers(model: BlipVqa, config: VqaConfig, tokenizer: PreTrainedTokenizerBase, plan: Plan, seed: int, log: Path) -> None:
-    """Questions are answered, while the class token tells after every block what the things are."""
+    """Trains the model to answer questions, while heads on the class token of every block must name the things."""
     model.train()
     content = ClassContent(model.visual_encoder.blocks, model.visual_encoder.embed_dim)
 
