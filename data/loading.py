@@ -207,4 +207,4 @@ def _collate_or_error(collate: Callable[[list], Any], items: list) -> Any:
 
 def _mix(*numbers: int) -> int:
     """Hashes several numbers to a 63-bit seed, so that neighbouring numbers give unrelated seeds."""
-    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]) >> 1

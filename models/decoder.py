@@ -56,6 +56,7 @@ def text_decoder(
         layer_norm_eps=NORM_EPS, hidden_dropout_prob=size.dropout, attention_probs_dropout_prob=size.dropout,
         initializer_range=0.02, bos_token_id=start, eos_token_id=end, sep_token_id=end, pad_token_id=padding,
         label_smoothing=label_smoothing, is_decoder=True, attn_implementation="eager",
+        tie_word_embeddings=True,
     )  # fmt: skip
     decoder = BlipTextLMHeadModel(config)
     for index, layer in enumerate(decoder.bert.encoder.layer):

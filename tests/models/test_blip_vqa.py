@@ -64,7 +64,7 @@ def transformers_twin(model: BlipVqa, size: dict) -> BlipForQuestionAnswering:
             "vocab_size": WORDS, "hidden_size": width, "encoder_hidden_size": vit_width, "intermediate_size": inner,
             "num_hidden_layers": layers, "num_attention_heads": text_heads, "max_position_embeddings": 32, "label_smoothing": 0.0,
             "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "bos_token_id": START, "sep_token_id": END,
-            "eos_token_id": END, "pad_token_id": PAD, "is_decoder": True,
+            "eos_token_id": END, "pad_token_id": PAD, "is_decoder": True, "tie_word_embeddings": True,
         },
     )  # fmt: skip
     other = BlipForQuestionAnswering(config).eval()

@@ -44,15 +44,16 @@ def test_packed_gives_the_padded_answer(rule):
 
 
 def test_gradients_are_those_of_the_padded_form():
-    grads = []
+    """In float64: in float32 they are apart by what rounding does in each version of PyTorch."""
+    (images, *text), grads = batch(), []
     for packed in (False, True):
-        model = tiny.nlvr(INSTANCE).train()
-        output = model(*batch(), Guidance(SETTING, align=True, packed=packed))
+        model = tiny.nlvr(INSTANCE).double().train()
+        output = model(images.double(), *text, Guidance(SETTING, align=True, packed=packed))
         (output.logits.square().mean() + output.similarity).backward()
         grads.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
     assert grads[0].keys() == grads[1].keys()
     for name, grad in grads[0].items():
-        torch.testing.assert_close(grads[1][name], grad, atol=1e-5, rtol=1e-4, msg=name)
+        torch.testing.assert_close(grads[1][name], grad, atol=1e-10, rtol=1e-10, msg=name)
 
 
 @settings(max_examples=15, deadline=None, derandomize=True, database=None)
