@@ -134,7 +134,8 @@ class TimmPruning(Pruning):
         total = total + layer_flops(model.norm_pre, first) + layer_flops(model.norm, last)
         pooled = torch.ones_like(last) if model.global_pool else last
         if model.attn_pool is not None:
-            total = total + pool_flops(model.attn_pool, last if model.pool_include_prefix else last - prefix)
+            reads_prefix = getattr(model, "pool_include_prefix", True)  # older versions of timm have no choice
+            total = total + pool_flops(model.attn_pool, last if reads_prefix else last - prefix)
         return total + layers_flops((model.fc_norm, model.head), pooled)
 
     def detach(self) -> None:

@@ -51,7 +51,7 @@ def test_dense_equals_transformers(size):
     assert not torch.allclose(expected.text_embeds[0], expected.text_embeds[1], atol=1e-2)
     torch.testing.assert_close(image.feature, expected.image_embeds, atol=1e-5, rtol=0)
     torch.testing.assert_close(text.feature, expected.text_embeds, atol=1e-5, rtol=0)
-    logits = text.feature @ image.feature.t() / model.temperature
+    logits = text.feature @ image.feature.t() / model.contrastive_temperature
     torch.testing.assert_close(logits, expected.logits_per_text, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(model.encode_image(images, Guidance(packed=True)).feature, expected.image_embeds, atol=1e-5, rtol=0)
     torch.testing.assert_close(model.encode_text(ids, Guidance(packed=True)).feature, expected.text_embeds, atol=1e-5, rtol=0)
