@@ -1,20 +1,23 @@
-# make setup: the .venv alone.   make demo [TASK=nlvr]: compress a small model, here.   make test: the style and the tests.
+# make setup: the .venv alone.   make demo [TASK=nlvr]: compress a small model, here.   make test: style, types and tests.
+# make test-oldest: the tests with the oldest supported versions of the dependencies, in .venv-oldest.
 # TASK: nlvr, retrieval, retrieval_clip, caption or vqa.
 
 PYTHON := $(shell for p in python3.12 python3.11 python3.10 python3; do \
 	$$p -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] < (3, 13))' 2>/dev/null && echo $$p && break; done)
 PY := .venv/bin/python
-STAMP := .venv/.installed
+OLDEST := constraints/oldest.txt
 
-.PHONY: setup demo test
+.PHONY: setup demo test test-oldest
 
-setup: $(STAMP)
+setup: .venv/.installed
 
-$(STAMP): pyproject.toml
+.venv-oldest/.installed: $(OLDEST)
+.venv-oldest/.installed: CONSTRAINTS := --constraint $(OLDEST)
+.venv/.installed .venv-oldest/.installed: pyproject.toml
 	@test -n "$(PYTHON)" || { echo "error: no Python 3.10, 3.11 or 3.12 found; install one" >&2; exit 2; }
-	test -x $(PY) || $(PYTHON) -m venv .venv
-	$(PY) -m pip install --quiet --disable-pip-version-check -e ".[all,dev]"
-	touch $(STAMP)
+	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check $(CONSTRAINTS) -e ".[all,dev]"
+	touch $@
 
 demo: setup
 	$(PY) tools/demo.py --task $(or $(TASK),nlvr)
@@ -23,3 +26,6 @@ test: setup
 	$(PY) -m ruff check .
 	$(PY) -m mypy
 	$(PY) -m pytest -q
+
+test-oldest: .venv-oldest/.installed
+	.venv-oldest/bin/python -m pytest -q
