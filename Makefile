@@ -6,6 +6,8 @@ PYTHON := $(shell for p in python3.12 python3.11 python3.10 python3; do \
 	$$p -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] < (3, 13))' 2>/dev/null && echo $$p && break; done)
 PY := .venv/bin/python
 OLDEST := constraints/oldest.txt
+# By files, so that what the tests of a file share is made once; some 2 GB of memory a process.
+PYTEST := -m pytest -q --numprocesses auto --maxprocesses 4 --dist loadfile
 
 .PHONY: setup demo test test-oldest
 
@@ -25,7 +27,7 @@ demo: setup
 test: setup
 	$(PY) -m ruff check .
 	$(PY) -m mypy
-	$(PY) -m pytest -q
+	$(PY) $(PYTEST)
 
 test-oldest: .venv-oldest/.installed
-	.venv-oldest/bin/python -m pytest -q
+	.venv-oldest/bin/python $(PYTEST)
