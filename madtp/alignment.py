@@ -41,10 +41,12 @@ class Alignment(nn.Module):
 
 def token_attention(products: Tensor, token_dim: int, valid: Valid = None) -> Tensor:
     """Returns A_token, the softmax over tokens of E V'^T / sqrt(D) (Eq. 2). (B, K, N), each row sums to 1 over the valid tokens."""
-    logits = products.float() / token_dim**0.5
-    if valid is not None:
-        logits = logits.masked_fill(~valid.unsqueeze(1), float("-inf"))
-    return torch.softmax(logits, dim=-1).nan_to_num(0.0)  # a sample without tokens has no attention
+    logits = products.to(torch.promote_types(products.dtype, torch.float32)) / token_dim**0.5
+    if valid is None:
+        return torch.softmax(logits, dim=-1)
+    padding = ~valid.unsqueeze(1)  # finite logits keep the gradients of a sample without tokens finite; it has no attention
+    logits = logits.masked_fill(padding, torch.finfo(logits.dtype).min)
+    return torch.softmax(logits, dim=-1).masked_fill(padding, 0.0)
 
 
 def aligned_features(attention: Tensor, mapped: Tensor) -> Tensor:

@@ -24,6 +24,7 @@ class Guidance:
     align: collect the alignment features that L_sim compares (Eq. 3)
     packed: run without padding; for inference also without attention maps
     learnable_tokens: E (K, D); models fill in their own
+    relaxation: width of the soft decisions that gradients see, for a rule with gradient "decision" (see selection.decision_gate)
     block: index of the block that is running
     """
 
@@ -31,6 +32,7 @@ class Guidance:
     align: bool = False
     packed: bool = False
     learnable_tokens: Tensor | None = None
+    relaxation: float = 1.0
     block: int = 0
 
     @property
@@ -186,7 +188,7 @@ class PrunedBlock(nn.Module):
             scores, features = pruner.align(x, layout, guidance.learnable_tokens, guidance.align)
         x, statistics = self.attend(x, layout, None if pruner is None or temperature is None else pruner.rule)
         if pruner is not None and temperature is not None:
-            x, layout, kept = pruner.prune(x, layout, scores, statistics, temperature)
+            x, layout, kept = pruner.prune(x, layout, scores, statistics, temperature, guidance.relaxation)
         return self.transform(x, layout, *context), layout, kept, features
 
     def flops(self, entering: Tensor, leaving: Tensor, execution: Execution, *context: object) -> Tensor:

@@ -8,18 +8,20 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from madtp import flops, released
 from madtp.alignment import Alignment, aligned_features, token_attention
 from madtp.importance import AttentionStatistics, token_importance
 from madtp.packing import Layout, Packed, Valid
-from madtp.selection import best_tokens, gather_and_merge, keep_counts, packed_gather_and_merge, threshold
+from madtp.selection import best_tokens, decision_gate, gather_and_merge, keep_counts, packed_gather_and_merge, threshold
 
 METHODS = ("dtp", "random")
 VARIANTS = ("paper", "released")
 KEEP_RULES = ("max", "mean", "instance")
 TERMS = ("cls", "self", "token")
+GRADIENTS = ("none", "merge", "decision")
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,9 @@ class PruningRule:
         same, so that methods can be compared at an imposed cost
     num_prefix_tokens: tokens in front that are never pruned, such as a class token and registers. The first is the class token.
         With 0 there is none, and S_cls is left out of the importance: the mean is over the other terms.
+    gradient: the way on which a task's loss reaches the learnable tokens and the maps of the alignment: "none"; "merge", through
+        the weights of the merged token, as in the authors' code; "decision", also through the decisions, by a straight-through
+        estimate (see `decision_gate`). S_cls and S_self are constants in each.
     """
 
     method: str = "dtp"
@@ -44,9 +49,10 @@ class PruningRule:
     merge: bool = True
     share: float | None = None
     num_prefix_tokens: int = 1
+    gradient: str = "none"
 
     def __post_init__(self):
-        for name, allowed in (("method", METHODS), ("variant", VARIANTS), ("keep", KEEP_RULES)):
+        for name, allowed in (("method", METHODS), ("variant", VARIANTS), ("keep", KEEP_RULES), ("gradient", GRADIENTS)):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
         if not self.terms or not set(self.terms) <= set(TERMS):
@@ -57,6 +63,8 @@ class PruningRule:
             raise ValueError("variant 'released' knows method 'dtp' with merge and keep 'max' or 'mean' only")
         if self.variant == "released" and self.num_prefix_tokens != 1:
             raise ValueError("variant 'released' knows one prefix token only")
+        if self.gradient == "decision" and (self.variant != "paper" or self.method != "dtp"):
+            raise ValueError("gradient 'decision' is for method 'dtp' of variant 'paper'")
         if self.share is not None and (self.method != "dtp" or self.variant != "paper" or not 0 < self.share <= 1):
             raise ValueError("share is a number above 0 up to 1, for method 'dtp' of variant 'paper'")
 
@@ -99,6 +107,19 @@ class Execution(NamedTuple):
     aligned: bool = False
     packed: bool = False
     recomputed: bool = False
+
+
+class Choice(NamedTuple):
+    """The tokens that a pruner keeps of a batch.
+
+    importance: (B, N)
+    kept: (B, N) bool
+    gate: (B, N) factors of the tokens, all 1, that carry the gradient of the decisions; None where there is none
+    """
+
+    importance: Tensor
+    kept: Tensor
+    gate: Tensor | None = None
 
 
 class TokenPruner(nn.Module):
@@ -156,34 +177,51 @@ class TokenPruner(nn.Module):
         scores = products if released_rule else attention
         return scores, aligned_features(attention, mapped) if features else None
 
-    @torch.no_grad()
     def choose(
-        self, attention: Tensor | None, statistics: AttentionStatistics | None, valid: Tensor, temperature: float
-    ) -> tuple[Tensor, Tensor]:
-        """Returns the importance (B, N) and the tokens to keep (B, N) bool (Eq. 4-10).
-
-        Without gradients: they would reach the scores through the merge alone.
+        self,
+        attention: Tensor | None,
+        statistics: AttentionStatistics | None,
+        valid: Tensor,
+        temperature: float,
+        relaxation: float = 1.0,
+    ) -> Choice:
+        """Scores the tokens and chooses those to keep (Eq. 4-10), with the gradients that the rule asks for.
 
         Args:
             attention: (B, K, N) A_token; None for a random choice, as are the statistics.
             valid: (B, N).
+            relaxation: see `decision_gate`.
         """
         if self.rule.method == "random":
             importance = torch.rand(valid.shape, device=valid.device).masked_fill(~valid, 0.0)
             available = valid.sum(dim=1)
             wanted = (available * (temperature / (1.0 + temperature))).round().long()
-            return importance, best_tokens(importance, keep_counts(wanted, available, self.rule.keep), valid)
+            return Choice(importance, best_tokens(importance, keep_counts(wanted, available, self.rule.keep), valid))
         if attention is None or statistics is None:
             raise ValueError("method 'dtp' needs the scores of the tokens")
-        importance = token_importance(statistics, attention, self.rule.scores, valid)
-        theta = threshold(attention, importance, temperature, valid)
+        with self._tracing():
+            importance = token_importance(statistics, attention, self.rule.scores, valid)
+        decides = self.rule.gradient == "decision" and importance.requires_grad
+        with torch.set_grad_enabled(decides):
+            theta = threshold(attention, importance, temperature, valid)
         wanted = ((importance > theta.unsqueeze(1)) & valid).sum(dim=1)
         if self.rule.share is not None:
             wanted = (valid.sum(dim=1) * self.rule.share).round().long()
-        return importance, best_tokens(importance, keep_counts(wanted, valid.sum(dim=1), self.rule.keep), valid)
+        kept = best_tokens(importance.detach(), keep_counts(wanted, valid.sum(dim=1), self.rule.keep), valid)
+        return Choice(importance, kept, decision_gate(importance, theta, kept, valid, relaxation) if decides else None)
+
+    def _tracing(self) -> torch.set_grad_enabled:
+        """Records gradients of the importance where the rule asks for them and the pass is differentiated at all."""
+        return torch.set_grad_enabled(torch.is_grad_enabled() and self.rule.gradient != "none")
 
     def prune(
-        self, x: Tensor, layout: Layout, scores: Tensor | None, statistics: AttentionStatistics | None, temperature: float
+        self,
+        x: Tensor,
+        layout: Layout,
+        scores: Tensor | None,
+        statistics: AttentionStatistics | None,
+        temperature: float,
+        relaxation: float = 1.0,
     ) -> tuple[Tensor, Layout, Tensor]:
         """Prunes the tokens after self-attention.
 
@@ -192,33 +230,36 @@ class TokenPruner(nn.Module):
         Args:
             x: (B, P + N, C), or packed (T, C).
             scores: from `align`.
+            relaxation: see `decision_gate`.
         Returns:
             The remaining tokens, their layout, and kept (B, N) bool.
         """
         with torch.autocast(x.device.type, enabled=False):
-            return self._prune(x, layout, scores, statistics, temperature)
-
-    def _prune(
-        self, x: Tensor, layout: Layout, scores: Tensor | None, statistics: AttentionStatistics | None, temperature: float
-    ) -> tuple[Tensor, Layout, Tensor]:
-        prefix = self.rule.num_prefix_tokens
-        if isinstance(layout, Packed):
-            importance, kept = self.choose(scores, statistics, layout.valid[:, prefix:], temperature)
-            return *packed_gather_and_merge(x, layout, importance, kept, self.rule.merge, prefix), kept
-        if self.rule.variant == "released":
-            return self._prune_released(x, layout, scores, statistics, temperature)
-        valid = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device) if layout is None else layout
-        importance, kept = self.choose(scores, statistics, valid[:, prefix:], temperature)
-        tokens, tokens_valid = gather_and_merge(x[:, prefix:], valid[:, prefix:], importance, kept, self.rule.merge)
-        return torch.cat([x[:, :prefix], tokens], dim=1), torch.cat([valid[:, :prefix], tokens_valid], dim=1), kept
+            if self.rule.variant == "released" and not isinstance(layout, Packed):
+                return self._prune_released(x, layout, scores, statistics, temperature)
+            prefix = self.rule.num_prefix_tokens
+            if isinstance(layout, Packed):
+                choice = self.choose(scores, statistics, layout.valid[:, prefix:], temperature, relaxation)
+                if choice.gate is not None:
+                    x = x * layout.unpad(F.pad(choice.gate, (prefix, 0), value=1.0)).unsqueeze(1).to(x.dtype)
+                merged = packed_gather_and_merge(x, layout, choice.importance, choice.kept, self.rule.merge, prefix)
+                return *merged, choice.kept
+            valid = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device) if layout is None else layout
+            choice = self.choose(scores, statistics, valid[:, prefix:], temperature, relaxation)
+            tokens = x[:, prefix:]
+            if choice.gate is not None:
+                tokens = tokens * choice.gate.unsqueeze(2).to(x.dtype)
+            tokens, stay = gather_and_merge(tokens, valid[:, prefix:], choice.importance, choice.kept, self.rule.merge)
+            return torch.cat([x[:, :prefix], tokens], dim=1), torch.cat([valid[:, :prefix], stay], dim=1), choice.kept
 
     def _prune_released(
         self, x: Tensor, valid: Valid, products: Tensor | None, statistics: AttentionStatistics | None, temperature: float
     ) -> tuple[Tensor, Valid, Tensor]:
         if products is None or statistics is None:
             raise ValueError("method 'dtp' needs the scores of the tokens")
-        with torch.no_grad():
+        with self._tracing():
             importance = released.released_importance(statistics, products, self.rule.scores)
+        with torch.no_grad():
             theta = released.released_threshold(products, importance, temperature)
             counts = (importance > theta.unsqueeze(1)).sum(dim=1)
             count = int(keep_counts(counts, torch.full_like(counts, importance.shape[1]), self.rule.keep, self.min_keep)[0])

@@ -25,7 +25,15 @@ def sparsemax(z: Tensor, valid: Valid = None) -> Tensor:
         z = z.masked_fill(~valid, float("-inf"))
     # With the maximum at 0 no entry at or below -1 is in the support: -2 stands for padding and keeps the sums finite.
     z = (z - z.amax(dim=-1, keepdim=True)).nan_to_num(nan=-2.0).clamp(min=-2.0)
-    return (z - (_tau_by_newton(z) if z.device.type == "cpu" else _tau_by_sorting(z))).clamp(min=0.0)
+    with torch.no_grad():
+        tau = _tau_by_newton(z) if z.device.type == "cpu" else _tau_by_sorting(z)
+    if z.requires_grad and torch.is_grad_enabled():
+        # On the support tau is a linear function of z. Adding it as 0 gives the gradient and leaves the value, to the last bit,
+        # to the search: a pass that is run again without gradients must prune the same tokens.
+        support = z > tau
+        linear = ((z * support).sum(dim=-1, keepdim=True) - 1.0) / support.sum(dim=-1, keepdim=True)
+        tau = tau + (linear - linear.detach())
+    return (z - tau).clamp(min=0.0)
 
 
 def _tau_by_sorting(z: Tensor) -> Tensor:
@@ -55,6 +63,26 @@ def threshold(attention: Tensor, importance: Tensor, temperature: float, valid: 
     """Returns theta = min over the K rows of sparsemax(T A_token) TIS (Eq. 7, 9). (B, K, N), (B, N) -> (B,)."""
     sparse = sparsemax(temperature * attention, None if valid is None else valid.unsqueeze(1))
     return (sparse @ importance.unsqueeze(-1)).squeeze(-1).amin(dim=1)
+
+
+def decision_gate(importance: Tensor, theta: Tensor, kept: Tensor, valid: Tensor, relaxation: float) -> Tensor:
+    """Returns factors of 1 for the tokens whose gradient is that of a soft decision (straight-through; Bengio et al., 2013).
+
+    The soft decision is m = sigmoid((TIS - theta) / (relaxation * mean TIS)). A kept token's factor has the gradient of m, and a
+    pruned token's, which scales its part of the merged token, that of 1 - m.
+
+    Args:
+        importance: (B, N), sums to 1 over the valid tokens.
+        theta: (B,).
+        kept, valid: (B, N) bool.
+        relaxation: width of the soft decision around theta, in units of the mean importance; smaller is closer to the decision,
+            and fewer tokens have a gradient.
+    Returns:
+        (B, N)
+    """
+    soft = torch.sigmoid((importance - theta.unsqueeze(1)) * valid.sum(dim=1, keepdim=True) / relaxation)
+    change = soft - soft.detach()
+    return 1.0 + torch.where(kept, change, -change)
 
 
 def keep_counts(wanted: Tensor, available: Tensor, keep: str, min_keep: int = 0) -> Tensor:

@@ -93,7 +93,7 @@ def test_whatever_is_pruned_the_end_of_text_token_is_read_and_sees_the_merged_on
         aligned, _ = block.pruner.align(x[:, first], None, model.learnable_tokens, False)
         statistics = map_statistics(attention[:, :, first][:, :, :, first], out[:, :, first], None, block.pruner.rule)
         x = x + block.attn.out_proj(out.transpose(1, 2).reshape(1, n, dim))
-        importance, kept = block.pruner.choose(aligned, statistics, torch.ones(1, n - 1, dtype=torch.bool), setting.temperature)
+        importance, kept, _ = block.pruner.choose(aligned, statistics, torch.ones(1, n - 1, dtype=torch.bool), setting.temperature)
         body, pruned_ones = x[:, :-1], ~kept[0]
         if pruned_ones.any():
             weight = importance[0, pruned_ones] / (importance[0, pruned_ones].sum() + 1e-8)
