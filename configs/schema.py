@@ -4,12 +4,12 @@ The keys form one flat namespace, with the published names. `Config` holds the k
 subclass. An empty value (`key:`) means none, and is an error where a value is required; `pretrained:` may be empty.
 """
 
-import re
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from configs.method import MethodKeys
 from configs.sizes import BERT_SIZES, VIT_SIZES, Bert, BertSizes, ClipSizes, Section, Vit, VitSizes, require
 
 TASK = "the task of this file; needed by tools that accept the config of any task"
@@ -29,7 +29,7 @@ class Augment(Section):
         return require(self, 0 < low <= high <= 1, "crop_scale must be two numbers with 0 < first <= second <= 1")
 
 
-class Config(Section):
+class Config(MethodKeys):
     """The keys that all tasks share."""
 
     script: ClassVar[str] = ""
@@ -57,53 +57,6 @@ class Config(Section):
     vit_ckpt_layer: int = Field(0, ge=0, description="vit_grad_ckpt: number of last blocks that recompute; higher saves memory")
     drop_path: float = Field(0.0, ge=0, lt=1, description="stochastic depth, rising from 0 to this; higher regularises more")
 
-    # the method
-    method: Literal["dtp", "random", "none"] = Field(
-        "dtp", description="random: prune at random, a baseline; none: prune no tokens, so p is 0 unless weights are sparse"
-    )
-    p: float = Field(0.5, ge=0, lt=1, description="share of the GFLOPs to remove; 0 trains or evaluates uncompressed")
-    variant: Literal["paper", "released"] = Field("paper", description="released: the formulas of the authors' published code")
-    keep: Literal["max", "mean", "instance"] = Field(
-        "max", description="tokens kept per sample: the largest or mean need in its batch, or its own (instance)"
-    )
-    prune_from: int = Field(0, ge=0, description="index of the first block that prunes; higher keeps more tokens")
-    tis: list[Literal["cls", "self", "token"]] = Field(
-        ["cls", "self", "token"], min_length=1, description="terms of the token importance score"
-    )
-    merge: bool = Field(True, description="merge the pruned tokens into one, instead of dropping them")
-    mag_projection: Literal["auto", "on", "off"] = Field(
-        "auto", description="map tokens to sd_dim before alignment; auto: only if the widths differ"
-    )
-    sd_num: int = Field(100, ge=1, description="number of learnable tokens, shared by both modalities")
-    sd_dim: int = Field(768, ge=1, description="channels of a learnable token")
-    sd_init_std: float | None = Field(None, gt=0, description="initial std of the learnable tokens; none: 0.02 (released: 1)")
-    sim_weight: float = Field(0.1, ge=0, description="weight of the similarity loss; higher aligns the modalities more")
-    ramp_epochs: int | None = Field(None, ge=0, description="epochs until the target reaches p; none: a third of max_epoch")
-    calibration_size: int = Field(256, ge=1, description="training samples that p is measured on; higher is steadier but slower")
-
-    # weights and distillation (MADTP++)
-    sparsity_type: str = Field("", description="N:M weight sparsity: 2:4, 1:4, 4:8 (m4n2_1d is 2:4); empty: dense weights")
-    sparse_layers: Literal["mlp", "attention", "all"] = Field("all", description="linear layers of the blocks that become sparse")
-    mask_schedule: Literal["once", "refresh"] = Field("once", description="refresh: choose masks again in each epoch of the ramp")
-    refit_weights: bool = Field(
-        True, description="refit kept weights on the calibration subset (least squares) to make up for masked ones (variant: paper)"
-    )
-    order: Literal["weights_first", "tokens_first", "together", "adaptive"] = Field(
-        "together", description="order of pruning weights and tokens; adaptive: in each step, first what costs the least accuracy"
-    )
-    sparse_unit: Literal["block", "tower"] = Field(
-        "block", description="order: adaptive: mask the attention or the MLP of one block, or of one tower, at a time"
-    )
-    sparse_kernels: bool = Field(
-        False, description="evaluation on a GPU: run 2:4 layers with sparse kernels if these are measured to be faster"
-    )
-    distill: bool = Field(False, description="also learn from the uncompressed model; better at high p, but slower")
-    teacher: str = Field("", description="path of the uncompressed model's weights; empty: those of 'pretrained'")
-    distill_temperature: float = Field(2.0, gt=0, description="divides teacher and student logits; higher softens both")
-    distill_vision: float = Field(1.0, ge=0, description="weight of the distillation loss on the images' class tokens")
-    distill_language: float = Field(10.0, ge=0, description="weight of the distillation loss on the texts' class tokens")
-    distill_logits: float = Field(1.0, ge=0, description="weight of the distillation loss on the logits")
-
     # optimisation
     batch_size_train: int = Field(16, ge=1, description="samples per process and step")
     batch_size_test: int = Field(32, ge=1, description="samples per process and step in evaluation")
@@ -127,31 +80,10 @@ class Config(Section):
     evaluate: bool = Field(False, description="evaluate the pretrained weights, do not train")
     resume: str = Field("", description="checkpoint of the run to continue; 'last': output_dir/checkpoint_last.pth")
 
-    @field_validator("pretrained", "resume", "teacher", "sparsity_type", mode="before")
+    @field_validator("pretrained", "resume", mode="before")
     @classmethod
     def _empty_is_none(cls, value: Any) -> Any:
         return "" if value is None else value
-
-    @field_validator("sparsity_type", mode="after")
-    @classmethod
-    def _as_n_of_m(cls, value: str) -> str:
-        named = re.fullmatch(r"m(\d+)n(\d+)_1d", value)
-        value = f"{named[2]}:{named[1]}" if named else value
-        kept, group = map(int, value.split(":")) if re.fullmatch(r"\d+:\d+", value) else (not value, 2)
-        if not 0 < kept < group:
-            raise ValueError(f"{value!r} is no N:M pattern; write 2:4, 1:4 or 4:8, or nothing for dense weights")
-        return value
-
-    @model_validator(mode="before")
-    @classmethod
-    def _nothing_removes_nothing(cls, values: Any) -> Any:
-        nothing = isinstance(values, dict) and values.get("method") == "none" and not values.get("sparsity_type")
-        return {**values, "p": 0.0} if nothing else values
-
-    @field_validator("mag_projection", mode="before")
-    @classmethod
-    def _yaml_switch(cls, value: Any) -> Any:
-        return {True: "on", False: "off"}.get(value, value) if isinstance(value, bool) else value
 
     @field_validator("train_files", mode="before")
     @classmethod
@@ -181,34 +113,6 @@ class Config(Section):
     @property
     def bert_sizes(self) -> BertSizes:
         return BERT_SIZES[self.bert] if isinstance(self.bert, str) else self.bert
-
-    @property
-    def uncompressed(self) -> bool:
-        """Tells whether no tokens are pruned: the model then has no pruners and no learnable tokens."""
-        return self.p == 0 or self.method == "none"
-
-    @property
-    def packed(self) -> bool:
-        """Tells whether batches run without padding. The authors' code needs padding: its masks do not follow their tokens."""
-        return self.variant == "paper"
-
-    @property
-    def pattern(self) -> tuple[int, int] | None:
-        """N and M of the sparse weights; None if all weights stay dense."""
-        if not self.sparsity_type or self.p == 0:
-            return None
-        kept, group = self.sparsity_type.split(":")
-        return int(kept), int(group)
-
-    @property
-    def refits(self) -> bool:
-        """Tells whether masking also refits the kept weights. The authors' variant only masks."""
-        return self.refit_weights and self.variant == "paper"
-
-    @property
-    def distill_weights(self) -> dict[str, float]:
-        """The weights of the distillation losses, by name."""
-        return {key: getattr(self, key) for key in ("distill_vision", "distill_language", "distill_logits")}
 
     @property
     def resume_path(self) -> Path | None:

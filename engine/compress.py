@@ -31,7 +31,7 @@ from engine.results import (
     write_json,
 )
 from engine.schedule import ROUNDING, WeightPlan, check_reach
-from engine.train import CosineSchedule, Trainer, move, train_epoch
+from engine.train import CosineSchedule, Trainer, move, parameter_groups, train_epoch
 from madtp.budget import WITHIN_BUDGET, UnreachableTarget, calibrate, within
 from madtp.pruning import OFF, PruneSetting
 from madtp.sparsity.masks import counted_dense
@@ -181,6 +181,8 @@ def _open_log(config: Config, run: Run, folder: Path, first_epoch: int) -> RunLo
 
 def _enter_epoch(experiment: Experiment, plan: WeightPlan, epoch: int, target: float, setting: PruneSetting) -> PruneSetting:
     """Masks the weights that the plan masks in this epoch. Calibrates again if the target or the masks have changed."""
+    if plan.removal(epoch) == 0:
+        return OFF
     masked = plan.enter(epoch, setting)
     with plan.counting(epoch):
         if plan.chooses(epoch):
@@ -304,8 +306,8 @@ def _trainer(experiment: Experiment) -> Trainer:
             model, device_ids=[run.device.index] if run.device.type == "cuda" else None, broadcast_buffers=False
         )
     seed_everything(config.seed + run.rank)
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=config.init_lr, weight_decay=config.weight_decay, fused=True)
+    groups = parameter_groups(experiment.model, config.align_lr_scale)
+    optimizer = torch.optim.AdamW(groups, lr=config.init_lr, weight_decay=config.weight_decay, fused=True)
     steps = len(experiment.loaders["train"])
     schedule = CosineSchedule(
         config.init_lr, config.min_lr, config.max_epoch, steps, config.warmup_steps, config.lr_schedule == "step"

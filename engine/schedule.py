@@ -87,7 +87,7 @@ class WeightPlan:
     def _check_epochs(self) -> None:
         p, epochs = self.config.p, self.config.max_epoch
         settled = self._settled_from if self.sparse else 0
-        needed = max(1 + settled, next(epoch for epoch in count(1) if self.removal(epoch - 1) >= p))
+        needed = max(1 + settled + self.config.align_epochs, next(epoch for epoch in count(1) if self.removal(epoch - 1) >= p))
         if needed > epochs:
             order = f"order: {self.config.order}, mask_schedule: {self.config.mask_schedule}: " if self.sparse else ""
             raise UserError(
@@ -101,7 +101,9 @@ class WeightPlan:
         return self.removed_by_weights < self.config.p - ROUNDING
 
     def removal(self, epoch: int) -> float:
-        """Returns the share of GFLOPs to remove in an epoch."""
+        """Returns the share of GFLOPs to remove in an epoch; none while the modalities are aligned first."""
+        if (epoch := self._since_alignment(epoch)) < 0:
+            return 0.0
         p, alone = self.config.p, self.removed_by_weights
         if not self.prunes_tokens:
             return p
@@ -117,7 +119,7 @@ class WeightPlan:
 
         The order `adaptive` masks in `choose` instead.
         """
-        if self.sparse is None:
+        if self.sparse is None or (epoch := self._since_alignment(epoch)) < 0:
             return False
         new = False
         if self.config.order != "adaptive" and epoch >= (self.ramp if self.config.order == "tokens_first" else 0):
@@ -130,11 +132,14 @@ class WeightPlan:
 
     def chooses(self, epoch: int) -> bool:
         """Tells whether the epoch's target is met by `choose`."""
-        return self.sparse is not None and self.config.order == "adaptive" and epoch < self.ramp
+        return self.sparse is not None and self.config.order == "adaptive" and 0 <= self._since_alignment(epoch) < self.ramp
 
     def settled(self, epoch: int) -> bool:
         """Tells whether all masks are final, so that the epoch may be selected."""
-        return self.sparse is None or (epoch >= self._start and not self.sparse.changing)
+        return self.sparse is None or (self._since_alignment(epoch) >= self._start and not self.sparse.changing)
+
+    def _since_alignment(self, epoch: int) -> int:
+        return epoch - self.config.align_epochs
 
     @property
     def _start(self) -> int:
@@ -151,7 +156,7 @@ class WeightPlan:
 
         While `tokens_first` prunes tokens only, all weights count as sparse, because they will be masked later.
         """
-        if self.sparse is None or self.config.order != "tokens_first" or epoch >= self.ramp:
+        if self.sparse is None or self.config.order != "tokens_first" or not 0 <= self._since_alignment(epoch) < self.ramp:
             return nullcontext()
         return self.sparse.counted(self.sparse.weights)
 

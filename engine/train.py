@@ -60,6 +60,19 @@ class CosineSchedule:
         return self.min_lr + (self.init_lr - self.min_lr) * 0.5 * (1 + math.cos(math.pi * epoch / self.epochs))
 
 
+def parameter_groups(model: nn.Module, align_lr_scale: float) -> list[dict]:
+    """Returns the optimizer's groups of the trained parameters, each with its factor "lr_scale" on the learning rate.
+
+    The learnable tokens and the maps of the alignment form a group of their own where their factor is not 1.
+    """
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    aligning = {name for name in trained if name == "space_dict" or "alignment." in name} if align_lr_scale != 1 else set()
+    groups = [{"params": [parameter for name, parameter in trained.items() if name not in aligning], "lr_scale": 1.0}]
+    if aligning:
+        groups.append({"params": [trained[name] for name in trained if name in aligning], "lr_scale": align_lr_scale})
+    return groups
+
+
 @dataclass
 class Trainer:
     """The state that training changes: weights, optimizer, loss scale and the number of steps."""
@@ -75,7 +88,7 @@ class Trainer:
     def update(self, loss: Tensor) -> None:
         """Takes one optimizer step on `loss`."""
         for group in self.optimizer.param_groups:
-            group["lr"] = self.schedule.rate(self.step)
+            group["lr"] = self.schedule.rate(self.step) * group.get("lr_scale", 1.0)  # older runs have none
         self.optimizer.zero_grad(set_to_none=True)
         self.scaler.scale(loss).backward()
         if self.clip_grad > 0:

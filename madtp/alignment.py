@@ -57,3 +57,26 @@ def aligned_features(attention: Tensor, mapped: Tensor) -> Tensor:
 def similarity_loss(vision: Tensor, language: Tensor) -> Tensor:
     """Returns L_sim, the mean over samples and learnable tokens of 1 - cos(E^v, E^l) (Eq. 12). (B, K, D) twice -> scalar."""
     return (1.0 - F.cosine_similarity(vision.float(), language.float(), dim=-1)).mean()
+
+
+def alignment_loss(vision: Tensor, language: Tensor, groups: Tensor, negatives: bool) -> Tensor:
+    """Returns `contrastive_similarity_loss` for `negatives`, else L_sim of the paper, which knows matching pairs only."""
+    return contrastive_similarity_loss(vision, language, groups) if negatives else similarity_loss(vision, language)
+
+
+def contrastive_similarity_loss(vision: Tensor, language: Tensor, groups: Tensor, temperature: float = 0.1) -> Tensor:
+    """Returns L_sim with the other pairs of the batch as negatives, an extension beyond the paper.
+
+    The similarity of two samples is the mean over learnable tokens of cos(E^v, E^l), as in Eq. 12. The loss is the cross-entropy
+    of telling each sample's own partner from those of the other samples, averaged over both directions (van den Oord et al., 2018).
+
+    Args:
+        vision, language: (B, K, D).
+        groups: (B,) numbers that are equal for samples of one image, which are no negatives of each other.
+        temperature: divides the similarities.
+    """
+    image, text = (F.normalize(part.float(), dim=-1).flatten(1) for part in (vision, language))
+    logits = image @ text.t() / (vision.shape[1] * temperature)
+    partners = torch.eye(len(groups), dtype=torch.bool, device=groups.device)
+    logits = logits.masked_fill((groups.unsqueeze(1) == groups) & ~partners, float("-inf"))
+    return -(logits.log_softmax(dim=1).diagonal() + logits.log_softmax(dim=0).diagonal()).mean() / 2

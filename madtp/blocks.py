@@ -22,6 +22,7 @@ class Guidance:
 
     setting: how hard to prune
     align: collect the alignment features that L_sim compares (Eq. 3)
+    negatives: L_sim also contrasts a pair with the others of its batch (see alignment.contrastive_similarity_loss)
     packed: run without padding; for inference also without attention maps
     learnable_tokens: E (K, D); models fill in their own
     relaxation: width of the soft decisions that gradients see, for a rule with gradient "decision" (see selection.decision_gate)
@@ -30,6 +31,7 @@ class Guidance:
 
     setting: PruneSetting = OFF
     align: bool = False
+    negatives: bool = False
     packed: bool = False
     learnable_tokens: Tensor | None = None
     relaxation: float = 1.0
@@ -129,8 +131,8 @@ class AlignedModel(nn.Module):
         return self.space_dict
 
     def guided(self, guidance: Guidance) -> Guidance:
-        """Returns the guidance with this model's learnable tokens."""
-        return replace(guidance, learnable_tokens=self.learnable_tokens)
+        """Returns the guidance with this model's learnable tokens, unless it has some already."""
+        return guidance if guidance.learnable_tokens is not None else replace(guidance, learnable_tokens=self.learnable_tokens)
 
 
 class DropPath(nn.Module):

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from madtp.alignment import Alignment, aligned_features, similarity_loss, token_attention
+from madtp.alignment import Alignment, aligned_features, alignment_loss, token_attention
 from madtp.blocks import UNPRUNED, AlignedModel, Guidance, TowerRecord, dense_record
 from madtp.flops import GIGA
 from madtp.packing import Valid, padded
@@ -91,7 +91,8 @@ class BlipCaption(AlignedModel):
         losses = {"task": output.loss}
         if guidance.align:
             language = self._aligned(output.hidden_states[:-1], attention_mask)
-            losses["similarity"] = similarity_loss(record.features, language)
+            groups = torch.arange(len(language), device=language.device)
+            losses["similarity"] = alignment_loss(record.features, language, groups, guidance.negatives)
         return CaptionOutput(losses, output.logits, record)
 
     def decode(self, tokens: Tensor, valid: Valid, input_ids: Tensor, attention_mask: Tensor, hidden_states: bool = False):

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from madtp.alignment import similarity_loss
+from madtp.alignment import alignment_loss
 from madtp.blocks import UNPRUNED, AlignedModel, Guidance, TowerRecord, dense_record
 from madtp.flops import GIGA, linear
 from madtp.packing import class_tokens, halves
@@ -72,7 +72,8 @@ class BlipNlvr(AlignedModel):
         similarity = None
         if vision.features is not None:  # the mean of both images against the sentence
             left, right = vision.features.chunk(2)
-            similarity = similarity_loss(per_sentence((left + right) / 2, len(language.features)), language.features)
+            pairs = per_sentence(torch.arange(len(left), device=left.device), len(language.features))
+            similarity = alignment_loss(((left + right) / 2)[pairs], language.features, pairs, guidance.negatives)
         return NlvrOutput(self.cls_head(class_tokens(text, layout)), vision, language, similarity)
 
     def tokens_kept(self, output: NlvrOutput) -> Tensor:

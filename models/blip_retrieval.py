@@ -170,9 +170,9 @@ class BlipRetrieval(MomentumModel):
         rows = own[negative_image >= 0]  # a pair without a negative image has no negative text either
         return others, rows, negative_image[rows], negative_text[rows]
 
-    def losses(self, passes: MatchingPasses, image_ids: Tensor, alpha: float) -> dict[str, Tensor]:
+    def losses(self, passes: MatchingPasses, image_ids: Tensor, alpha: float, negatives: bool = False) -> dict[str, Tensor]:
         matching = F.cross_entropy(passes.logits.float(), passes.targets)
-        return {"matching": matching, **super().losses(passes, image_ids, alpha)}
+        return {"matching": matching, **super().losses(passes, image_ids, alpha, negatives)}
 
     def tower_flops(self, image: Encoded, text: Encoded) -> tuple[Tensor, Tensor]:
         """Counts the multiply-adds of both towers with their projections, (B,) each."""

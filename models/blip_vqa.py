@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from madtp.alignment import similarity_loss
+from madtp.alignment import alignment_loss
 from madtp.blocks import UNPRUNED, AlignedModel, Guidance, TowerRecord, dense_record
 from madtp.flops import GIGA
 from madtp.packing import Layout, padded
@@ -140,7 +140,10 @@ class BlipVqa(AlignedModel):
         """
         question = self.encode(images, question_ids, question_mask, guidance)
         losses, logits = self.answer(question, answer_ids, answer_mask, answer_counts)
-        similarity = similarity_loss(question.vision.features, question.language.features) if guidance.align else None
+        similarity = None
+        if guidance.align:
+            vision, language = question.vision.features, question.language.features
+            similarity = alignment_loss(vision, language, torch.arange(len(vision), device=vision.device), guidance.negatives)
         return VqaOutput(losses, similarity, logits, question)
 
     def answer(self, question: Question, answer_ids: Tensor, answer_mask: Tensor, answer_counts: Tensor) -> tuple[Tensor, Tensor]:

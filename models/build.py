@@ -15,7 +15,8 @@ def pruner_factory(config: Config) -> Callable[..., TokenPruner | None]:
     if config.uncompressed:
         return lambda dim, **options: None
     try:
-        rule = PruningRule(config.method, config.variant, config.keep, tuple(config.tis), config.merge)
+        terms = tuple(config.tis)
+        rule = PruningRule(config.method, config.variant, config.keep, terms, config.merge, gradient=config.gradient)
     except ValueError as error:
         raise _bad_rule(error) from None
 
@@ -29,7 +30,8 @@ def pruner_factory(config: Config) -> Callable[..., TokenPruner | None]:
 
 
 def _bad_rule(error: ValueError) -> UserError:
-    return UserError(f"{error}; change the keys 'method', 'variant', 'keep', 'tis', 'merge' or 'mag_projection'")
+    keys = "'method', 'variant', 'keep', 'tis', 'merge', 'token_gradient' or 'mag_projection'"
+    return UserError(f"{error}; change the keys {keys}")
 
 
 def vision_transformer(config: Config, make_pruner: Callable[[int], TokenPruner | None]) -> VisionTransformer:

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from madtp.alignment import similarity_loss
+from madtp.alignment import alignment_loss, similarity_loss
 from madtp.blocks import UNPRUNED, AlignedModel, Encoded, Guidance, dense_record
 from madtp.flops import GIGA
 from utils import gather_tensors
@@ -97,18 +97,17 @@ class MomentumModel(AlignedModel):
     ) -> PairPasses:
         """Runs every pass of a training step without changing the model.
 
-        The momentum encoders get no gradient, but the learnable tokens that meet their tokens do.
+        Neither the momentum encoders nor the learnable tokens that meet their tokens get a gradient, as in the authors' code.
 
         Args:
             images: (B, 3, H, W).
             input_ids, attention_mask: (B, L); text i belongs to image i.
             image_ids: (B,), equal for pairs that share an image; None where it does not matter.
         """
-        both = [
-            (self.encode_image(images, guidance, slow), self.encode_text(input_ids, attention_mask, guidance, slow))
-            for slow in (False, True)
-        ]
-        return PairPasses(*both[0], *both[1])
+        online = self.encode_image(images, guidance), self.encode_text(input_ids, attention_mask, guidance)
+        with torch.no_grad():
+            image, text = self.encode_image(images, guidance, True), self.encode_text(input_ids, attention_mask, guidance, True)
+        return PairPasses(*online, image, text)
 
     def encode_pairs(
         self, images: Tensor, input_ids: Tensor, attention_mask: Tensor, guidance: Guidance = UNPRUNED
@@ -134,12 +133,13 @@ class MomentumModel(AlignedModel):
                 losses.append(-(F.log_softmax(online @ others / self.contrastive_temperature, dim=1) * targets).sum(dim=1).mean())
         return sum(losses) / 2
 
-    def losses(self, passes: PairPasses, image_ids: Tensor, alpha: float) -> dict[str, Tensor]:
+    def losses(self, passes: PairPasses, image_ids: Tensor, alpha: float, negatives: bool = False) -> dict[str, Tensor]:
         """Returns the losses of a step by name; with alignment features also L_sim of the online and of the momentum pair."""
         named = {"contrastive": self.contrastive_loss(passes, image_ids, alpha)}
         if passes.image.record.features is not None:
             slow = passes.image_momentum.record.features, passes.text_momentum.record.features
-            named["similarity"] = similarity_loss(passes.image.record.features, passes.text.record.features)
+            features = passes.image.record.features, passes.text.record.features
+            named["similarity"] = alignment_loss(*features, image_ids, negatives)
             named["similarity_momentum"] = similarity_loss(*slow)
         return named
 
@@ -163,7 +163,7 @@ class MomentumModel(AlignedModel):
         self.limit_contrastive_temperature()
         self.follow()
         passes = self.passes(images, input_ids, attention_mask, image_ids, guidance)
-        losses = self.losses(passes, image_ids, alpha)
+        losses = self.losses(passes, image_ids, alpha, guidance.negatives)
         self.enqueue(passes, image_ids)
         return losses
 

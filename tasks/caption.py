@@ -124,7 +124,7 @@ class CaptionTask(Task[CaptionConfig]):
         return batch["image"], batch["input_ids"], batch["attention_mask"]
 
     def losses(self, model: nn.Module, batch: dict, setting: PruneSetting) -> dict[str, Tensor]:
-        named = model(*self.inputs(batch), self.training_guidance(setting)).losses
+        named = model(*self.inputs(batch), self.training_guidance(setting, batch["epoch"])).losses
         if self.teacher is not None:
             said = predicting(batch["attention_mask"], given=len(self.prompt))
             named |= self.teacher.losses(lambda teacher: teacher(*self.inputs(batch), self.guidance()), said)

@@ -117,7 +117,7 @@ class NlvrTask(Task[NlvrConfig]):
         return batch["images"], batch["input_ids"], batch["attention_mask"]
 
     def losses(self, model: nn.Module, batch: dict, setting: PruneSetting) -> dict[str, Tensor]:
-        output = model(*self.inputs(batch), self.training_guidance(setting))
+        output = model(*self.inputs(batch), self.training_guidance(setting, batch["epoch"]))
         named = {"task": F.cross_entropy(output.logits.float(), batch["targets"], label_smoothing=self.config.label_smoothing)}
         if output.similarity is not None:
             named["similarity"] = output.similarity

@@ -190,7 +190,7 @@ class PairTask(Task[RetrievalConfig]):
 
     def losses(self, model: nn.Module, batch: dict, setting: PruneSetting) -> dict[str, Tensor]:
         alpha = self.config.alpha * min(1.0, batch["epoch"])  # momentum encoders are of little use at first
-        named = model(*self.inputs(batch), batch["image_ids"], alpha, self.training_guidance(setting))
+        named = model(*self.inputs(batch), batch["image_ids"], alpha, self.training_guidance(setting, batch["epoch"]))
         if self.teacher is not None:
             named |= self.teacher.losses(lambda teacher: teacher.encode_pairs(*self.inputs(batch), self.guidance()))
         return named

@@ -109,10 +109,15 @@ class Task(Generic[ConfigT]):
         """Returns the guidance of a forward pass for inference."""
         return Guidance(setting, packed=self.config.packed)
 
-    def training_guidance(self, setting: PruneSetting) -> Guidance:
-        """Returns the guidance of a training step. On a CPU packed training was measured to be faster; on a GPU it is padded."""
-        packed = self.config.packed and self.run.device.type == "cpu"
-        return Guidance(setting, align=not self.config.uncompressed, packed=packed)
+    def training_guidance(self, setting: PruneSetting, epoch: float = 0.0) -> Guidance:
+        """Returns the guidance of a training step. On a CPU packed training was measured to be faster; on a GPU it is padded.
+
+        epoch: epochs done so far, a fraction
+        """
+        config, packed = self.config, self.config.packed and self.run.device.type == "cpu"
+        last = config.relaxation if config.relaxation_end is None else config.relaxation_end
+        relaxation = config.relaxation * (last / config.relaxation) ** (epoch / config.max_epoch)
+        return Guidance(setting, not config.uncompressed, config.sim_negatives, packed, relaxation=relaxation)
 
     def losses(self, model: nn.Module, batch: dict, setting: PruneSetting) -> dict[str, Tensor]:
         """Returns the losses of a training step by name."""

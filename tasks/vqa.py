@@ -154,7 +154,7 @@ class VqaTask(Task[VqaConfig]):
         return one_sample(self.inputs(batch))
 
     def losses(self, model: nn.Module, batch: dict, setting: PruneSetting) -> dict[str, Tensor]:
-        output = model(*self.inputs(batch), self.training_guidance(setting))
+        output = model(*self.inputs(batch), self.training_guidance(setting, batch["epoch"]))
         named = {"task": weighted_loss(output.answer_losses, batch["answer_weights"], len(batch["images"]))}
         if output.similarity is not None:
             named["similarity"] = output.similarity

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from madtp.alignment import Alignment, aligned_features, similarity_loss, token_attention
+from madtp.alignment import Alignment, aligned_features, contrastive_similarity_loss, similarity_loss, token_attention
 
 B, N, C, K, D = 2, 5, 4, 3, 6
 LENGTHS = [5, 3]
@@ -75,3 +75,14 @@ def test_the_similarity_loss_averages_over_tokens_and_samples():
         for u, v in zip(a.view(-1, D), b.view(-1, D), strict=True)
     ]
     assert float(similarity_loss(a, b)) == pytest.approx(1 - sum(cosines) / len(cosines), abs=1e-6)
+
+
+def test_the_contrastive_similarity_loss_is_the_cross_entropy_among_other_images():
+    torch.manual_seed(0)
+    vision, language, groups = torch.randn(4, 3, 5), torch.randn(4, 3, 5), torch.tensor([0, 0, 1, 2])
+    near = torch.tensor([[float(torch.cosine_similarity(v, text, dim=-1).mean()) / 0.1 for text in language] for v in vision])
+    total = 0.0
+    for i in range(4):
+        others = [j for j in range(4) if j == i or groups[j] != groups[i]]
+        total += 2 * near[i, i] - near[i, others].logsumexp(0) - near[others, i].logsumexp(0)
+    assert float(contrastive_similarity_loss(vision, language, groups)) == pytest.approx(-float(total) / 8, rel=1e-5)

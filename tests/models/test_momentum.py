@@ -117,14 +117,12 @@ def test_the_contrastive_loss_is_as_exact_in_mixed_precision(kind):
 @KINDS
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("setting", [OFF, SETTING], ids=str)
-def test_momentum_weights_get_no_gradient_but_learnable_tokens_do_through_them(kind, setting, packed):
-    """And all online weights get one: DistributedDataParallel waits for each."""
+def test_momentum_passes_have_no_gradient_and_every_online_weight_has_one(kind, setting, packed):
+    """DistributedDataParallel waits for each."""
     model = tiny.PAIR_MODELS[kind](INSTANCE).train()
     passes = model.passes(*tiny.pairs(kind, LENGTHS), IDS, Guidance(setting, align=True, packed=packed))
     losses = model.losses(passes, IDS, alpha=0.4)
-    losses["similarity_momentum"].backward(retain_graph=True)
-    reached = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
-    assert reached == {"space_dict"} and model.learnable_tokens.grad.abs().sum(dim=1).min() > 0
+    assert not losses["similarity_momentum"].requires_grad
     sum(losses.values()).backward()
     reached = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
     assert reached == {name for name in model.state_dict() if not online_name(name)} - set(dict(model.named_buffers()))
