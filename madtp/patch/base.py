@@ -42,7 +42,7 @@ class Pruning(nn.Module):
 
     def guidance(self) -> Guidance:
         """Returns the guidance of a forward pass."""
-        return Guidance(self.setting, self.align, self.packed, self.learnable_tokens)
+        return Guidance(self.setting, self.align, packed=self.packed, learnable_tokens=self.learnable_tokens)
 
     def run(self, images: Tensor) -> TowerRecord:
         """Runs the blocks on images (B, 3, H, W), pruned or not, and returns the record."""
