@@ -16,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from configs.load import save_config
 from configs.schema import Config
 from engine.checkpoint import load_run, read_run, save_atomic, save_run
+from engine.diagnostics import AlignmentWatch
 from engine.experiment import Evaluation, Experiment
 from engine.flop_table import flop_table
 from engine.restore import is_authors, mask_as_saved, other_rule, rule_of, saved_setting
@@ -105,8 +106,8 @@ def compress(experiment: Experiment, dense: float) -> tuple[PruneSetting, int]:
     config, run, folder = experiment.config, experiment.run, Path(experiment.config.output_dir)
     _check_sources(config, folder)
     plan = WeightPlan(config, experiment.sparse, experiment.measure, experiment.mask, dense)
-    trainer = _trainer(experiment)
-    setting, best_score, first_epoch = _resume(experiment, trainer) if config.resume else (OFF, float("-inf"), 0)
+    trainer, watch = _trainer(experiment), AlignmentWatch(experiment)
+    setting, best_score, first_epoch = _resume(experiment, trainer, watch) if config.resume else (OFF, float("-inf"), 0)
     _prepare(config, run)
     log = _open_log(config, run, folder, first_epoch)
     for epoch in range(first_epoch, config.max_epoch):
@@ -117,7 +118,7 @@ def compress(experiment: Experiment, dense: float) -> tuple[PruneSetting, int]:
         train_started = time.time()
         losses = train_epoch(
             trainer, experiment.loaders["train"], experiment.losses, experiment.loss_weights, setting,
-            experiment.precision, run, f"epoch {epoch + 1}/{config.max_epoch}",
+            experiment.precision, run, f"epoch {epoch + 1}/{config.max_epoch}", watch.see_losses,
         )  # fmt: skip
         train_seconds = time.time() - train_started
         with plan.counting(epoch):
@@ -129,10 +130,12 @@ def compress(experiment: Experiment, dense: float) -> tuple[PruneSetting, int]:
         state = _run_state(experiment, setting, epoch, best_score)
         if selected and run.is_main:
             save_atomic({"model": experiment.model.state_dict(), **state}, folder / "checkpoint_best.pth")
-        save_run(folder / "checkpoint_last.pth", trainer, experiment.model, {**state, "config": settings_of(config)}, run)
+        state |= {"config": settings_of(config), **watch.state()}
+        save_run(folder / "checkpoint_last.pth", trainer, experiment.model, state, run)
         entry = {
             "epoch": epoch, "loss": losses, "lr": trainer.schedule.rate(trainer.step - 1), **asdict(setting),
             "gflops": {"target": target, "measured": measured, "val": val.gflops}, "val": val.metrics,
+            "alignment": watch.report(setting),
             "selected": selected, "seconds": {"train": train_seconds, "all": time.time() - started},
         }  # fmt: skip
         log.write(entry)
@@ -144,7 +147,7 @@ def compress(experiment: Experiment, dense: float) -> tuple[PruneSetting, int]:
     return _selected(experiment, folder)
 
 
-def _resume(experiment: Experiment, trainer: Trainer) -> tuple[PruneSetting, float, int]:
+def _resume(experiment: Experiment, trainer: Trainer, watch: AlignmentWatch) -> tuple[PruneSetting, float, int]:
     """Restores an interrupted run. Returns its prune setting, its best score so far and the next epoch.
 
     Raises:
@@ -159,6 +162,7 @@ def _resume(experiment: Experiment, trainer: Trainer) -> tuple[PruneSetting, flo
         )
     load_run(saved, config.resume_path, trainer, experiment.model, run)
     log_changed_settings(config, saved)
+    watch.resume(saved)
     return PruneSetting(saved["temperature"], saved["prune_from"]), saved["best_score"], saved["epoch"] + 1
 
 

@@ -51,6 +51,8 @@ class Experiment:
     reference: GFLOPs of the uncompressed model by the published convention
     deployment: like `gflops`, but for a sample in deployment; None if that is the same
     forward: (model, batch, setting) -> a pass through every layer without padding; None if `gflops` makes one
+    pairs: alignment features (V, K, D) of the images and (L, K, D) of the texts -> those of each pair, (B, K, D) twice, and the
+        group (B,) of each pair, equal for pairs of one image
     checkpoint: the entries of the `pretrained` file besides the weights, such as a temperature
     """
 
@@ -68,6 +70,7 @@ class Experiment:
     inputs: Callable[[dict], tuple[torch.Tensor, ...]] | None = None
     deployment: Cost | None = None
     forward: Callable[[nn.Module, dict, PruneSetting], object] | None = None
+    pairs: Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor, torch.Tensor]] | None = None
 
     def __post_init__(self):
         pattern = self.config.pattern

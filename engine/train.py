@@ -120,8 +120,12 @@ def train_epoch(
     precision: Precision,
     run: Run,
     description: str,
+    inspect: Callable[[Mapping[str, Tensor]], None] | None = None,
 ) -> dict[str, float]:
     """Trains for one pass over `loader`. Each batch gets an entry "epoch", the fractional number of epochs done, for `losses`.
+
+    Args:
+        inspect: called with the losses of the first step, before the step is taken.
 
     Returns:
         the mean over all processes of each loss, unweighted, and of their weighted sum ("total").
@@ -136,6 +140,9 @@ def train_epoch(
     for batch in (bar := progress(loader, description, run)):
         with precision.autocast():
             named = losses(trainer.model, {**move(batch, run.device), "epoch": trainer.step / len(loader)}, setting)
+        if inspect is not None:
+            inspect(named)
+            inspect = None
         total = sum(weights.get(name, 1.0) * loss for name, loss in named.items())
         trainer.update(total)
         for name, loss in {**named, "total": total}.items():

@@ -16,7 +16,7 @@ from engine.train import move, progress
 from madtp.blocks import TowerRecord
 from madtp.pruning import PruneSetting
 from models.bert import FIRST_MERGE_LAYER, BertSize, PairedCrossAttention, TextEncoder
-from models.blip_nlvr import REFERENCE_TEXT_TOKENS, BlipNlvr, NlvrOutput
+from models.blip_nlvr import REFERENCE_TEXT_TOKENS, BlipNlvr, NlvrOutput, per_sentence
 from models.build import learnable_tokens, pruner_factory, vision_transformer
 from models.weights.blip import load_nlvr_weights
 from tasks.prediction import HERE, Prediction, Predictor
@@ -127,6 +127,11 @@ class NlvrTask(Task[NlvrConfig]):
 
     def gflops(self, model: nn.Module, batch: dict, setting: PruneSetting) -> Tensor:
         return model.gflops(model(*self.inputs(batch), self.guidance(setting)))
+
+    def pairs(self, vision: Tensor, language: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        left, right = vision.chunk(2)
+        groups = per_sentence(torch.arange(len(left), device=left.device), len(language))
+        return ((left + right) / 2)[groups], language, groups
 
     def evaluate(self, model: nn.Module, loader: Any, setting: PruneSetting) -> Evaluation:
         rows, right = {}, {}

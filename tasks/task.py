@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Generic, TypeVar
 
+import torch
 from torch import Tensor, nn
 
 from configs.schema import Config
@@ -135,6 +136,16 @@ class Task(Generic[ConfigT]):
     deployment: Callable[[nn.Module, dict, PruneSetting], Tensor] | None = None
     forward: Callable[[nn.Module, dict, PruneSetting], object] | None = None
 
+    def pairs(self, vision: Tensor, language: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Matches the alignment features of images and texts for diagnostics.
+
+        Args:
+            vision, language: (V, K, D) and (L, K, D), in the order in which the model's branches run them.
+        Returns:
+            those of each pair, (B, K, D) twice, and the group (B,) of each pair, equal for pairs of one image
+        """
+        return vision, language, torch.arange(len(vision), device=vision.device)
+
     def evaluate(self, model: nn.Module, loader: Any, setting: PruneSetting) -> Evaluation:
         """Evaluates a split on all processes."""
         raise NotImplementedError
@@ -150,7 +161,7 @@ class Task(Generic[ConfigT]):
         """
         return Experiment(
             self.config, self.run, model, loaders, losses, evaluate, self.gflops, self.score, self.reference_gflops(model),
-            self.loss_weights, checkpoint, self.first_sample, self.deployment, self.forward,
+            self.loss_weights, checkpoint, self.first_sample, self.deployment, self.forward, self.pairs,
         )  # fmt: skip
 
     # The tools
