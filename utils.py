@@ -153,6 +153,16 @@ def barrier() -> None:
         dist.barrier()
 
 
+def leave_process_group() -> None:
+    """Destroys the process group where there is one. All processes have to call this."""
+    if dist.is_initialized():
+        # With PyTorch 2.7, gloo's thread needs the interpreter's lock to free the last collective, and destroying the group holds
+        # that lock while it waits for the thread. So the last collective is held here, and freed afterwards.
+        last = dist.barrier(async_op=True)
+        last.wait()
+        dist.destroy_process_group()
+
+
 def at_least_one(text: str) -> int:
     """Parses a whole number of at least 1; an argparse type."""
     number = int(text)
@@ -172,5 +182,4 @@ def run_main(main: Callable[[], None]) -> None:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    leave_process_group()

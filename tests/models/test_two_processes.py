@@ -14,7 +14,7 @@ from madtp.packing import Packed
 from madtp.pruning import OFF, PruneSetting, PruningRule
 from models.blip_retrieval import gather_samples
 from tests import tiny
-from utils import Run
+from utils import Run, leave_process_group
 
 INSTANCE = PruningRule(keep="instance")
 SETTING = PruneSetting(3.0)
@@ -120,7 +120,7 @@ def work(rank: int, folder: Path) -> None:
     found |= {name: step(rank, *form) for name, form in FORMS.items()}
     found |= {f"DDP, {number} recompute": distributed(rank, number) for number in (0, 2)}
     torch.save({**found, "alone": alone(rank), "masked": mask(rank)}, folder / f"{rank}.pt")
-    dist.destroy_process_group()
+    leave_process_group()
 
 
 @pytest.fixture(scope="module")
