@@ -10,7 +10,8 @@ from madtp.sparsity.masks import Pattern, SparseWeights, most_in_a_group
 from utils import UserError
 
 RULE = ("method", "variant", "keep", "p", "sparsity_type", "sparse_layers", "tis", "merge", "image_size")
-LATER = ("sparse_layers", "tis", "merge", "image_size")  # older checkpoints do not have these keys of the rule
+# The rule of checkpoints from before a key existed. Their image size is not known: it counts as the config's.
+BEFORE = {"sparsity_type": "", "sparse_layers": "all", "tis": ["cls", "self", "token"], "merge": True}
 SAVED = (*RULE, "batch_size", "temperature", "prune_from", "epoch", "masked")  # saved with the weights, and needed to use them
 
 
@@ -21,7 +22,7 @@ def rule_of(config: Config) -> dict:
 
 def other_rule(config: Config, saved: dict) -> str | None:
     """Returns the first key of the rule whose value differs in a run's checkpoint; None if all agree."""
-    older = {"sparsity_type": ""} | {key: getattr(config, key) for key in LATER}
+    older = {**BEFORE, "image_size": config.image_size}
     return next((key for key, value in rule_of(config).items() if {**older, **saved}.get(key) != value), None)
 
 

@@ -82,7 +82,8 @@ def calibrate(
     """Finds the setting whose GFLOPs come within `tolerance` (relative) of `target`.
 
     Args:
-        measure: returns the mean GFLOPs per sample at a setting; called 2 to about 35 times.
+        measure: returns the mean GFLOPs per sample at a setting; called 2 to about 35 times, and some 15 times more
+            for each further `prune_from`.
         target: GFLOPs per sample, in the units of `measure`.
         start: an earlier answer; the search begins with steps from it.
         prune_from: the first block that prunes; raised up to `max_prune_from` while even the gentlest pruning is below `target`.

@@ -15,8 +15,14 @@ def pruner_factory(config: Config) -> Callable[..., TokenPruner | None]:
     if config.uncompressed:
         return lambda dim, **options: None
     try:
-        terms = tuple(config.tis)
-        rule = PruningRule(config.method, config.variant, config.keep, terms, config.merge, gradient=config.gradient)
+        rule = PruningRule(
+            method=config.method,
+            variant=config.variant,
+            keep=config.keep,
+            terms=tuple(config.tis),
+            merge=config.merge,
+            gradient=config.gradient,
+        )
     except ValueError as error:
         raise _bad_rule(error) from None
 

@@ -25,6 +25,7 @@ from utils import UserError, run_main
 CELL, COUNT, MARGIN, LABEL, LINE, HEAD = 1.1, 0.13, 0.08, 0.75, 0.17, 0.28
 FONT, SMALL, GLYPH = 9, 7, 0.602  # GLYPH: width of a monospaced letter relative to its font size
 DPI = 110
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
 VEIL, FADE = (0.91, 0.92, 0.97), 0.85  # colour and opacity over a pruned patch; this pale blue is rare in images
 BLACK, GREY = "#1a1a1a", "#b4b4b4"
 
@@ -104,12 +105,18 @@ def fade(picture: np.ndarray, alive: np.ndarray) -> np.ndarray:
     return np.where(pruned[..., None], FADE * np.array(VEIL) + (1 - FADE) * picture, picture)
 
 
+def _file_name(sample: str) -> str:
+    path = PurePosixPath(sample)
+    path = path.with_suffix("") if path.suffix.lower() in IMAGE_SUFFIXES else path
+    return f"{'_'.join(path.relative_to(path.anchor).parts)}.png"
+
+
 def write_drawings(samples: Sequence[Sample], out: Path) -> list[Path]:
     """Writes a PNG file per sample to the folder `out`, or all on one sheet if `out` ends in .png. Returns the paths.
 
-    An id may be the path of an image; the file then gets the name of the image.
+    An id may be the path of an image; the file is then named by that path, so that no two images share a name.
     """
-    sheets = [(out / f"{PurePosixPath(sample.id).name.removesuffix('.jpg')}.png", [sample]) for sample in samples]
+    sheets = [(out / _file_name(sample.id), [sample]) for sample in samples]
     if out.suffix == ".png":
         sheets = [(out, list(samples))]
     for path, shown in sheets:

@@ -138,8 +138,9 @@ def _attend_groups(
     """Pads samples of similar length to one another and runs them together, so that a short sample costs little more than alone."""
     members = list(similar(queries.lengths, keys.lengths, query.shape[-1], GROUP_COST[query.device.type]))
     in_queries, in_keys = Groups(queries, members), Groups(keys, members)
-    prefix = 1 if rule is None else rule.num_prefix_tokens
-    outs, figures = [], query.new_zeros(2, len(keys.lengths), keys.longest - prefix, dtype=torch.float32)
+    outs: list[Tensor] = []
+    gathered: dict[str, Tensor] = {}
+    prefix = 0 if rule is None else rule.num_prefix_tokens
     parts = zip(members, in_keys.layouts, in_queries.split(query), in_keys.split(key), in_keys.split(value), strict=True)
     for group, layout, *projected in parts:
         q, k, v = (split_heads(part, num_heads) for part in projected)
@@ -149,10 +150,13 @@ def _attend_groups(
         else:
             out, found = attend_with_statistics(q, k, v, valid, rule)
         outs.append(merge_heads(out))
-        for figure, values in zip(figures, () if found is None else (found.class_attention, found.columns), strict=False):
+        for name, values in () if found is None else vars(found).items():
             if values is not None:
-                figure[group, : values.shape[1]] = values
-    return in_queries.join(outs), None if rule is None else AttentionStatistics(*figures)
+                if name not in gathered:
+                    gathered[name] = values.new_zeros(len(keys.lengths), keys.longest - prefix)
+                gathered[name][group, : values.shape[1]] = values
+    statistics = AttentionStatistics(gathered.get("class_attention"), gathered.get("columns"))
+    return in_queries.join(outs), None if rule is None else statistics
 
 
 def similar(queries: Sequence[int], keys: Sequence[int], width: int, group_cost: int) -> Iterator[list[int]]:

@@ -26,8 +26,8 @@ def prune(
     """Makes a model of another library prune its tokens, in place, so that p of its GFLOPs are gone.
 
     Supported: timm's VisionTransformer with any number of prefix tokens, such as CLIP's and ViT's (1), DINOv2's with registers (5)
-    and SigLIP's (0, where the importance leaves S_cls out). The learnable tokens are random and can be trained; the prune
-    temperature is searched on the calibration images.
+    and SigLIP's (0, where the importance leaves S_cls out). The learnable tokens are random; `rule.gradient` lets a loss train
+    them. The prune temperature is searched on the calibration images.
 
     Args:
         calibration: a few normalised images (N, 3, H, W), or batches of them; no labels are needed.
@@ -48,7 +48,7 @@ def prune(
     adapter = _adapter_of(model)
     batches = [calibration] if isinstance(calibration, Tensor) else list(calibration)
     pruning = adapter(model, rule, num_learnable, init_std, packed, torch.Generator().manual_seed(seed))
-    was_training = model.training
+    training = [module for module in model.modules() if module.training]
     try:
         model.eval()
         pruning.dense_gflops = pruning.mean_gflops(batches)
@@ -58,7 +58,8 @@ def prune(
         restore(model)
         raise
     finally:
-        model.train(was_training)
+        for module in training:
+            module.training = True
     pruning.setting = found.setting
     return pruning
 

@@ -100,8 +100,8 @@ class TimmPruning(Pruning):
     ):
         check(model)
         rule = replace(rule, num_prefix_tokens=model.num_prefix_tokens)
-        dim, device = model.embed_dim, model.patch_embed.proj.weight.device
-        learnable_tokens = (torch.randn(num_learnable, dim, generator=generator) * init_std).to(device)
+        dim = model.embed_dim
+        learnable_tokens = (torch.randn(num_learnable, dim, generator=generator) * init_std).to(model.patch_embed.proj.weight)
         blocks = [TimmBlock(block, TokenPruner(dim, num_learnable, dim, rule)) for block in model.blocks]
         super().__init__(blocks, learnable_tokens, packed)
         self._attention_heads = model.blocks[0].attn.num_heads
@@ -155,6 +155,8 @@ def check(model: VisionTransformer) -> None:
             raise TypeError(f"block {index} is a {kind}; supported are timm's Block and Attention")
         if not isinstance(block.norm1, nn.LayerNorm):
             raise TypeError(f"block {index} has a {type(block.norm1).__name__}; supported is LayerNorm")
+    if model.global_pool == "":
+        raise TypeError("the model returns all its tokens, and pruned images have fewer; choose another global_pool than ''")
     pool = model.attn_pool
     if pool is not None and type(pool).__name__ != "AttentionPoolLatent":
         raise TypeError(f"the model pools by {type(pool).__name__}; supported is AttentionPoolLatent")
@@ -179,7 +181,7 @@ def pool(model: VisionTransformer, tokens: Tensor, layout: Layout) -> Tensor:
     """Runs the head on the tokens of each image, without padding: images that keep the same number of tokens run together."""
     lengths = count_tokens(tokens, layout).to(tokens.device)
     tokens, _ = padded(tokens, layout)
-    if model.global_pool in ("token", "") or bool((lengths == tokens.shape[1]).all()):
+    if model.global_pool == "token" or bool((lengths == tokens.shape[1]).all()):
         return model.forward_head(tokens)
     groups = [(lengths == length).nonzero().flatten() for length in lengths.unique()]
     outputs = torch.cat([model.forward_head(tokens[group, : int(lengths[group[0]])]) for group in groups])

@@ -11,7 +11,7 @@ from PIL import Image
 from tasks.view import Sample
 from tests.tiny_run import write_run
 from tools import visualize
-from tools.visualize import draw, fade
+from tools.visualize import _file_name, draw, fade
 from utils import UserError
 
 
@@ -107,3 +107,8 @@ def test_weights_without_a_temperature_need_one(world: Path, monkeypatch) -> Non
         visualised(monkeypatch, arguments(world))
     visualised(monkeypatch, arguments(world, "--temperature", 2, "--samples", 1, "--out", world / "out"))
     assert len(list((world / "out").iterdir())) == 1
+
+
+def test_pictures_of_one_name_in_two_folders_are_two_files():
+    names = [_file_name(sample) for sample in ("a/1.PNG", "b/1.jpeg", "/c/1", "nlvr_test-1")]
+    assert names == ["a_1.png", "b_1.png", "c_1.png", "nlvr_test-1.png"]

@@ -152,3 +152,39 @@ def test_a_pruned_model_is_refused_a_second_time_and_an_unreachable_p_leaves_it_
     with pytest.raises(ValueError, match="pruned already"):
         madtp.prune(model, pictures(), p=0.3)
     assert all(isinstance(block, TimmBlock) for block in model.madtp.blocks)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@torch.no_grad()
+def test_a_model_in_half_precision_prunes_alone_as_in_a_batch(dtype):
+    model, images = model_of("vit").to(dtype), pictures().to(dtype)
+    pruning = madtp.prune(model, images, p=0.3)
+    together = model(images)
+    assert together.dtype == dtype and pruning.learnable_tokens.dtype == dtype
+    lengths = pruning.record.leaving[-1].tolist()
+    for index in range(len(images)):
+        model(images[index : index + 1])
+        assert pruning.record.leaving[-1].tolist() == [lengths[index]]
+
+
+def test_frozen_layers_stay_in_evaluation_mode():
+    model = model_of("vit").train()
+    model.blocks[1].eval()
+    before = {name: module.training for name, module in model.named_modules()}
+    madtp.prune(model, pictures(), p=0.3)
+    assert {name: model.get_submodule(name).training for name in before} == before
+
+
+def test_a_model_that_returns_all_tokens_is_refused():
+    model = model_of("average")
+    model.global_pool = ""
+    with pytest.raises(TypeError, match="global_pool"):
+        madtp.prune(model, pictures(), p=0.3)
+
+
+def test_a_loss_trains_the_learnable_tokens_where_the_rule_says_so():
+    for gradient, reached in (("none", False), ("merge", True), ("decision", True)):
+        model = model_of("vit")
+        pruning = madtp.prune(model, pictures(), p=0.3, rule=madtp.PruningRule(keep="instance", gradient=gradient))
+        model(pictures()).square().sum().backward()
+        assert (pruning.learnable_tokens.grad is not None and bool(pruning.learnable_tokens.grad.any())) == reached
