@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers import BlipConfig, BlipForConditionalGeneration
+from transformers import BlipForConditionalGeneration
 
 from engine.flop_table import fvcore_gflops
 from madtp.blocks import Guidance
@@ -12,6 +12,7 @@ from models.bert import BertSize
 from models.blip_caption import BlipCaption
 from models.vit import VisionTransformer
 from tests.tiny import with_lively_weights
+from tests.twin import transformers_twin
 
 WORDS, START, END, PAD = 40, 38, 2, 0
 PROMPT = [START, 5, 6]
@@ -49,31 +50,9 @@ NAMES = {
 }  # fmt: skip
 
 
-def transformers_twin(model: BlipCaption, size: dict) -> BlipForConditionalGeneration:
-    image_size, patch, vit_width, depth, heads = size["vit"]
-    width, layers, text_heads, inner = size["bert"]
-    config = BlipConfig(
-        vision_config={
-            "hidden_size": vit_width, "intermediate_size": 4 * vit_width, "num_hidden_layers": depth, "num_attention_heads": heads,
-            "image_size": image_size, "patch_size": patch, "layer_norm_eps": 1e-6,
-        },
-        text_config={
-            "vocab_size": WORDS, "hidden_size": width, "encoder_hidden_size": vit_width, "intermediate_size": inner,
-            "num_hidden_layers": layers, "num_attention_heads": text_heads, "max_position_embeddings": 32, "label_smoothing": 0.0,
-            "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "bos_token_id": START, "sep_token_id": END,
-            "eos_token_id": END, "pad_token_id": PAD, "is_decoder": True, "tie_word_embeddings": True,
-        },
-    )  # fmt: skip
-    other = BlipForConditionalGeneration(config).eval()
-    weights = {}
-    for name, tensor in model.state_dict().items():
-        for ours, theirs in NAMES.items():
-            name = name.replace(ours, theirs)
-        weights[name] = tensor
-    weights["text_decoder.cls.predictions.decoder.bias"] = weights["text_decoder.cls.predictions.bias"]
-    loaded = other.load_state_dict(weights, strict=False)
-    assert not loaded.unexpected_keys and not loaded.missing_keys
-    return other
+def twin(model: BlipCaption, size: dict) -> BlipForConditionalGeneration:
+    words = {"vocab_size": WORDS, "bos_token_id": START, "sep_token_id": END, "eos_token_id": END, "pad_token_id": PAD}
+    return transformers_twin(BlipForConditionalGeneration, model, size, NAMES, **words)
 
 
 @torch.no_grad()
@@ -100,7 +79,7 @@ def test_the_decoders_alignment_is_a_plain_loop_over_layers_and_words():
 @torch.no_grad()
 def test_dense_equals_transformers(size):
     model = model_of(size).double()  # lively weights give large logits: float32 would round them at the fourth digit
-    other = transformers_twin(model, size).double()
+    other = twin(model, size).double()
     images, ids, mask = batch(size)
     images = images.double()
     labels = ids.masked_fill(mask == 0, -100)
@@ -117,7 +96,7 @@ def test_dense_equals_transformers(size):
 @torch.no_grad()
 def test_beams_equal_those_of_transformers(size):
     model = model_of(size)
-    other = transformers_twin(model, size)
+    other = twin(model, size)
     images, _, _ = batch(size, lengths=(4,) * 8)
     written, _ = model.generate(images, num_beams=3, max_length=14, min_length=6)
     prompt = torch.tensor(PROMPT).expand(len(images), -1)

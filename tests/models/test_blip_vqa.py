@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import BlipConfig, BlipForQuestionAnswering
+from transformers import BlipForQuestionAnswering
 
 from engine.flop_table import fvcore_gflops
 from madtp.blocks import Guidance
@@ -13,6 +13,7 @@ from models.blip_vqa import BlipVqa, Question
 from models.vit import VisionTransformer
 from tests.models.test_blip_caption import NAMES, SMALL
 from tests.tiny import with_lively_weights
+from tests.twin import transformers_twin
 
 WORDS, START, END, PAD, ENC = 40, 38, 2, 0, 39
 LARGER = {"vit": (48, 8, 16, 3, 2), "bert": (16, 3, 2, 32)}  # both encoders of one width, as transformers wants them
@@ -52,31 +53,9 @@ def answers(lengths: list[int], seed: int = 1):
     return ids, (places <= ends).long()
 
 
-def transformers_twin(model: BlipVqa, size: dict) -> BlipForQuestionAnswering:
-    image_size, patch, vit_width, depth, heads = size["vit"]
-    width, layers, text_heads, inner = size["bert"]
-    config = BlipConfig(
-        vision_config={
-            "hidden_size": vit_width, "intermediate_size": 4 * vit_width, "num_hidden_layers": depth, "num_attention_heads": heads,
-            "image_size": image_size, "patch_size": patch, "layer_norm_eps": 1e-6,
-        },
-        text_config={
-            "vocab_size": WORDS, "hidden_size": width, "encoder_hidden_size": vit_width, "intermediate_size": inner,
-            "num_hidden_layers": layers, "num_attention_heads": text_heads, "max_position_embeddings": 32, "label_smoothing": 0.0,
-            "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "bos_token_id": START, "sep_token_id": END,
-            "eos_token_id": END, "pad_token_id": PAD, "is_decoder": True, "tie_word_embeddings": True,
-        },
-    )  # fmt: skip
-    other = BlipForQuestionAnswering(config).eval()
-    weights = {}
-    for name, tensor in model.state_dict().items():
-        for ours, theirs in NAMES.items():
-            name = name.replace(ours, theirs)
-        weights[name] = tensor
-    weights["text_decoder.cls.predictions.decoder.bias"] = weights["text_decoder.cls.predictions.bias"]
-    loaded = other.load_state_dict(weights, strict=False)
-    assert not loaded.unexpected_keys and not [name for name in loaded.missing_keys if "position_ids" not in name]
-    return other
+def twin(model: BlipVqa, size: dict) -> BlipForQuestionAnswering:
+    words = {"vocab_size": WORDS, "bos_token_id": START, "sep_token_id": END, "eos_token_id": END, "pad_token_id": PAD}
+    return transformers_twin(BlipForQuestionAnswering, model, size, NAMES, **words)
 
 
 @pytest.mark.parametrize("size", [SMALL, LARGER])
@@ -84,7 +63,7 @@ def transformers_twin(model: BlipVqa, size: dict) -> BlipForQuestionAnswering:
 def test_dense_equals_transformers(size):
     model = model_of(size).double()
     model.text_decoder.bert.embeddings.position_embeddings.weight.mul_(3)  # or it says one word again and again
-    other = transformers_twin(model, size).double()
+    other = twin(model, size).double()
     images, ids, mask = questions(size, [7] * 16)
     images = images.double()
     states = other.vision_model(pixel_values=images).last_hidden_state
