@@ -3,10 +3,11 @@
     python tools/study_shapes.py --task nlvr --jobs 2
     python tools/study_shapes.py --task nlvr --jobs 2 --arms      # token pruning with 2:4 weights, distillation, and both
     python tools/study_shapes.py --task nlvr --jobs 2 --orders    # all three, with different orders of weights and tokens
+    python tools/study_shapes.py --task nlvr --jobs 2 --alignment # ways for the learnable tokens to learn
 
 Makes the data and runs the task's script once per row and seed; a run that the same command has completed is not repeated. After
 each run the tables so far are written to results/shapes_TASK.md and the results to results/shapes_TASK.json (with --arms to
-shapes_TASK_arms.*, with --orders to shapes_TASK_orders.*).
+shapes_TASK_arms.*, and so on).
 """
 
 import argparse
@@ -37,6 +38,26 @@ WEIGHTS = "--set sparsity_type=2:4 --set order=together"
 ARMS = {", distilled": "--set distill=true", ", 2:4": WEIGHTS, ", 2:4, distilled": f"{WEIGHTS} --set distill=true"}
 ORDERS = ("weights_first", "tokens_first", "adaptive")  # the orders other than together
 
+WITHOUT_TOKEN = "--set tis=[cls,self]"
+MERGE, DECISION = "--set token_gradient=merge", "--set token_gradient=decision"
+FASTER = "--set align_lr_scale=100"
+GUIDES = {"merge": MERGE, "decision": DECISION, "decision, faster E": f"{DECISION} {FASTER}"}
+SEARCH = {
+    "faster E": FASTER,
+    "merge, faster E": f"{MERGE} {FASTER}",
+    "decision, E ten times as fast": f"{DECISION} --set align_lr_scale=10",
+    "decision, faster E, wide": f"{DECISION} {FASTER} --set relaxation=3",
+    "decision, faster E, narrow": f"{DECISION} {FASTER} --set relaxation=0.3",
+    "decision, faster E, annealed": f"{DECISION} {FASTER} --set relaxation=3 --set relaxation_end=0.3",
+    "decision, faster E, std 1": f"{DECISION} {FASTER} --set sd_init_std=1",
+    "decision, faster E, std 0.02": f"{DECISION} {FASTER} --set sd_init_std=0.02",
+    "decision, faster E, aligned first": f"{DECISION} {FASTER} --set align_epochs=2",
+    "decision, faster E, sim 0.01": f"{DECISION} {FASTER} --set sim_weight=0.01",
+    "decision, faster E, sim 1": f"{DECISION} {FASTER} --set sim_weight=1",
+    "decision, faster E, negatives": f"{DECISION} {FASTER} --set sim_negatives=true",
+    "faster E, negatives, sim 1": f"{FASTER} --set sim_negatives=true --set sim_weight=1",
+}
+
 
 @dataclass(frozen=True)
 class Job:
@@ -64,14 +85,16 @@ def main() -> None:
     instead = parser.add_mutually_exclusive_group()
     instead.add_argument("--arms", action="store_true", help=f"instead: effect of sparse weights and distillation, p = {ARMS_P:g}")
     instead.add_argument("--orders", action="store_true", help="instead: effect of the order of weights and tokens")
+    instead.add_argument("--alignment", action="store_true", help="instead: effect of the ways for the learnable tokens to learn")
     parser.add_argument("--rows", help="run only these rows, separated by ';'; the table shows all rows that have been run")
     args = parser.parse_args()
     os.chdir(ROOT)
     task = TASKS[args.task].demo
     data = SHAPES if task.study_size == task.demo_size else STUDY_SHAPES
     execute(data_command(task, data, task.study_size))
-    kind = "arms" if args.arms else "orders" if args.orders else ""
-    rows = {"arms": arms_of, "orders": orders_of, "": lambda: rows_of(args.task)}[kind]()
+    kinds = {"arms": arms_of, "orders": orders_of, "alignment": alignment_of}
+    kind = next((kind for kind in kinds if getattr(args, kind)), "")
+    rows = kinds[kind]() if kind else rows_of(args.task)
     wanted = [row.strip() for row in args.rows.split(";")] if args.rows else list(rows)
     if unknown := [row for row in wanted if row not in rows]:
         raise UserError(f"--rows: there is no row '{unknown[0]}'; there are: {'; '.join(rows)}")
@@ -142,6 +165,17 @@ def orders_of() -> dict[str, tuple[str, bool]]:
     name, arms = f"p = {ARMS_P:g}, 2:4, distilled", arms_of()
     others = {f"{name}, {order}": (arms[name][0].replace("together", order), True) for order in ORDERS}
     return {"uncompressed": arms["uncompressed"], name: arms[name], **others}
+
+
+def alignment_of() -> dict[str, tuple[str, bool]]:
+    """Returns the rows of the search for learnable tokens that guide, one change each, with what they are compared to.
+
+    Those that decide, first, are run with every seed, the search with one.
+    """
+    decide = {"": "", ", without S_token": WITHOUT_TOKEN, ", without MAG": f"{WITHOUT_TOKEN} --set sim_weight=0"}
+    decide |= {f", {name}": arguments for name, arguments in GUIDES.items()}
+    rows = {f"p = {ARMS_P:g}{name}": (f"--p {ARMS_P:g} {arguments}".strip(), True) for name, arguments in decide.items()}
+    return rows | {f"p = {ARMS_P:g}, {name}": (f"--p {ARMS_P:g} {arguments}", False) for name, arguments in SEARCH.items()}
 
 
 def run(job: Job, at_a_time: int) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from configs.load import parse_command_line
 from engine.results import write_json
 from tasks.registry import TASKS
 from tests.tiny_run import result_of
@@ -42,7 +43,7 @@ def study(tmp_path: Path, monkeypatch):
         try:
             study_shapes.main()
         finally:
-            kind = "".join(f"_{kind}" for kind in ("arms", "orders") if f"--{kind}" in more)
+            kind = "".join(f"_{kind}" for kind in ("arms", "orders", "alignment") if f"--{kind}" in more)
             text = (tmp_path / "results" / f"shapes_{task}{kind}.md").read_text()
             rows = [line for line in text.splitlines() if line.startswith("| ")][1:]
         return commands, rows
@@ -78,6 +79,17 @@ def test_a_model_trained_without_images_stands_beside_those_that_see(study, task
     assert rows[-1].startswith("| trained without images | 81.25 |")
     assert sum("--epoch 4 --set text_only=true" in command for command in commands) == 1
     assert not any("_root=" in command for command in commands)  # the demo's data will do
+
+
+@pytest.mark.parametrize("task", ["nlvr", "vqa", "retrieval_clip"])
+def test_every_way_for_the_learnable_tokens_to_learn_is_a_setting_of_its_own(study, task) -> None:
+    commands, rows = study(task, lambda command: 0, "--alignment")
+    assert len(rows) == len(study_shapes.alignment_of()) >= 12
+    configs = []
+    for command in commands:
+        config = parse_command_line("", TASKS[task].config_class, command.split()[1:])
+        configs.append(config.model_dump_json(exclude={"output_dir"}))
+    assert len(set(configs)) == len(configs)
 
 
 def test_the_arms_of_weights_and_distillation_take_the_runs_that_are_there(study) -> None:
