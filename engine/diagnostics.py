@@ -170,6 +170,8 @@ def pair_similarity(
         matching.append(similarity.diagonal())
         shuffled.append(similarity[groups.unsqueeze(1) != groups])
     same, other = torch.cat(matching), torch.cat(shuffled)
+    if not len(other):
+        return {}  # a single image: nothing to shuffle
     return {"matching": float(1 - same.mean()), "shuffled": float(1 - other.mean()), "auc": separation(same, other)}
 
 

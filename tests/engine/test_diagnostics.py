@@ -81,3 +81,8 @@ def test_pair_similarity_is_l_sim_for_matching_pairs():
     expected = model(*batches()[0]["inputs"], Guidance(SETTING, align=True, packed=True)).similarity.detach()
     assert found["matching"] == pytest.approx(float(expected), rel=1e-4)
     assert 0 <= found["auc"] <= 1
+
+
+def test_a_single_image_has_no_shuffled_pairs():
+    batch = {"inputs": (tiny.images(1), *tiny.text([9, 4])), "packed": True}
+    assert pair_similarity(tiny.nlvr(PruningRule(keep="instance"), layers=2).eval(), [batch], forward, SETTING, pairs) == {}
