@@ -166,7 +166,8 @@ def pair_similarity(
             return {}
         vision, language, groups = pairs(features["vision"], features["language"])
         image, text = (F.normalize(part, dim=-1).flatten(1) for part in (vision, language))
-        similarity = image @ text.t() / vision.shape[1]
+        with torch.autocast(vision.device.type, enabled=False):
+            similarity = image @ text.t() / vision.shape[1]
         matching.append(similarity.diagonal())
         shuffled.append(similarity[groups.unsqueeze(1) != groups])
     same, other = torch.cat(matching), torch.cat(shuffled)

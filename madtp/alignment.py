@@ -76,7 +76,8 @@ def contrastive_similarity_loss(vision: Tensor, language: Tensor, groups: Tensor
         temperature: divides the similarities.
     """
     image, text = (F.normalize(part.float(), dim=-1).flatten(1) for part in (vision, language))
-    logits = image @ text.t() / (vision.shape[1] * temperature)
+    with torch.autocast(vision.device.type, enabled=False):  # a low temperature amplifies rounding errors
+        logits = image @ text.t() / (vision.shape[1] * temperature)
     partners = torch.eye(len(groups), dtype=torch.bool, device=groups.device)
     logits = logits.masked_fill((groups.unsqueeze(1) == groups) & ~partners, float("-inf"))
     return -(logits.log_softmax(dim=1).diagonal() + logits.log_softmax(dim=0).diagonal()).mean() / 2

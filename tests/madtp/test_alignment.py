@@ -86,3 +86,5 @@ def test_the_contrastive_similarity_loss_is_the_cross_entropy_among_other_images
         others = [j for j in range(4) if j == i or groups[j] != groups[i]]
         total += 2 * near[i, i] - near[i, others].logsumexp(0) - near[others, i].logsumexp(0)
     assert float(contrastive_similarity_loss(vision, language, groups)) == pytest.approx(-float(total) / 8, rel=1e-5)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert float(contrastive_similarity_loss(vision, language, groups)) == pytest.approx(-float(total) / 8, rel=1e-5)
