@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from configs.sizes import Section
+from configs.sizes import Section, Text
 
 
 class MethodKeys(Section):
@@ -50,7 +50,7 @@ class MethodKeys(Section):
     calibration_size: int = Field(256, ge=1, description="training samples that p is measured on; higher is steadier but slower")
 
     # weights and distillation (MADTP++)
-    sparsity_type: str = Field("", description="N:M weight sparsity: 2:4, 1:4, 4:8 (m4n2_1d is 2:4); empty: dense weights")
+    sparsity_type: Text = Field("", description="N:M weight sparsity: 2:4, 1:4, 4:8 (m4n2_1d is 2:4); empty: dense weights")
     sparse_layers: Literal["mlp", "attention", "all"] = Field("all", description="linear layers of the blocks that become sparse")
     mask_schedule: Literal["once", "refresh"] = Field("once", description="refresh: choose masks again in each epoch of the ramp")
     refit_weights: bool = Field(
@@ -66,16 +66,11 @@ class MethodKeys(Section):
         False, description="evaluation on a GPU: run 2:4 layers with sparse kernels if these are measured to be faster"
     )
     distill: bool = Field(False, description="also learn from the uncompressed model; better at high p, but slower")
-    teacher: str = Field("", description="path of the uncompressed model's weights; empty: those of 'pretrained'")
+    teacher: Text = Field("", description="path of the uncompressed model's weights; empty: those of 'pretrained'")
     distill_temperature: float = Field(2.0, gt=0, description="divides teacher and student logits; higher softens both")
     distill_vision: float = Field(1.0, ge=0, description="weight of the distillation loss on the images' class tokens")
     distill_language: float = Field(10.0, ge=0, description="weight of the distillation loss on the texts' class tokens")
     distill_logits: float = Field(1.0, ge=0, description="weight of the distillation loss on the logits")
-
-    @field_validator("teacher", "sparsity_type", mode="before")
-    @classmethod
-    def _empty_means_none(cls, value: Any) -> Any:
-        return "" if value is None else value
 
     @field_validator("sparsity_type", mode="after")
     @classmethod

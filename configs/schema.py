@@ -1,7 +1,8 @@
 """The keys of the YAML files: type, default, constraints and meaning of each.
 
-The keys form one flat namespace, with the published names. `Config` holds the keys that all tasks share; each task has a
-subclass. An empty value (`key:`) means none, and is an error where a value is required; `pretrained:` may be empty.
+The keys form one flat namespace, with the published names. `Config` holds the keys that all tasks share, those of the method in
+configs/method.py; each task has a subclass. An empty value (`key:`) means none, and is an error where a value is required;
+`pretrained:` may be empty.
 """
 
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field, field_validator, model_validator
 
 from configs.method import MethodKeys
-from configs.sizes import BERT_SIZES, VIT_SIZES, Bert, BertSizes, ClipSizes, Section, Vit, VitSizes, require
+from configs.sizes import BERT_SIZES, VIT_SIZES, Bert, BertSizes, ClipSizes, Section, Text, Vit, VitSizes, require
 
 TASK = "the task of this file; needed by tools that accept the config of any task"
 
@@ -50,7 +51,7 @@ class Config(MethodKeys):
     num_workers: int = Field(4, ge=0, description="processes that load data; does not change results")
 
     # model
-    pretrained: str = Field("", description="path of the weights to start from; empty: random weights")
+    pretrained: Text = Field("", description="path of the weights to start from; empty: random weights")
     vit: Vit = Field("base", description="base, large, or a mapping of sizes")
     bert: Bert = Field("base", description="base, or a mapping of sizes")
     vit_grad_ckpt: bool = Field(False, description="recompute activations in the backward pass: less memory, slower")
@@ -78,12 +79,7 @@ class Config(MethodKeys):
     device: str | None = Field(None, pattern=r"^(cpu|cuda(:\d+)?)$", description="cpu, cuda or cuda:N; none: cuda if available")
     output_dir: Path = Field(Path("output"), description="folder that the run writes to")
     evaluate: bool = Field(False, description="evaluate the pretrained weights, do not train")
-    resume: str = Field("", description="checkpoint of the run to continue; 'last': output_dir/checkpoint_last.pth")
-
-    @field_validator("pretrained", "resume", mode="before")
-    @classmethod
-    def _empty_is_none(cls, value: Any) -> Any:
-        return "" if value is None else value
+    resume: Text = Field("", description="checkpoint of the run to continue; 'last': output_dir/checkpoint_last.pth")
 
     @field_validator("train_files", mode="before")
     @classmethod

@@ -3,13 +3,17 @@
 from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
 
 
 class Section(BaseModel):
     """A mapping of keys that refuses unknown keys and is immutable."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+# A text whose empty value in YAML, `key:`, is the empty text.
+Text = Annotated[str, BeforeValidator(lambda value: "" if value is None else value)]
 
 
 class VitSizes(Section):

@@ -3,10 +3,10 @@
 B samples, N prunable tokens, K learnable tokens, D their channels.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from copy import copy
 from dataclasses import replace
-from itertools import combinations
+from itertools import combinations, product
 from typing import Any
 
 import torch
@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from engine.experiment import Experiment
 from engine.train import move
 from madtp.blocks import AlignedModel, Guidance, PrunedBlock
-from madtp.importance import normalise
 from madtp.packing import Layout, Packed
 from madtp.pruning import PruneSetting
 
@@ -78,35 +77,20 @@ class Average:
         return {name: self.sums[name] / count for name, count in self.counts.items() if count}
 
 
-@contextmanager
-def _watched(model: AlignedModel, see: Callable[[str, PrunedBlock, Tensor, Layout, Guidance], None]) -> Iterator[None]:
-    """Calls `see` with branch, block and the block's inputs before each block of the branches runs."""
-    handles = []
-    for branch, blocks in model.branches.items():
-        for block in blocks:
-            hook = lambda block, args, branch=branch: see(branch, block, *args[:3])  # noqa: E731
-            handles.append(block.register_forward_pre_hook(hook))
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+class Decisions:
+    """Measures the part of the learnable tokens in the decisions of variant "paper", from the inputs of each block.
 
-
-@torch.no_grad()
-def decisions(model: AlignedModel, batches: Iterable[dict], forward: Forward, setting: PruneSetting) -> dict[str, float]:
-    """Measures the part of the learnable tokens in the decisions of variant "paper".
-
-    The entries, averaged over samples and pruning blocks: "rank_A_B", the rank correlations of the terms of the importance;
-    "changed_redrawn" and "changed_without_token", the share of the keep decisions of a block that differ when E is drawn again
-    with its own standard deviation, and when S_token is left out of the importance.
+    For that it computes the block's self-attention a second time.
     """
-    generator = torch.Generator().manual_seed(0)  # of its own: the diagnostics must not change the run
-    learnable = model.learnable_tokens
-    redrawn = (torch.randn(learnable.shape, generator=generator) * learnable.std().cpu()).to(learnable.device)
-    average = Average()
 
-    def see(branch: str, block: PrunedBlock, x: Tensor, layout: Layout, guidance: Guidance) -> None:
+    def __init__(self, learnable_tokens: Tensor):
+        generator = torch.Generator().manual_seed(0)  # of its own: the diagnostics must not change the run
+        std = float(learnable_tokens.float().std())
+        self.redrawn = (torch.randn(learnable_tokens.shape, generator=generator) * std).to(learnable_tokens)
+        self.average = Average()
+
+    def see(self, branch: str, block: PrunedBlock, x: Tensor, layout: Layout, guidance: Guidance) -> None:
+        """Adds a block that is about to run on x (B, P + N, C), or packed (T, C)."""
         pruner, temperature = block.pruner, guidance.temperature
         if pruner is None or temperature is None:
             return
@@ -114,66 +98,103 @@ def decisions(model: AlignedModel, batches: Iterable[dict], forward: Forward, se
         whole = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device) if layout is None else layout
         valid = (whole.valid if isinstance(whole, Packed) else whole)[:, prefix:]
         _, statistics = block.attend(x, layout, rule)
-        attention, other = (pruner.align(x, layout, tokens, False)[0].float() for tokens in (guidance.learnable_tokens, redrawn))
-        scores = {name: attention.amax(dim=1) if name == "token" else statistics.term(name) for name in rule.scores}
-        scores = {name: normalise(score, valid) for name, score in scores.items()}
-        enough = valid.sum(dim=1) >= ENOUGH
-        for one, two in combinations(scores, 2):
-            found = rank_correlation(scores[one], scores[two], valid)[enough]
-            average.add(f"rank_{one}_{two}", found.sum(), len(found))
+        attention, other = (pruner.align(x, layout, tokens, False)[0] for tokens in (guidance.learnable_tokens, self.redrawn))
+        self._correlate(
+            {name: attention.amax(dim=1) if name == "token" else statistics.term(name) for name in rule.scores}, valid
+        )
         kept = pruner.choose(attention, statistics, valid, temperature).kept
         changed = {"changed_redrawn": pruner.choose(other, statistics, valid, temperature).kept}
         if rest := tuple(term for term in rule.terms if term != "token"):
-            pruner.rule = replace(rule, terms=rest)
-            changed["changed_without_token"] = pruner.choose(attention, statistics, valid, temperature).kept
-            pruner.rule = rule
+            without = copy(pruner)  # shallow: the same weights under another rule
+            without.rule = replace(rule, terms=rest)
+            changed["changed_without_token"] = without.choose(attention, statistics, valid, temperature).kept
         for name, choice in changed.items():
-            average.add(name, ((choice != kept) & valid).sum(), int(valid.sum()))
+            self.average.add(name, ((choice != kept) & valid).sum(), int(valid.sum()))
 
-    with _watched(model, see):
-        for batch in batches:
-            forward(model, batch, setting)
-    return average.means()
+    def _correlate(self, scores: Mapping[str, Tensor], valid: Tensor) -> None:
+        enough = valid.sum(dim=1) >= ENOUGH
+        for one, two in combinations(scores, 2):
+            found = rank_correlation(scores[one], scores[two], valid)[enough]
+            self.average.add(f"rank_{one}_{two}", found.sum(), len(found))
+
+    def end_batch(self) -> None:
+        """Does nothing: every block was counted as it ran."""
+
+    def result(self) -> dict[str, float]:
+        """Returns means over samples and pruning blocks.
+
+        "rank_A_B": rank correlations of the terms of the importance; "changed_redrawn" and "changed_without_token": the share of
+        a block's keep decisions that differ when E is drawn again with its own standard deviation, and when S_token is left out.
+        """
+        return self.average.means()
+
+
+class PairSimilarity:
+    """Compares the alignment features of matching pairs with those of shuffled pairs of the same batches."""
+
+    def __init__(self, pairs: Pairs):
+        self.pairs = pairs
+        self.features: dict[str, Tensor] = {}
+        self.seen: set[int] = set()
+        self.matching: list[Tensor] = []
+        self.shuffled: list[Tensor] = []
+
+    def see(self, branch: str, block: PrunedBlock, x: Tensor, layout: Layout, guidance: Guidance) -> None:
+        """Adds a block that is about to run on x (B, P + N, C), or packed (T, C)."""
+        if block.pruner is None or id(block) in self.seen:
+            return  # the first pass of a batch: later ones may read the other modality
+        self.seen.add(id(block))
+        found = block.pruner.align(x, layout, guidance.learnable_tokens, True)[1].float()
+        self.features[branch] = self.features[branch] + found if branch in self.features else found
+
+    def end_batch(self) -> None:
+        """Compares the pairs of the batch that has run."""
+        if "language" in self.features:
+            vision, language, groups = self.pairs(self.features["vision"], self.features["language"])
+            image, text = (F.normalize(part, dim=-1).flatten(1) for part in (vision, language))
+            with torch.autocast(vision.device.type, enabled=False):
+                similarity = image @ text.t() / vision.shape[1]
+            self.matching.append(similarity.diagonal())
+            self.shuffled.append(similarity[groups.unsqueeze(1) != groups])
+        self.features.clear()
+        self.seen.clear()
+
+    def result(self) -> dict[str, float]:
+        """Returns the mean L_sim of "matching" and of "shuffled" pairs, and the "auc" of `separation` by their similarity.
+
+        Empty without a text branch that has learnable tokens, and for a single image, which cannot be shuffled.
+        """
+        if not any(len(part) for part in self.shuffled):
+            return {}
+        same, other = torch.cat(self.matching), torch.cat(self.shuffled)
+        return {"matching": float(1 - same.mean()), "shuffled": float(1 - other.mean()), "auc": separation(same, other)}
 
 
 @torch.no_grad()
-def pair_similarity(
-    model: AlignedModel, batches: Iterable[dict], forward: Forward, setting: PruneSetting, pairs: Pairs
-) -> dict[str, float]:
-    """Compares the alignment features of matching pairs with those of shuffled pairs of the same batches.
-
-    Returns:
-        "matching" and "shuffled", the mean L_sim of such pairs, and "auc", the probability that a matching pair is more similar
-        than a shuffled one.
-    """
-    features: dict[str, Tensor] = {}
-    seen: set[int] = set()
-
-    def see(branch: str, block: PrunedBlock, x: Tensor, layout: Layout, guidance: Guidance) -> None:
-        if block.pruner is None or id(block) in seen:
-            return  # the first pass of a batch: later ones may read the other modality
-        seen.add(id(block))
-        found = block.pruner.align(x, layout, guidance.learnable_tokens, True)[1].float()
-        features[branch] = features[branch] + found if branch in features else found
-
-    matching, shuffled = [], []
-    for batch in batches:
-        features.clear()
-        seen.clear()
-        with _watched(model, see):
+def watch(
+    model: AlignedModel,
+    batches: Iterable[dict],
+    forward: Forward,
+    setting: PruneSetting,
+    watchers: Sequence[Decisions | PairSimilarity],
+) -> None:
+    """Runs the batches once and shows the inputs of each block of the model's branches to all watchers."""
+    handles = []
+    for branch, blocks in model.branches.items():
+        for block, watcher in product(blocks, watchers):
+            handles.append(block.register_forward_pre_hook(_seen_by(watcher, branch)))
+    try:
+        for batch in batches:
             forward(model, batch, setting)
-        if "language" not in features:
-            return {}
-        vision, language, groups = pairs(features["vision"], features["language"])
-        image, text = (F.normalize(part, dim=-1).flatten(1) for part in (vision, language))
-        with torch.autocast(vision.device.type, enabled=False):
-            similarity = image @ text.t() / vision.shape[1]
-        matching.append(similarity.diagonal())
-        shuffled.append(similarity[groups.unsqueeze(1) != groups])
-    same, other = torch.cat(matching), torch.cat(shuffled)
-    if not len(other):
-        return {}  # a single image: nothing to shuffle
-    return {"matching": float(1 - same.mean()), "shuffled": float(1 - other.mean()), "auc": separation(same, other)}
+            for watcher in watchers:
+                watcher.end_batch()
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _seen_by(watcher: Decisions | PairSimilarity, branch: str) -> Callable[[nn.Module, tuple], None]:
+    return lambda block, args: watcher.see(branch, block, *args[:3])
 
 
 class AlignmentWatch:
@@ -207,11 +228,12 @@ class AlignmentWatch:
         experiment, model = self.experiment, self.experiment.model
         if self.start is None:
             return {}
-        batches = [move(batch, experiment.run.device) for batch in experiment.calibration_batches]
-        report = {"moved": moved(self.start, model.learnable_tokens), "gradient": self.gradients}
+        config = experiment.config
+        watchers: dict[str, Decisions | PairSimilarity] = {"pairs": PairSimilarity(experiment.pairs)} if experiment.pairs else {}
+        if setting.temperature is not None and config.method == "dtp" and config.variant == "paper":
+            watchers["decisions"] = Decisions(model.learnable_tokens.detach())
+        batches = (move(batch, experiment.run.device) for batch in experiment.calibration_batches)
         with experiment.precision.autocast():
-            if experiment.pairs is not None:
-                report["pairs"] = pair_similarity(model, batches, experiment.gflops, setting, experiment.pairs)
-            if setting.temperature is not None and experiment.config.method == "dtp" and experiment.config.variant == "paper":
-                report["decisions"] = decisions(model, batches, experiment.gflops, setting)
-        return report
+            watch(model.eval(), batches, experiment.gflops, setting, list(watchers.values()))
+        report = {"moved": moved(self.start, model.learnable_tokens), "gradient": self.gradients}
+        return report | {name: watcher.result() for name, watcher in watchers.items()}

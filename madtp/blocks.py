@@ -225,12 +225,12 @@ class PreNormBlock(PrunedBlock):
     @property
     def attention_weights(self) -> list[nn.Parameter]:
         """Weights of the linear layers in `attention`."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} must define attention_weights for its multiply-adds to be counted")
 
     @property
     def mlp_weights(self) -> list[nn.Parameter]:
         """Weights of the linear layers in `feed_forward`."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} must define mlp_weights for its multiply-adds to be counted")
 
     def attend(self, x: Tensor, layout: Layout, rule: PruningRule | None) -> tuple[Tensor, AttentionStatistics | None]:
         attended, statistics = self.attention(x, layout, rule)

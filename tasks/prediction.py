@@ -47,14 +47,14 @@ class Prediction:
             for tower, record in self.records.items()
         }
 
-    def costs(self) -> str:
+    def cost_line(self) -> str:
         fewer = 100 * (1 - float(self.gflops / self.uncompressed))
         return f"{float(self.gflops):.4g} GFLOPs, uncompressed {float(self.uncompressed):.4g} ({fewer:.1f} % fewer)"
 
     def report(self) -> str:
         """Formats the prediction for a reader."""
         tokens = (f"{tower} {sum(n['kept'])} of {sum(n['of'])}" for tower, n in self.tokens().items())
-        return "\n".join([*self.lines, self.costs(), f"tokens kept: {', '.join(tokens)}"])
+        return "\n".join([*self.lines, self.cost_line(), f"tokens kept: {', '.join(tokens)}"])
 
     def content(self) -> dict:
         """Returns the prediction for a program."""

@@ -118,7 +118,9 @@ class Task(Generic[ConfigT]):
         config, packed = self.config, self.config.packed and self.run.device.type == "cpu"
         last = config.relaxation if config.relaxation_end is None else config.relaxation_end
         relaxation = config.relaxation * (last / config.relaxation) ** (epoch / config.max_epoch)
-        return Guidance(setting, not config.uncompressed, config.sim_negatives, packed, relaxation=relaxation)
+        return Guidance(
+            setting, align=not config.uncompressed, negatives=config.sim_negatives, packed=packed, relaxation=relaxation
+        )
 
     def losses(self, model: nn.Module, batch: dict, setting: PruneSetting) -> dict[str, Tensor]:
         """Returns the losses of a training step by name."""
@@ -160,9 +162,22 @@ class Task(Generic[ConfigT]):
             losses, evaluate: with the signatures of this class's methods.
         """
         return Experiment(
-            self.config, self.run, model, loaders, losses, evaluate, self.gflops, self.score, self.reference_gflops(model),
-            self.loss_weights, checkpoint, self.first_sample, self.deployment, self.forward, self.pairs,
-        )  # fmt: skip
+            config=self.config,
+            run=self.run,
+            model=model,
+            loaders=loaders,
+            losses=losses,
+            evaluate=evaluate,
+            gflops=self.gflops,
+            score=self.score,
+            reference=self.reference_gflops(model),
+            loss_weights=self.loss_weights,
+            checkpoint=checkpoint,
+            inputs=self.first_sample,
+            deployment=self.deployment,
+            forward=self.forward,
+            pairs=self.pairs,
+        )
 
     # The tools
 

@@ -2,6 +2,7 @@
 
     python tools/compare_commits.py --base COMMIT
     python tools/compare_commits.py --base COMMIT --head OTHER --tasks nlvr,vqa --work output/compare
+    python tools/compare_commits.py --base COMMIT --added alignment,learnable_start    # entries that the base does not write
 
 Each task is compressed twice on a tiny Shapes data set: by token pruning alone, in mixed precision; and with sparse weights and
 distillation, in float32. Then both sides evaluate the base's checkpoint and its packed export. log.txt, all JSON files and the
@@ -42,13 +43,14 @@ class Stopped(Exception):
 
 @dataclass(frozen=True)
 class Case:
-    """A task with an arm, the folders of both sides, and the folder for their output."""
+    """A task with an arm, the folders of both sides, the folder for their output, and the entries that the head may add."""
 
     task: str
     arm: str
     base: Path
     head: Path
     work: Path
+    added: tuple[str, ...] = ()
 
     @property
     def data(self) -> Path:
@@ -82,7 +84,7 @@ class Case:
                 execute(root, [script, *arguments, "--output_dir", str(outputs[-1])], side)
         except Stopped as error:
             return str(error)
-        return next(differences(*outputs), "")
+        return next(differences(*outputs, self.added), "")
 
     def _check_export(self, checkpoint: Path) -> str:
         out = self.work / "runs" / f"{self.task}_{self.arm}" / "exported"
@@ -100,6 +102,7 @@ def main() -> None:
     parser.add_argument("--base", required=True, metavar="COMMIT", help="the code before the change")
     parser.add_argument("--head", metavar="COMMIT", help="commit, or folder of a checkout; default: the files as they are")
     parser.add_argument("--tasks", default=",".join(TASKS), help="some of " + ",".join(TASKS))
+    parser.add_argument("--added", default="", metavar="KEYS", help="entries that the head may write and the base does not")
     parser.add_argument("--work", type=Path, default=WORK, metavar="DIR", help="folder for all output")
     parser.add_argument("--jobs", type=int, default=2, metavar="N", help="number of runs at a time")
     args = parser.parse_args()
@@ -119,7 +122,8 @@ def main() -> None:
     except Stopped as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    cases = [Case(task, arm, base, head, work) for task in tasks for arm in ARMS]
+    added = tuple(args.added.split(","))
+    cases = [Case(task, arm, base, head, work, added) for task in tasks for arm in ARMS]
     found = compare_all(cases, args.jobs)
     print(f"\nbase {base}\nhead {head}\n")
     for case in cases:
@@ -181,7 +185,7 @@ def remove_files(folder: Path) -> None:
             file.unlink()
 
 
-def differences(base: Path, head: Path) -> Iterator[str]:
+def differences(base: Path, head: Path, added: tuple[str, ...] = ()) -> Iterator[str]:
     """Yields the differences between the files of two runs, with both values."""
     names = [name for pattern in COMPARED for name in sorted({path.name for side in (base, head) for path in side.glob(pattern)})]
     if "result.json" not in names:
@@ -190,7 +194,7 @@ def differences(base: Path, head: Path) -> Iterator[str]:
         if missing := [side for side, folder in (("base", base), ("head", head)) if not (folder / name).is_file()]:
             yield f"{name}: {missing[0]} did not write it"
         else:
-            yield from leaves_that_differ(read(base / name), read(head / name), name)
+            yield from leaves_that_differ(read(base / name), read(head / name), name, added)
 
 
 def read(path: Path) -> object:
@@ -206,16 +210,19 @@ def read(path: Path) -> object:
     return content
 
 
-def leaves_that_differ(base: object, head: object, where: str) -> Iterator[str]:
-    """Yields every number, text or tensor that differs, even in the last digit, and every entry that one side lacks."""
+def leaves_that_differ(base: object, head: object, where: str, added: tuple[str, ...] = ()) -> Iterator[str]:
+    """Yields every number, text or tensor that differs, even in the last digit, and every entry that one side lacks.
+
+    added: names of entries that the base may lack
+    """
     if isinstance(base, list | tuple) and isinstance(head, list | tuple):
         base, head = dict(enumerate(base)), dict(enumerate(head))
     if isinstance(base, dict) and isinstance(head, dict):
         for key in [*base, *(key for key in head if key not in base)]:
             place = f"{where}: {key}"
             if key in base and key in head:
-                yield from leaves_that_differ(base[key], head[key], place)
-            else:
+                yield from leaves_that_differ(base[key], head[key], place, added)
+            elif key in base or key not in added:
                 yield f"{place}: only {'base' if key in base else 'head'} has it"
     elif isinstance(base, torch.Tensor) and isinstance(head, torch.Tensor):
         yield from tensors_that_differ(base, head, where)

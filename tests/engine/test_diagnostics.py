@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from engine.diagnostics import decisions, gradient_norms, moved, pair_similarity, rank_correlation, separation
+from engine.diagnostics import Decisions, PairSimilarity, gradient_norms, moved, rank_correlation, separation, watch
 from madtp.blocks import Guidance
 from madtp.pruning import PruneSetting, PruningRule
 from tests import tiny
@@ -23,6 +23,18 @@ def pairs(vision, language):
     left, right = vision.chunk(2)
     groups = torch.arange(len(left)).repeat_interleave(len(language) // len(left))
     return ((left + right) / 2)[groups], language, groups
+
+
+def decisions(model, batches, forward, setting):
+    watcher = Decisions(model.learnable_tokens.detach())
+    watch(model, batches, forward, setting, [watcher])
+    return watcher.result()
+
+
+def pair_similarity(model, batches, forward, setting, pairs):
+    watcher = PairSimilarity(pairs)
+    watch(model, batches, forward, setting, [watcher])
+    return watcher.result()
 
 
 def test_rank_correlation_is_that_of_spearman():
@@ -72,6 +84,7 @@ def test_watching_changes_no_output():
     model, batch = tiny.nlvr(PruningRule(keep="instance"), layers=3).eval(), batches()[0]
     outputs = []
     decisions(model, [batch], lambda *args: outputs.append(forward(*args).logits), SETTING)
+    assert not any(block._forward_pre_hooks for block in model.visual_encoder.blocks)
     assert torch.equal(outputs[0], forward(model, batch, SETTING).logits)
 
 

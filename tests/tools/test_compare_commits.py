@@ -92,3 +92,11 @@ def test_a_side_that_stops_differs(repository: Path, capsys: pytest.CaptureFixtu
     code, found = compare(capsys)
     assert code == 1
     assert set(found.values()) == {"head: compress_nlvr_dtp.py ended with exit code 1: ValueError: no"}
+
+
+def test_an_entry_that_the_change_adds_can_be_named(repository: Path, capsys: pytest.CaptureFixture, monkeypatch) -> None:
+    script = (repository / "compress_nlvr_dtp.py").read_text()
+    (repository / "compress_nlvr_dtp.py").write_text(script.replace('{"loss"', '{"more": 1, "loss"'))
+    assert compare(capsys)[1]["tokens run"] == "log.txt: 0: more: only head has it"
+    monkeypatch.setattr(sys, "argv", [*sys.argv, "--added", "other,more"])
+    assert compare(capsys) == (0, dict.fromkeys(CHECKS, "same"))
