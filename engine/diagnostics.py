@@ -13,14 +13,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from engine.experiment import Experiment
+from engine.experiment import Experiment, Pairs
 from engine.train import move
 from madtp.blocks import AlignedModel, Guidance, PrunedBlock
 from madtp.packing import Layout, Packed
 from madtp.pruning import PruneSetting
 
 Forward = Callable[[nn.Module, dict, PruneSetting], object]
-Pairs = Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]  # features of both branches -> of each pair, and its group
 
 ENOUGH = 3  # tokens of a sample that a rank correlation needs
 

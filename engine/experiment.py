@@ -16,6 +16,8 @@ from madtp.sparsity.refit import can_be_fitted, second_moments
 from utils import Run, all_reduce_sum, broadcast, logger
 
 Cost = Callable[[nn.Module, dict, PruneSetting], torch.Tensor]
+# Alignment features of the images and of the texts -> those of each pair, and the pairs' groups; see Experiment.
+Pairs = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
 
 MOMENTS = 2**28  # float32 numbers held at a time while weights are refitted: 1 GiB
 
@@ -70,7 +72,7 @@ class Experiment:
     inputs: Callable[[dict], tuple[torch.Tensor, ...]] | None = None
     deployment: Cost | None = None
     forward: Callable[[nn.Module, dict, PruneSetting], object] | None = None
-    pairs: Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor, torch.Tensor]] | None = None
+    pairs: Pairs | None = None
 
     def __post_init__(self):
         pattern = self.config.pattern

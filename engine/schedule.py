@@ -90,8 +90,9 @@ class WeightPlan:
         needed = max(1 + settled + self.config.align_epochs, next(epoch for epoch in count(1) if self.removal(epoch - 1) >= p))
         if needed > epochs:
             order = f"order: {self.config.order}, mask_schedule: {self.config.mask_schedule}: " if self.sparse else ""
+            first = f" after align_epochs: {self.config.align_epochs}" if self.config.align_epochs else ""
             raise UserError(
-                f"{order}with ramp_epochs: {self.ramp} the ramp ends in epoch {needed}, but max_epoch is {epochs}; raise"
+                f"{order}with ramp_epochs: {self.ramp}{first} the ramp ends in epoch {needed}, but max_epoch is {epochs}; raise"
                 " max_epoch or lower ramp_epochs"
             )
 

@@ -62,6 +62,10 @@ def test_a_run_leaves_its_files(trained):
     config = load_config(NlvrConfig, trained / "config.yaml")
     assert config.output_dir == trained and config.p == P and config.vit_sizes.depth == 2
     assert [entry["epoch"] for entry in log_of(trained)] == [0, 1]
+    learning = [entry["alignment"] for entry in log_of(trained)]
+    assert 0 < learning[0]["moved"]["distance"] < learning[1]["moved"]["distance"]
+    assert learning[1]["gradient"]["task"] == 0 < learning[1]["gradient"]["similarity"]
+    assert 0 <= learning[1]["decisions"]["changed_redrawn"] <= 1 and 0 <= learning[1]["pairs"]["auc"] <= 1
 
 
 def test_the_result_has_every_key_of_the_contract(trained):

@@ -189,3 +189,22 @@ def test_what_is_removed_in_the_end_is_p_to_the_bit(p):
         planned = plan(p=p, ramp_epochs=1)
         planned.sparse, planned.removed_by_weights = sparse_model(), saved * p
         assert planned.removal(0) == p
+
+
+def test_the_modalities_are_aligned_before_anything_is_removed():
+    tokens = plan(align_epochs=2, ramp_epochs=2)
+    assert [tokens.removal(epoch) for epoch in range(6)] == pytest.approx([0, 0, 0.3, 0.6, 0.6, 0.6])
+    sparse = sparse_model()
+    both = plan(sparse=sparse, align_epochs=2, ramp_epochs=2, order="tokens_first")
+    assert [both.removal(epoch) for epoch in range(4)] == pytest.approx([0, 0, 0.45, 0.6])
+    for epoch, masked in enumerate([False, False, False, False, True]):
+        both.enter(epoch, OFF)
+        assert bool(sparse.masks) == masked == both.settled(epoch)
+        with both.counting(epoch):
+            assert cost(sparse, OFF) == (DENSE if epoch < 2 else 7.0)
+
+
+def test_epochs_of_alignment_leave_the_ramp_too_few():
+    plan(max_epoch=3, ramp_epochs=2, align_epochs=1)
+    with pytest.raises(UserError, match="after align_epochs: 2 the ramp ends in epoch 4, but max_epoch is 3"):
+        plan(max_epoch=3, ramp_epochs=2, align_epochs=2)

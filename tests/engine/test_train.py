@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from engine.train import CosineSchedule, Precision, Trainer, train_epoch
-from madtp.pruning import OFF
+from engine.train import CosineSchedule, Precision, Trainer, parameter_groups, train_epoch
+from madtp.pruning import OFF, PruningRule
+from tests import tiny
 from utils import Run, UserError
 
 CPU = Run(torch.device("cpu"))
@@ -76,3 +77,29 @@ def test_the_second_epoch_has_the_second_rate():
 def test_a_loss_that_is_not_finite_stops_the_run():
     with pytest.raises(UserError, match="the loss is nan at step 50; lower 'init_lr'"):
         run_epoch(trainer(), [{}] * 60, lambda model, batch, setting: {"task": model.weight.sum() * math.nan})
+
+
+def test_learnable_tokens_and_their_maps_have_a_rate_of_their_own():
+    model = tiny.nlvr(PruningRule(keep="instance"), layers=2)
+    apart = {name for name, _ in model.named_parameters() if name == "space_dict" or "alignment" in name}
+    whole, *none = parameter_groups(model, 1.0)
+    assert len(whole["params"]) == len(list(model.parameters())) and not none
+    rest, aligning = parameter_groups(model, 100.0)
+    assert len(apart) > 1 and len(aligning["params"]) == len(apart)
+    assert len(rest["params"]) + len(apart) == len(whole["params"])
+    optimizer = torch.optim.SGD(parameter_groups(model, 100.0), lr=1.0)
+    state = Trainer(model, optimizer, Precision(CPU.device).scaler(), CosineSchedule(0.1, 0.0, 2, 2))
+    state.update(sum(parameter.sum() for parameter in model.parameters()))
+    assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([0.1, 10.0])
+
+
+def test_the_first_losses_of_an_epoch_are_shown_before_the_step():
+    state, seen = trainer(), []
+
+    def inspect(losses):
+        seen.append((state.model.weight.item(), list(losses)))
+
+    batches = [{"x": torch.ones(1, 1)}] * 3
+    losses = lambda model, batch, setting: {"task": model(batch["x"]).sum()}  # noqa: E731
+    train_epoch(state, batches, losses, {}, OFF, Precision(CPU.device), CPU, "test", inspect)
+    assert seen == [(1.0, ["task"])]

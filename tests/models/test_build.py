@@ -25,6 +25,14 @@ def test_pruners_follow_the_config():
     assert isinstance(pruner.alignment.projection, torch.nn.Linear)  # widths differ
 
 
+def test_the_tasks_loss_reaches_the_learnable_tokens_as_the_variant_has_it():
+    def gradient(**keys) -> str:
+        return pruner_factory(NlvrConfig(**SMALL, **keys))(16).rule.gradient
+
+    assert gradient() == "none" and gradient(variant="released") == "merge"
+    assert gradient(token_gradient="decision") == "decision" and gradient(variant="released", token_gradient="none") == "none"
+
+
 def test_learnable_tokens_start_as_the_variant_has_them():
     assert learnable_tokens(NlvrConfig(**SMALL)) == (5, 24, 0.02)
     assert learnable_tokens(NlvrConfig(**SMALL, variant="released")) == (5, 24, 1.0)
