@@ -31,6 +31,19 @@ class MethodKeys(Section):
     sd_num: int = Field(100, ge=1, description="number of learnable tokens, shared by both modalities")
     sd_dim: int = Field(768, ge=1, description="channels of a learnable token")
     sd_init_std: float | None = Field(None, gt=0, description="initial std of the learnable tokens; none: 0.02 (released: 1)")
+    sd_init: Literal["random", "kmeans", "principal"] = Field(
+        "random",
+        description="start of the learnable tokens: random, or the tokens of both modalities on the calibration subset: their"
+        " cluster centres (kmeans), or principal directions with both signs (principal); sd_init_std scales all of them",
+    )
+    sd_redraw: bool = Field(
+        False, description="ablation: make the learnable tokens anew by sd_init, even if the pretrained file holds some"
+    )
+    guide: Literal["shared", "text"] = Field(
+        "shared",
+        description="tokens that guide the pruning of an image: the learnable tokens, or beyond the paper the features that they"
+        " collect from its text (text; NLVR2 and VQA, where each text then costs an encoding of its image)",
+    )
     sim_weight: float = Field(0.1, ge=0, description="weight of the similarity loss; higher aligns the modalities more")
     sim_negatives: bool = Field(
         False, description="beyond the paper: the similarity loss also tells matching pairs from the other pairs of the batch"
@@ -102,6 +115,11 @@ class MethodKeys(Section):
     def packed(self) -> bool:
         """Tells whether batches run without padding. The authors' code needs padding: its masks do not follow their tokens."""
         return self.variant == "paper"
+
+    @property
+    def text_guides(self) -> bool:
+        """Tells whether the words of a text guide the pruning of its image."""
+        return self.guide == "text" and not self.uncompressed
 
     @property
     def pattern(self) -> tuple[int, int] | None:

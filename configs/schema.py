@@ -35,6 +35,7 @@ class Config(MethodKeys):
 
     script: ClassVar[str] = ""
     image_keys: ClassVar[tuple[str, ...]] = ("image_root",)  # keys of the image folders
+    text_with_image: ClassVar[bool] = False  # every text is asked of one image
 
     task: str = Field("", description=TASK)
 
@@ -91,6 +92,11 @@ class Config(MethodKeys):
         patch, both = self.patch_size, self.order == "adaptive" and self.mask_schedule == "refresh"
         require(self, self.image_size % patch == 0, f"image_size must be a multiple of the patch size, {patch}")
         require(self, not both, "order: adaptive chooses its masks once; mask_schedule must be once")
+        shared = self.guide == "shared"
+        require(self, shared or self.text_with_image, "guide: text is for NLVR2 and VQA, where each text belongs to its image")
+        require(
+            self, shared or self.variant == "paper", "guide: text is beyond the paper and the authors' code; use variant: paper"
+        )
         return require(self, self.prune_from < self.depth, f"prune_from must be below the number of blocks, {self.depth}")
 
     @property
@@ -126,6 +132,7 @@ class NlvrConfig(Config):
     """Keys of NLVR2: tell whether a sentence is true of two images."""
 
     script: ClassVar[str] = "compress_nlvr_dtp.py"
+    text_with_image: ClassVar[bool] = True
 
     task: Literal["nlvr"] = Field("nlvr", description=TASK)
     train_files: list[str] = Field(["nlvr_train"], min_length=1, description="annotation files to train on, without .json")
@@ -276,6 +283,7 @@ class VqaConfig(Config):
     """Keys of visual question answering: answer a question about an image."""
 
     script: ClassVar[str] = "compress_vqa_dtp.py"
+    text_with_image: ClassVar[bool] = True
     image_keys: ClassVar[tuple[str, ...]] = ("vqa_root", "vg_root")
 
     task: Literal["vqa"] = Field("vqa", description=TASK)

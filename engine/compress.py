@@ -19,6 +19,7 @@ from engine.checkpoint import load_run, read_run, save_atomic, save_run
 from engine.diagnostics import AlignmentWatch
 from engine.experiment import Evaluation, Experiment
 from engine.flop_table import flop_table
+from engine.initial import initialise_tokens
 from engine.restore import is_authors, mask_as_saved, other_rule, rule_of, saved_setting
 from engine.results import (
     RunLog,
@@ -49,6 +50,7 @@ def run_experiment(experiment: Experiment) -> dict:
     if config.evaluate:
         _check_pattern(config, experiment.checkpoint)
     started, versions = time.time(), {"code": code_version(), "torch": torch.__version__}
+    initialise_tokens(experiment)
     dense = experiment.measure(OFF)
     target = dense * (1 - config.p)
     warn_of_small_slice(config, run)
@@ -346,7 +348,7 @@ def _setting_of_checkpoint(experiment: Experiment, target: float) -> PruneSettin
     config, saved = experiment.config, experiment.checkpoint
     setting = saved_setting(config, saved)
     same_batch = config.keep == "instance" or saved.get("batch_size") == config.batch_size_test
-    same = same_batch and other_rule(config, saved) is None
+    same = same_batch and other_rule(config, saved) is None and not config.sd_redraw
     if setting is not None and (config.uncompressed or is_authors(config, saved) or same):
         return setting
     logger.info("no temperature was saved for this rule, p and batch size: calibrating")

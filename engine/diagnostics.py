@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import copy
 from dataclasses import replace
 from itertools import combinations, product
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +22,16 @@ from madtp.pruning import PruneSetting
 Forward = Callable[[nn.Module, dict, PruneSetting], object]
 
 ENOUGH = 3  # tokens of a sample that a rank correlation needs
+
+
+class Watcher(Protocol):
+    """An observer of the inputs of all blocks, see `watch`."""
+
+    def see(self, branch: str, block: PrunedBlock, x: Tensor, layout: Layout, guidance: Guidance) -> None:
+        """Observes a block that is about to run on x (B, P + N, C), or packed (T, C)."""
+
+    def end_batch(self) -> None:
+        """Observes that all blocks have run on a batch."""
 
 
 def moved(before: Tensor, now: Tensor) -> dict[str, float]:
@@ -98,9 +108,7 @@ class Decisions:
         valid = (whole.valid if isinstance(whole, Packed) else whole)[:, prefix:]
         _, statistics = block.attend(x, layout, rule)
         attention, other = (pruner.align(x, layout, tokens, False)[0] for tokens in (guidance.learnable_tokens, self.redrawn))
-        self._correlate(
-            {name: attention.amax(dim=1) if name == "token" else statistics.term(name) for name in rule.scores}, valid
-        )
+        self._correlate({name: attention.amax(dim=1) if name == "token" else statistics.term(name) for name in rule.scores}, valid)
         kept = pruner.choose(attention, statistics, valid, temperature).kept
         changed = {"changed_redrawn": pruner.choose(other, statistics, valid, temperature).kept}
         if rest := tuple(term for term in rule.terms if term != "token"):
@@ -175,7 +183,7 @@ def watch(
     batches: Iterable[dict],
     forward: Forward,
     setting: PruneSetting,
-    watchers: Sequence[Decisions | PairSimilarity],
+    watchers: Sequence[Watcher],
 ) -> None:
     """Runs the batches once and shows the inputs of each block of the model's branches to all watchers."""
     handles = []
@@ -192,7 +200,7 @@ def watch(
             handle.remove()
 
 
-def _seen_by(watcher: Decisions | PairSimilarity, branch: str) -> Callable[[nn.Module, tuple], None]:
+def _seen_by(watcher: Watcher, branch: str) -> Callable[[nn.Module, tuple], None]:
     return lambda block, args: watcher.see(branch, block, *args[:3])
 
 

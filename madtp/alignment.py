@@ -29,9 +29,14 @@ class Alignment(nn.Module):
         self.projection = nn.Linear(dim, token_dim) if project else nn.Identity()
 
     def forward(self, tokens: Tensor, learnable_tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """tokens (..., N, C), learnable_tokens (K, D) -> inner products E V'^T (..., K, N), mapped tokens V' (..., N, D)."""
+        """Returns the inner products E V'^T (..., K, N) and the mapped tokens V' (..., N, D).
+
+        Args:
+            tokens: (..., N, C).
+            learnable_tokens: (K, D), or (B, K, D) for tokens (B, N, C).
+        """
         mapped = self.projection(tokens)
-        return (mapped @ learnable_tokens.t()).transpose(-2, -1), mapped
+        return (mapped @ learnable_tokens.transpose(-2, -1)).transpose(-2, -1), mapped
 
     def flops(self, tokens: Tensor, num_learnable: int) -> Tensor:
         """Counts the multiply-adds of `forward` for token counts of any shape."""

@@ -24,7 +24,7 @@ class Guidance:
     align: collect the alignment features that L_sim compares (Eq. 3)
     negatives: L_sim also contrasts a pair with the others of its batch (see alignment.contrastive_similarity_loss)
     packed: run without padding; for inference also without attention maps
-    learnable_tokens: E (K, D); models fill in their own
+    learnable_tokens: E (K, D), or each sample its own, (B, K, D); models fill in their own
     relaxation: width of the soft decisions that gradients see, for a rule with gradient "decision" (see selection.decision_gate)
     block: index of the block that is running
     """
@@ -41,6 +41,11 @@ class Guidance:
     def temperature(self) -> float | None:
         """The temperature of the running block, None where it does not prune."""
         return self.setting.at(self.block)
+
+    @property
+    def is_on(self) -> bool:
+        """Tells whether any block reads the learnable tokens."""
+        return self.align or self.setting.temperature is not None
 
 
 UNPRUNED = Guidance()
@@ -69,6 +74,11 @@ class TowerRecord:
         self.kept.append(kept)
         if features is not None:
             self.features = features if self.features is None else self.features + features
+
+    @property
+    def is_guided(self) -> bool:
+        """Tells whether any block has read the learnable tokens."""
+        return self.features is not None or any(kept is not None for kept in self.kept)
 
     def execution(self, block: int) -> Execution:
         """Returns the parts of its pruner that a block executed."""

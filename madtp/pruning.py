@@ -155,7 +155,7 @@ class TokenPruner(nn.Module):
 
         Args:
             inputs: (B, P + N, C), or packed (T, C).
-            learnable_tokens: (K, D).
+            learnable_tokens: (K, D), or each sample its own, (B, K, D).
             features: collect E_v.
         Returns:
             A_token (B, K, N), or for `variant: released` the inner products; E_v (B, K, D). None where not needed.
@@ -165,10 +165,15 @@ class TokenPruner(nn.Module):
         if learnable_tokens is None:
             raise ValueError("pruning and alignment need learnable tokens; put them into the guidance")
         prefix, released_rule = self.rule.num_prefix_tokens, self.rule.variant == "released"
-        if isinstance(layout, Packed):
-            products, mapped = self.alignment(inputs, learnable_tokens)  # prefix tokens too: cheap, and dropped
-            products = layout.pad(products.t())[:, prefix:].transpose(1, 2)
-            mapped = layout.pad(mapped)[:, prefix:] if features else mapped
+        if isinstance(layout, Packed):  # prefix tokens too: cheap, and dropped
+            if learnable_tokens.dim() == 2:
+                products, mapped = self.alignment(inputs, learnable_tokens)
+                products = layout.pad(products.t()).transpose(1, 2)
+                mapped = layout.pad(mapped) if features else None
+            else:
+                products, mapped = self.alignment(layout.pad(inputs), learnable_tokens)
+            products = products[:, :, prefix:]
+            mapped = mapped[:, prefix:] if features else None
             valid: Valid = layout.valid[:, prefix:]
         else:
             products, mapped = self.alignment(inputs[:, prefix:], learnable_tokens)

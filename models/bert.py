@@ -57,9 +57,7 @@ class Heads(nn.Module):
         elif layout is not source_layout:
             layout = layout.joined(source_layout)
         dropout = self.dropout if self.training else 0.0
-        out, statistics = attend(
-            query, key, value, self.num_heads, layout, source_layout, dropout, rule, training=self.training
-        )
+        out, statistics = attend(query, key, value, self.num_heads, layout, source_layout, dropout, rule, training=self.training)
         return out.reshape(x.shape), statistics
 
     def flops(self, queries: Tensor, keys: Tensor) -> Tensor:
@@ -264,6 +262,29 @@ class TextEncoder(nn.Module):
             x, layout = pack(x, layout)
         again = recomputes_scores(x, layout, self.encoder.layer[0].attention.self.num_heads)
         return run_blocks(self.encoder.layer, x, layout, guidance, images, recomputes_scores=again)
+
+    def guides(self, input_ids: Tensor, attention_mask: Tensor, learnable_tokens: Tensor) -> Tensor:
+        """Returns the features that the learnable tokens collect from each text's embeddings (Eq. 3), to guide its image.
+
+        They keep the lengths of the learnable tokens, on which the sharpness of the attention depends.
+
+        Args:
+            input_ids, attention_mask: (S, L).
+            learnable_tokens: (K, D).
+        Returns:
+            (S, K, D)
+        """
+        _, features = self.encoder.layer[0].pruner.align(
+            self.embeddings(input_ids), attention_mask.bool(), learnable_tokens, features=True
+        )
+        return F.normalize(features, dim=-1) * learnable_tokens.norm(dim=-1, keepdim=True)
+
+    def guide_flops(self, tokens: Tensor) -> Tensor:
+        """Counts the multiply-adds of `guides` for texts of `tokens` (S,) tokens."""
+        pruner = self.encoder.layer[0].pruner
+        words = tokens - pruner.rule.num_prefix_tokens
+        collected = pruner.alignment.flops(words, pruner.num_learnable) + words * pruner.num_learnable * pruner.token_dim
+        return flops.layer_norm(tokens, self.hidden_size) + collected
 
     def flops(self, record: TowerRecord, images: Sequence[Tensor]) -> Tensor:
         """Counts the multiply-adds of `forward` per text (S,); `images`: (S,) image tokens that each cross-attention reads."""

@@ -3,7 +3,7 @@
 B pairs of images, S sentences (S / B neighbouring ones about each pair), L text tokens.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -37,12 +37,15 @@ class BlipNlvr(AlignedModel):
         visual_encoder: VisionTransformer,
         text_encoder: TextEncoder,
         learnable_tokens: tuple[int, int, float] | None = None,
+        text_guides: bool = False,
     ):
         """
         Args:
             learnable_tokens: number K, width D and initial std of the tokens that both towers share; None without pruners.
+            text_guides: prune the images for each sentence anew, guided by its words (see `TextEncoder.guides`), beyond the paper.
         """
         super().__init__()
+        self.text_guides = text_guides
         self.visual_encoder = visual_encoder
         self.text_encoder = text_encoder
         width = text_encoder.hidden_size
@@ -57,17 +60,19 @@ class BlipNlvr(AlignedModel):
     def branches(self) -> dict[str, nn.ModuleList]:
         return {"vision": self.visual_encoder.blocks, "language": self.text_encoder.encoder.layer}
 
-    def forward(
-        self, images: Tensor, input_ids: Tensor, attention_mask: Tensor, guidance: Guidance = UNPRUNED
-    ) -> NlvrOutput:
+    def forward(self, images: Tensor, input_ids: Tensor, attention_mask: Tensor, guidance: Guidance = UNPRUNED) -> NlvrOutput:
         """Judges sentences about pairs of images.
 
         Args:
             images: (B, 2, 3, H, W), left and right.
             input_ids, attention_mask: (S, L), [ENC] first.
         """
-        guidance = self.guided(guidance)
-        tokens, layout, vision = self.visual_encoder(images.transpose(0, 1).flatten(0, 1), guidance)
+        guidance = seeing = self.guided(guidance)
+        if self.text_guides and guidance.is_on:
+            images = per_sentence(images, len(input_ids))
+            guides = self.text_encoder.guides(input_ids, attention_mask, guidance.learnable_tokens)
+            seeing = replace(guidance, learnable_tokens=guides.repeat(2, 1, 1))
+        tokens, layout, vision = self.visual_encoder(images.transpose(0, 1).flatten(0, 1), seeing)
         text, layout, language = self.text_encoder(input_ids, attention_mask, halves(tokens, layout), guidance)
         similarity = None
         if vision.features is not None:  # the mean of both images against the sentence
@@ -101,6 +106,8 @@ class BlipNlvr(AlignedModel):
         both = per_sentence(left + right, sentences)
         image_tokens = [per_sentence(half, sentences) for half in output.vision.leaving[-1].chunk(2)]
         text = self.text_encoder.flops(output.language, image_tokens)
+        if self.text_guides and output.vision.is_guided:
+            text = text + self.text_encoder.guide_flops(output.language.entering[0])
         width = self.text_encoder.hidden_size
         head = torch.full_like(text, linear(1, width, width) + linear(1, width, 2))
         parts = {"visual_encoder": both, "text_encoder": text, "cls_head": head}

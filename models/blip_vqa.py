@@ -5,7 +5,7 @@ tokens, W candidate answers, C channels.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -70,6 +70,7 @@ class BlipVqa(AlignedModel):
         label_smoothing: float = 0.1,
         learnable_tokens: tuple[int, int, float] | None = None,
         reads_padding: bool = False,
+        text_guides: bool = False,
     ):
         """
         Args:
@@ -77,8 +78,10 @@ class BlipVqa(AlignedModel):
             start, end, padding: ids of [DEC], [SEP] and [PAD].
             learnable_tokens: number K, width D and initial std of the tokens that both encoders share; None without pruners.
             reads_padding: let the decoder attend to a question's padding, as the authors' code does (`variant: released`).
+            text_guides: prune the image for each question anew, guided by its words (see `TextEncoder.guides`), beyond the paper.
         """
         super().__init__()
+        self.text_guides = text_guides
         self.reads_padding = reads_padding
         self.visual_encoder = visual_encoder
         self.text_encoder = text_encoder
@@ -94,16 +97,19 @@ class BlipVqa(AlignedModel):
     def branches(self) -> dict[str, nn.ModuleList]:
         return {"vision": self.visual_encoder.blocks, "language": self.text_encoder.encoder.layer}
 
-    def encode(
-        self, images: Tensor, question_ids: Tensor, question_mask: Tensor, guidance: Guidance = UNPRUNED
-    ) -> Question:
+    def encode(self, images: Tensor, question_ids: Tensor, question_mask: Tensor, guidance: Guidance = UNPRUNED) -> Question:
         """Encodes questions with their images.
 
         Args:
             images: (B, 3, H, W).
             question_ids, question_mask: (B, L), [ENC] first.
         """
-        seen = self.visual_encoder(images, self.guided(guidance))
+        seeing = self.guided(guidance)
+        if self.text_guides and guidance.is_on:
+            images = images.repeat_interleave(len(question_ids) // len(images), dim=0)
+            guides = self.text_encoder.guides(question_ids, question_mask, seeing.learnable_tokens)
+            seeing = replace(seeing, learnable_tokens=guides)
+        seen = self.visual_encoder(images, seeing)
         return self.encode_question(seen, question_ids, question_mask, guidance)
 
     def encode_question(
@@ -224,7 +230,7 @@ class BlipVqa(AlignedModel):
     def encoding_gflops(self, question: Question) -> Tensor:
         """Returns the GFLOPs of `encode` for each question with an image of its own, (B,) float64."""
         vision, patches = self.visual_encoder.flops(question.vision), question.vision.leaving[-1]
-        total = vision + self.text_encoder.flops(question.language, [patches])
+        total = vision + self._text_flops(question, patches)
         return total.to(question.valid.device).double() / GIGA
 
     def traced(self, *inputs: Tensor, guidance: Guidance = UNPRUNED) -> Tensor:
@@ -238,21 +244,23 @@ class BlipVqa(AlignedModel):
         """
         images, question_ids, question_mask, _, answer_mask, answer_counts = inputs
         question = self.encode(images, question_ids, question_mask, guidance)
-        by_module = self.gflops_by_module(question, answer_mask.sum(dim=1), answer_counts)
+        by_module = self.gflops_by_module(question, answer_mask.sum(dim=1), answer_counts, len(images))
         return by_module, sum(by_module.values())
 
-    def gflops_by_module(self, question: Question, answer_tokens: Tensor, answer_counts: Tensor) -> dict[str, Tensor]:
+    def gflops_by_module(self, question: Question, answer_tokens: Tensor, answer_counts: Tensor, images: int) -> dict[str, Tensor]:
         """Returns the GFLOPs of images, (I,) float64; keys and values that several texts read are counted once.
 
         Args:
+            images: I.
             question: of Q questions, Q / I about each image.
             answer_tokens: (A,); answer_counts (Q,), or (1,) where all answers are to the first question of a single image.
         """
         vision = self.visual_encoder.flops(question.vision)
-        images, patches = len(vision), question.vision.leaving[-1]
-        each = len(question.valid) // images
-        text = self.text_encoder.flops(question.language, [patches.repeat_interleave(each)])
-        text = text.unflatten(0, (images, each)).sum(dim=1) - (each - 1) * self._key_flops(patches)
+        patches, passes = question.vision.leaving[-1], len(vision)
+        each = len(question.valid) // passes
+        text = self._text_flops(question, patches.repeat_interleave(each))
+        text = text.unflatten(0, (passes, each)).sum(dim=1) - (each - 1) * self._key_flops(patches)
+        vision, text = (part.unflatten(0, (images, -1)).sum(dim=1) for part in (vision, text))
         source = question.valid[: len(answer_counts)].sum(dim=1)
         answers = decoder_flops(self.text_decoder, answer_tokens, source.repeat_interleave(answer_counts))
         decoder = torch.zeros_like(source).index_add_(
@@ -264,6 +272,13 @@ class BlipVqa(AlignedModel):
         vision, text = vision.to(decoder.device), text.to(decoder.device)  # packed records are on the CPU
         parts = {"visual_encoder": vision, "text_encoder": text, "text_decoder": decoder}
         return {name: part.double() / GIGA for name, part in parts.items()}
+
+    def _text_flops(self, question: Question, patches: Tensor) -> Tensor:
+        """Counts the multiply-adds of the question encoder, whose cross-attentions read `patches` (Q,) image tokens, (Q,)."""
+        total = self.text_encoder.flops(question.language, [patches])
+        if self.text_guides and question.vision.is_guided:
+            total = total + self.text_encoder.guide_flops(question.language.entering[0])
+        return total
 
     def _key_flops(self, patches: Tensor) -> Tensor:
         """Counts the multiply-adds of an image's keys and values in all cross-attentions."""
@@ -282,7 +297,8 @@ class BlipVqa(AlignedModel):
         image = dense_record(self.visual_encoder.depth, self.visual_encoder.pos_embed.shape[1], samples=1)
         text = dense_record(self.text_encoder.depth, QUESTION_TOKENS, samples=QUESTIONS)
         question = Question(torch.empty(0), torch.ones(QUESTIONS, QUESTION_TOKENS, dtype=torch.bool), image, text)
-        return float(sum(self.gflops_by_module(question, torch.full((ANSWERS,), ANSWER_TOKENS), torch.tensor([ANSWERS])).values()))
+        answers = torch.full((ANSWERS,), ANSWER_TOKENS), torch.tensor([ANSWERS])
+        return float(sum(self.gflops_by_module(question, *answers, images=1).values()))
 
 
 def one_sample(inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

@@ -30,7 +30,7 @@ def nlvr_from_config(config: NlvrConfig, vocab_size: int) -> BlipNlvr:
     vision = vision_transformer(config, make_pruner)
     size = BertSize(vocab_size=vocab_size, **config.bert_sizes.model_dump())
     text = TextEncoder(size, lambda i: PairedCrossAttention(size, vision.embed_dim, i >= FIRST_MERGE_LAYER), make_pruner)
-    return BlipNlvr(vision, text, learnable_tokens(config))
+    return BlipNlvr(vision, text, learnable_tokens(config), config.text_guides)
 
 
 class NlvrView(View):

@@ -53,7 +53,10 @@ def vqa_from_config(config: VqaConfig, vocab_size: int, start: int, end: int, pa
     text = TextEncoder(size, lambda i: CrossAttention(size, vision.embed_dim), lambda dim: make_pruner(dim, mask_follows=True))
     learnable, released = learnable_tokens(config), config.variant == "released"
     size = replace(size, num_hidden_layers=config.decoder_layers or size.num_hidden_layers)
-    return BlipVqa(vision, text, size, start, end, padding, config.label_smoothing, learnable, reads_padding=released)
+    return BlipVqa(
+        vision, text, size, start, end, padding, config.label_smoothing, learnable, reads_padding=released,
+        text_guides=config.text_guides,
+    )  # fmt: skip
 
 
 class VqaView(View):
@@ -110,9 +113,7 @@ class VqaPredictor(Predictor):
         return Prediction(
             [best, *(f"  or {other}" for other in others)],
             {"prediction": answers[0]["answer"], "score": answers[0].get("score"), "answers": answers},
-            *self.costs(
-                lambda read: model.encoding_gflops(read[0]) + cost(read[1]), (question, lengths[0]), (whole, lengths[1])
-            ),
+            *self.costs(lambda read: model.encoding_gflops(read[0]) + cost(read[1]), (question, lengths[0]), (whole, lengths[1])),
             {"image": question.vision, "text": question.language},
         )
 
@@ -220,7 +221,7 @@ class VqaTask(Task[VqaConfig]):
             best = [answers[0] for answers in self.answer(model, question)[0]]
             tokens = encode_answers(self.tokenizer, [found["answer"] for found in best])["attention_mask"].sum(dim=1)
             tokens = tokens.to(self.run.device)
-            costs = sum(model.gflops_by_module(question, tokens, torch.ones_like(tokens)).values()).tolist()
+            costs = sum(model.gflops_by_module(question, tokens, torch.ones_like(tokens), len(tokens)).values()).tolist()
             kept = (question.vision.leaving[-1] + question.language.leaving[-1]).tolist()
             for sample, found, left, cost, given in zip(batch["ids"], best, kept, costs, batch["answers"], strict=True):
                 score = {name: value for name, value in found.items() if name == "score"}

@@ -94,6 +94,26 @@ def test_the_result_has_every_key_of_the_contract(trained):
     assert result["params"]["total"] == sum(tensor.numel() for tensor in best["model"].values())
 
 
+def test_redrawn_learnable_tokens_are_evaluated_at_the_same_gflops(trained, world, tmp_path):
+    checkpoint = ["--evaluate", "--pretrained", str(trained / "checkpoint_best.pth")]
+    run_here(flags(world, tmp_path, *checkpoint, sd_redraw="true"))
+    redrawn, result = read(tmp_path, "result.json"), read(trained, "result.json")
+    assert redrawn["temperature"] != result["temperature"]
+    assert redrawn["gflops"]["measured"] == pytest.approx(result["gflops"]["target"], rel=0.01)
+
+
+def test_words_that_guide_are_trained_saved_and_not_taken_for_another_rule(world, tmp_path):
+    out = tmp_path / "run"
+    run_here(flags(world, out, "--epoch", "1", guide="text", token_gradient="decision", ramp_epochs=0))
+    result = read(out, "result.json")
+    assert result["gflops"]["measured"] == pytest.approx(result["gflops"]["target"], rel=0.01)
+    assert log_of(out)[0]["alignment"]["gradient"]["task"] > 0
+    again = ["--evaluate", "--pretrained", str(out / "checkpoint_best.pth")]
+    for guide, same in (("text", True), ("shared", False)):
+        run_here(flags(world, tmp_path / guide, *again, guide=guide))
+        assert (read(tmp_path / guide, "result.json")["temperature"] == result["temperature"]) is same
+
+
 @pytest.mark.parametrize(("split", "file"), [("val", "nlvr_dev"), ("test", "nlvr_test")])
 def test_the_metrics_are_those_of_the_predictions(trained, world, split, file):
     result, predictions = read(trained, "result.json"), read(trained, f"predictions_{split}.json")
