@@ -85,6 +85,10 @@ class ResidualAttentionBlock(PreNormBlock):
         return self.mlp(self.ln_2(x))
 
     @property
+    def key_dim(self) -> int:
+        return self.dim // self.attn.num_heads
+
+    @property
     def attention_weights(self) -> list[nn.Parameter]:
         return [self.attn.in_proj_weight, self.attn.out_proj.weight]
 
@@ -153,11 +157,12 @@ class VisionTower(nn.Module):
 class Clip(AlignedModel):
     def __init__(
         self, size: ClipSize, make_pruner: MakePruner = lambda dim: None, learnable_tokens: tuple[int, int, float] | None = None,
-        text_order: Causal = "class_last",
+        text_order: Causal = "class_last", make_text_pruner: MakePruner | None = None,
     ):  # fmt: skip
         """
         Args:
             make_pruner: builds the pruner of a block from its number of channels; None leaves the block dense.
+            make_text_pruner: builds those of the text tower, if not `make_pruner`.
             learnable_tokens: number K, channels D and initial std of the tokens that both towers share; None without pruners.
             text_order: "class_first" reproduces the authors' code: the start token is the class token, and padding takes part. Once
                 tokens are pruned it reads the wrong token, so it only serves to compare unpruned texts.
@@ -165,7 +170,7 @@ class Clip(AlignedModel):
         super().__init__()
         width, self.text_order = size.text_width, text_order
         self.visual = VisionTower(size, make_pruner)
-        self.transformer = Transformer(width, size.text_layers, size.text_heads, text_order, make_pruner)
+        self.transformer = Transformer(width, size.text_layers, size.text_heads, text_order, make_text_pruner or make_pruner)
         self.token_embedding = nn.Embedding(size.vocab_size, width)
         self.positional_embedding = nn.Parameter(torch.randn(size.context_length, width) * 0.01)
         self.ln_final = nn.LayerNorm(width)

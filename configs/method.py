@@ -12,8 +12,10 @@ class MethodKeys(Section):
     """The keys that choose the method and how hard it compresses."""
 
     # the method
-    method: Literal["dtp", "random", "none"] = Field(
-        "dtp", description="random: prune at random, a baseline; none: prune no tokens, so p is 0 unless weights are sparse"
+    method: Literal["dtp", "stp", "tome", "random", "none"] = Field(
+        "dtp",
+        description="baselines: stp prunes a fixed number of tokens per block by importance, tome merges as many similar patches,"
+        " random draws; none: prune no tokens, so p is 0 unless weights are sparse",
     )
     p: float = Field(0.5, ge=0, lt=1, description="share of the GFLOPs to remove; 0 trains or evaluates uncompressed")
     variant: Literal["paper", "released"] = Field("paper", description="released: the formulas of the authors' published code")
@@ -23,6 +25,9 @@ class MethodKeys(Section):
     prune_from: int = Field(0, ge=0, description="index of the first block that prunes; higher keeps more tokens")
     tis: list[Literal["cls", "self", "token"]] = Field(
         ["cls", "self", "token"], min_length=1, description="terms of the token importance score"
+    )
+    mag: bool = Field(
+        True, description="guide by learnable tokens; off: no S_token and no L_sim, and a threshold from the importance alone"
     )
     merge: bool = Field(True, description="merge the pruned tokens into one, instead of dropping them")
     mag_projection: Literal["auto", "on", "off"] = Field(
@@ -110,6 +115,11 @@ class MethodKeys(Section):
     def uncompressed(self) -> bool:
         """Tells whether no tokens are pruned: the model then has no pruners and no learnable tokens."""
         return self.p == 0 or self.method == "none"
+
+    @property
+    def aligns(self) -> bool:
+        """Tells whether the model has learnable tokens, which L_sim trains."""
+        return self.mag and not self.uncompressed and self.method != "tome"
 
     @property
     def packed(self) -> bool:

@@ -9,9 +9,16 @@ from madtp.pruning import OFF, PruneSetting
 from madtp.sparsity.masks import Pattern, SparseWeights, most_in_a_group
 from utils import UserError
 
-RULE = ("method", "variant", "keep", "p", "sparsity_type", "sparse_layers", "tis", "merge", "guide", "image_size")
+RULE = ("method", "variant", "keep", "p", "sparsity_type", "sparse_layers", "tis", "mag", "merge", "guide", "image_size")
 # The rule of checkpoints from before a key existed. Their image size is not known: it counts as the config's.
-BEFORE = {"sparsity_type": "", "sparse_layers": "all", "tis": ["cls", "self", "token"], "merge": True, "guide": "shared"}
+BEFORE = {
+    "sparsity_type": "",
+    "sparse_layers": "all",
+    "tis": ["cls", "self", "token"],
+    "mag": True,
+    "merge": True,
+    "guide": "shared",
+}
 SAVED = (*RULE, "batch_size", "temperature", "prune_from", "epoch", "masked")  # saved with the weights, and needed to use them
 
 

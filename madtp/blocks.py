@@ -14,6 +14,7 @@ from madtp import flops
 from madtp.importance import AttentionStatistics
 from madtp.packing import Layout, Packed, count_tokens
 from madtp.pruning import OFF, Execution, PruneSetting, PruningRule, TokenPruner
+from madtp.selection import static_removal
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,6 +28,7 @@ class Guidance:
     learnable_tokens: E (K, D), or each sample its own, (B, K, D); models fill in their own
     relaxation: width of the soft decisions that gradients see, for a rule with gradient "decision" (see selection.decision_gate)
     block: index of the block that is running
+    entered: (B,) tokens of each sample, prefix tokens included, that entered the first block
     """
 
     setting: PruneSetting = OFF
@@ -36,11 +38,18 @@ class Guidance:
     learnable_tokens: Tensor | None = None
     relaxation: float = 1.0
     block: int = 0
+    entered: Tensor | None = None
 
     @property
     def temperature(self) -> float | None:
         """The temperature of the running block, None where it does not prune."""
         return self.setting.at(self.block)
+
+    def removal(self, rule: PruningRule) -> Tensor | None:
+        """Returns the tokens (B,) that a static method removes in the running block; None for other methods."""
+        if not rule.is_static or self.entered is None or self.temperature is None:
+            return None
+        return static_removal(self.entered - rule.num_prefix_tokens, self.temperature, self.block - self.setting.prune_from)
 
     @property
     def is_on(self) -> bool:
@@ -200,7 +209,8 @@ class PrunedBlock(nn.Module):
             scores, features = pruner.align(x, layout, guidance.learnable_tokens, guidance.align)
         x, statistics = self.attend(x, layout, None if pruner is None or temperature is None else pruner.rule)
         if pruner is not None and temperature is not None:
-            x, layout, kept = pruner.prune(x, layout, scores, statistics, temperature, guidance.relaxation)
+            removed = guidance.removal(pruner.rule)
+            x, layout, kept = pruner.prune(x, layout, scores, statistics, temperature, guidance.relaxation, removed)
         return self.transform(x, layout, *context), layout, kept, features
 
     def flops(self, entering: Tensor, leaving: Tensor, execution: Execution, *context: object) -> Tensor:
@@ -209,7 +219,16 @@ class PrunedBlock(nn.Module):
         context: token counts of what `transform` reads
         """
         total = self.attend_flops(entering) + self.transform_flops(leaving, *context)
-        return total if self.pruner is None else total + self.pruner.flops(entering, execution)
+        if self.pruner is None:
+            return total
+        if self.pruner.rule.needs_keys:
+            execution = execution._replace(key_dim=self.key_dim)
+        return total + self.pruner.flops(entering, execution)
+
+    @property
+    def key_dim(self) -> int:
+        """Channels of a head's key in self-attention."""
+        raise NotImplementedError(f"{type(self).__name__} must define key_dim for the cost of matching tokens")
 
 
 class PreNormBlock(PrunedBlock):
@@ -270,10 +289,13 @@ def run_blocks(
         The remaining tokens, their layout, and the record.
     """
     record = TowerRecord(packed=isinstance(layout, Packed), recomputes_scores=recomputes_scores)
+    entered = count_tokens(x, layout)
     for index, block in enumerate(blocks):
         before = count_tokens(x, layout)
-        x, layout, kept, features = block(x, layout, replace(guidance, block=index), *context)
+        x, layout, kept, features = block(x, layout, replace(guidance, block=index, entered=entered), *context)
         record.add(before, count_tokens(x, layout), kept, features)
+    if isinstance(layout, Packed) and layout.sizes is not None:
+        layout = replace(layout, sizes=None)  # they matter to self-attention alone
     return x, layout, record
 
 

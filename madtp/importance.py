@@ -18,14 +18,16 @@ class AttentionStatistics:
 
     class_attention: (B, N) attention of the class token to each token, heads weighted by the norm of their output there
     columns: (B, N) one figure per column of the attention map (`paper_columns`, or `released.released_columns`)
+    keys: (B, N, D) mean of the keys over heads, by which ToMe matches tokens
     """
 
-    class_attention: Tensor | None
-    columns: Tensor | None
+    class_attention: Tensor | None = None
+    columns: Tensor | None = None
+    keys: Tensor | None = None
 
     def term(self, name: str) -> Tensor:
         """Returns the figures of the term "cls" or "self", (B, N)."""
-        found = self.class_attention if name == "cls" else self.columns
+        found = {"cls": self.class_attention, "self": self.columns}.get(name)
         if found is None:
             raise ValueError(f"attention was computed without the statistics of the term {name!r}")
         return found
@@ -59,14 +61,16 @@ def normalise(score: Tensor, valid: Valid = None) -> Tensor:
     return score / (score.sum(dim=-1, keepdim=True) + EPS)
 
 
-def token_importance(statistics: AttentionStatistics, attention: Tensor, terms: tuple[str, ...], valid: Valid = None) -> Tensor:
+def token_importance(
+    statistics: AttentionStatistics, attention: Tensor | None, terms: tuple[str, ...], valid: Valid = None
+) -> Tensor:
     """Returns TIS, the mean of those of S_cls, S_self and S_token that `terms` names (Eq. 4).
 
     Args:
-        attention: (B, K, N) A_token.
+        attention: (B, K, N) A_token; None without the term "token".
         terms: some of "cls", "self" and "token".
     Returns:
         (B, N), sums to 1 over the valid tokens.
     """
-    scores = [attention.amax(dim=1) if term == "token" else statistics.term(term) for term in terms]  # "token": Eq. 6
+    scores = [statistics.term(term) if term != "token" or attention is None else attention.amax(dim=1) for term in terms]  # Eq. 6
     return torch.stack([normalise(score, valid) for score in scores]).mean(dim=0)

@@ -23,11 +23,13 @@ class Packed:
 
     lengths: tokens per sample, known to the host; creating a layout from a mask synchronises with the device once
     readers: number of neighbouring texts that read each sample in cross-attention; None: the same number for all
+    sizes: (T,) number of input tokens that each token stands for, of which self-attention takes account; None: one each
     """
 
     lengths: tuple[int, ...]
     device: torch.device
     readers: tuple[int, ...] | None = None
+    sizes: Tensor | None = None
 
     @classmethod
     def of(cls, lengths: Iterable[int], device: torch.device) -> "Packed":

@@ -4,7 +4,7 @@ B batch, N prunable tokens, P prefix tokens in front of them that are never prun
 channels, T tokens of a packed batch.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from madtp import flops, released
 from madtp.alignment import Alignment, aligned_features, token_attention
 from madtp.importance import AttentionStatistics, token_importance
-from madtp.packing import Layout, Packed, Valid
+from madtp.merging import matching_flops, merge_pairs, most_similar_pairs
+from madtp.packing import Layout, Packed, Valid, pack
 from madtp.selection import best_tokens, decision_gate, gather_and_merge, keep_counts, packed_gather_and_merge, threshold
 
-METHODS = ("dtp", "random")
+METHODS = ("dtp", "stp", "tome", "random")
 VARIANTS = ("paper", "released")
 KEEP_RULES = ("max", "mean", "instance")
 TERMS = ("cls", "self", "token")
@@ -28,10 +29,14 @@ GRADIENTS = ("none", "merge", "decision")
 class PruningRule:
     """The rule by which tokens are selected. docs/settings.md describes the effect of each choice.
 
-    method: "dtp" (the paper) or "random" (the baseline: a fraction T / (1 + T) of the tokens stays, drawn at random)
+    method: "dtp" (the paper) or a baseline. "stp" removes a fixed number of tokens in each block, those of the least importance;
+        "tome" removes as many by merging similar ones (see merging.py); "random" keeps a fraction T / (1 + T), drawn at random.
+        Of "stp" and "tome" see `static_removal`; `keep` has no effect on them.
     variant: "paper", or "released" for checkpoints of the authors' code
     keep: "max" and "mean" give every sample of a batch the same number of tokens, "instance" each sample its own
     terms: the scores that the importance averages, of "cls", "self" and "token"
+    mag: guide by learnable tokens. Without, there is no S_token, and -TIS takes the place of A_token in the threshold (Eq. 9): it
+        goes from the mean importance for T = 0 to the least one. The paper leaves this open.
     merge: replace the pruned tokens by one token, their mean weighted by importance
     share: keep this share of the tokens, the best ones, instead of those above the threshold; the threshold is computed all the
         same, so that methods can be compared at an imposed cost
@@ -46,6 +51,7 @@ class PruningRule:
     variant: str = "paper"
     keep: str = "max"
     terms: tuple[str, ...] = TERMS
+    mag: bool = True
     merge: bool = True
     share: float | None = None
     num_prefix_tokens: int = 1
@@ -58,9 +64,14 @@ class PruningRule:
         if not self.terms or not set(self.terms) <= set(TERMS):
             raise ValueError(f"terms must name some of {', '.join(TERMS)}, got {self.terms!r}")
         if self.num_prefix_tokens < 0 or not self.scores:
-            raise ValueError(f"terms {self.terms!r} need a class token, and num_prefix_tokens is {self.num_prefix_tokens}")
+            lacking = "a class token or learnable tokens" if not self.mag else "a class token"
+            raise ValueError(
+                f"terms {self.terms!r} need {lacking}, and num_prefix_tokens is {self.num_prefix_tokens}, mag {self.mag}"
+            )
         if self.variant == "released" and (self.keep == "instance" or not self.merge or self.method != "dtp"):
             raise ValueError("variant 'released' knows method 'dtp' with merge and keep 'max' or 'mean' only")
+        if self.variant == "released" and not self.mag:
+            raise ValueError("variant 'released' knows no pruning without learnable tokens")
         if self.variant == "released" and self.num_prefix_tokens != 1:
             raise ValueError("variant 'released' knows one prefix token only")
         if self.gradient == "decision" and (self.variant != "paper" or self.method != "dtp"):
@@ -70,13 +81,30 @@ class PruningRule:
 
     @property
     def scores(self) -> tuple[str, ...]:
-        """The terms that the importance averages: without a class token there is no S_cls."""
-        return self.terms if self.num_prefix_tokens else tuple(term for term in self.terms if term != "cls")
+        """The terms that the importance averages: without a class token there is no S_cls, without learnable tokens no S_token."""
+        missing = {"cls"} if not self.num_prefix_tokens else set()
+        missing |= set() if self.mag else {"token"}
+        return tuple(term for term in self.terms if term not in missing)
 
     @property
     def needs_scores(self) -> bool:
-        """False for a random choice, which does not depend on the tokens."""
-        return self.method == "dtp"
+        """Tells whether the tokens are chosen by their importance."""
+        return self.method in ("dtp", "stp")
+
+    @property
+    def needs_keys(self) -> bool:
+        """Tells whether the tokens are matched by their keys."""
+        return self.method == "tome"
+
+    @property
+    def reads_learnable_tokens(self) -> bool:
+        """Tells whether decisions depend on the learnable tokens: by the threshold or by S_token."""
+        return self.needs_scores and self.mag and (self.method == "dtp" or "token" in self.scores)
+
+    @property
+    def is_static(self) -> bool:
+        """Tells whether a block removes a fixed number of tokens."""
+        return self.method in ("stp", "tome")
 
 
 @dataclass(frozen=True)
@@ -101,12 +129,14 @@ class Execution(NamedTuple):
     aligned: it collected the alignment features E_v, which only L_sim needs
     packed: prefix tokens were aligned too, because they lie among the others
     recomputed: the scores cost a second Q K^T, because fused attention returned no map
+    key_dim: channels of a head's key, of which similar tokens are recognised
     """
 
     active: bool
     aligned: bool = False
     packed: bool = False
     recomputed: bool = False
+    key_dim: int = 0
 
 
 class Choice(NamedTuple):
@@ -144,7 +174,7 @@ class TokenPruner(nn.Module):
             min_keep: `variant: released` prunes nothing where it would keep no more than this many tokens.
         """
         super().__init__()
-        self.alignment = Alignment(dim, token_dim, projection)
+        self.alignment = Alignment(dim, token_dim, projection) if rule.mag and not rule.needs_keys else None
         self.rule, self.dim, self.num_learnable, self.token_dim = rule, dim, num_learnable, token_dim
         self.mask_follows, self.min_keep = mask_follows, min_keep
 
@@ -160,7 +190,7 @@ class TokenPruner(nn.Module):
         Returns:
             A_token (B, K, N), or for `variant: released` the inner products; E_v (B, K, D). None where not needed.
         """
-        if not (self.rule.needs_scores or features):
+        if self.alignment is None or not (self.rule.reads_learnable_tokens or features):
             return None, None
         if learnable_tokens is None:
             raise ValueError("pruning and alignment need learnable tokens; put them into the guidance")
@@ -189,23 +219,30 @@ class TokenPruner(nn.Module):
         valid: Tensor,
         temperature: float,
         relaxation: float = 1.0,
+        removed: Tensor | None = None,
     ) -> Choice:
         """Scores the tokens and chooses those to keep (Eq. 4-10), with the gradients that the rule asks for.
 
         Args:
-            attention: (B, K, N) A_token; None for a random choice, as are the statistics.
+            attention: (B, K, N) A_token; None where no decision depends on it.
+            statistics: None for a random choice.
             valid: (B, N).
             relaxation: see `decision_gate`.
+            removed: (B,) number of tokens that a static method removes.
         """
         if self.rule.method == "random":
             importance = torch.rand(valid.shape, device=valid.device).masked_fill(~valid, 0.0)
             available = valid.sum(dim=1)
             wanted = (available * (temperature / (1.0 + temperature))).round().long()
             return Choice(importance, best_tokens(importance, keep_counts(wanted, available, self.rule.keep), valid))
-        if attention is None or statistics is None:
-            raise ValueError("method 'dtp' needs the scores of the tokens")
+        if statistics is None:
+            raise ValueError(f"method {self.rule.method!r} needs the scores of the tokens")
         with self._tracing():
             importance = token_importance(statistics, attention, self.rule.scores, valid)
+        if self.rule.is_static:
+            return Choice(importance, best_tokens(importance.detach(), self._static_counts(valid, removed), valid))
+        if attention is None:
+            attention = -importance.unsqueeze(1)
         decides = self.rule.gradient == "decision" and importance.requires_grad
         with torch.set_grad_enabled(decides):
             theta = threshold(attention, importance, temperature, valid)
@@ -214,6 +251,14 @@ class TokenPruner(nn.Module):
             wanted = (valid.sum(dim=1) * self.rule.share).round().long()
         kept = best_tokens(importance.detach(), keep_counts(wanted, valid.sum(dim=1), self.rule.keep), valid)
         return Choice(importance, kept, decision_gate(importance, theta, kept, valid, relaxation) if decides else None)
+
+    def _static_counts(self, valid: Tensor, removed: Tensor | None) -> Tensor:
+        """Returns the number of tokens to keep of each sample, (B,), at least one. A merged token takes one token's place."""
+        if removed is None:
+            raise ValueError(f"method {self.rule.method!r} needs the number of tokens to remove")
+        removed = removed.to(valid.device)
+        merged = (removed > 0).long() if self.rule.merge else 0
+        return (valid.sum(dim=1) - removed - merged).clamp(min=1)
 
     def _tracing(self) -> torch.set_grad_enabled:
         """Records gradients of the importance where the rule asks for them and the pass is differentiated at all."""
@@ -227,6 +272,7 @@ class TokenPruner(nn.Module):
         statistics: AttentionStatistics | None,
         temperature: float,
         relaxation: float = 1.0,
+        removed: Tensor | None = None,
     ) -> tuple[Tensor, Layout, Tensor]:
         """Prunes the tokens after self-attention.
 
@@ -236,26 +282,48 @@ class TokenPruner(nn.Module):
             x: (B, P + N, C), or packed (T, C).
             scores: from `align`.
             relaxation: see `decision_gate`.
+            removed: (B,) number of tokens that a static method removes.
         Returns:
             The remaining tokens, their layout, and kept (B, N) bool.
         """
         with torch.autocast(x.device.type, enabled=False):
+            if self.rule.needs_keys:
+                return self._merge_similar(x, layout, statistics, removed)
             if self.rule.variant == "released" and not isinstance(layout, Packed):
                 return self._prune_released(x, layout, scores, statistics, temperature)
             prefix = self.rule.num_prefix_tokens
             if isinstance(layout, Packed):
-                choice = self.choose(scores, statistics, layout.valid[:, prefix:], temperature, relaxation)
+                choice = self.choose(scores, statistics, layout.valid[:, prefix:], temperature, relaxation, removed)
                 if choice.gate is not None:
                     x = x * layout.unpad(F.pad(choice.gate, (prefix, 0), value=1.0)).unsqueeze(1).to(x.dtype)
                 merged = packed_gather_and_merge(x, layout, choice.importance, choice.kept, self.rule.merge, prefix)
                 return *merged, choice.kept
             valid = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device) if layout is None else layout
-            choice = self.choose(scores, statistics, valid[:, prefix:], temperature, relaxation)
+            choice = self.choose(scores, statistics, valid[:, prefix:], temperature, relaxation, removed)
             tokens = x[:, prefix:]
             if choice.gate is not None:
                 tokens = tokens * choice.gate.unsqueeze(2).to(x.dtype)
             tokens, stay = gather_and_merge(tokens, valid[:, prefix:], choice.importance, choice.kept, self.rule.merge)
             return torch.cat([x[:, :prefix], tokens], dim=1), torch.cat([valid[:, :prefix], stay], dim=1), choice.kept
+
+    def _merge_similar(
+        self, x: Tensor, layout: Layout, statistics: AttentionStatistics | None, removed: Tensor | None
+    ) -> tuple[Tensor, Layout, Tensor]:
+        """Removes tokens by merging similar ones, in packed batches: their layout carries the tokens' sizes."""
+        if not isinstance(layout, Packed) or statistics is None or statistics.keys is None or removed is None:
+            raise ValueError("method 'tome' needs a packed batch, the keys of its tokens and the number of tokens to remove")
+        prefix = self.rule.num_prefix_tokens
+        valid, tokens = layout.valid, layout.pad(x)
+        sizes = torch.ones_like(x[:, 0]) if layout.sizes is None else layout.sizes
+        sizes = layout.pad(sizes).masked_fill(~valid, 0.0)
+        counts = torch.minimum(removed.to(x.device), (valid.sum(dim=1) - prefix) // 2)
+        merged, partner = most_similar_pairs(statistics.keys, counts, valid[:, prefix:])
+        means, weights = merge_pairs(tokens[:, prefix:], sizes[:, prefix:], merged, partner)
+        stay = valid.clone()
+        stay[:, prefix:] &= ~merged
+        out, after = pack(torch.cat([tokens[:, :prefix], means], dim=1), stay)
+        packed_sizes, _ = pack(torch.cat([sizes[:, :prefix], weights], dim=1), stay)
+        return out, replace(after, sizes=packed_sizes), stay[:, prefix:]
 
     def _prune_released(
         self, x: Tensor, valid: Valid, products: Tensor | None, statistics: AttentionStatistics | None, temperature: float
@@ -278,12 +346,15 @@ class TokenPruner(nn.Module):
         tokens = entering - self.rule.num_prefix_tokens
         scored = execution.active and self.rule.needs_scores
         total = torch.zeros_like(tokens)
-        if execution.aligned or scored:
-            total = total + self.alignment.flops(entering if execution.packed else tokens, self.num_learnable)
-        if execution.aligned:
-            total = total + tokens * self.num_learnable * self.token_dim
-        if scored:
-            total = total + tokens * self.num_learnable  # theta
+        if execution.active and self.rule.needs_keys:
+            return matching_flops(tokens, execution.key_dim)
+        if self.alignment is not None:
+            if execution.aligned or (execution.active and self.rule.reads_learnable_tokens):
+                total = total + self.alignment.flops(entering if execution.packed else tokens, self.num_learnable)
+            if execution.aligned:
+                total = total + tokens * self.num_learnable * self.token_dim
+        if scored and not self.rule.is_static:
+            total = total + tokens * (self.num_learnable if self.rule.mag else 1)  # theta
         if scored and execution.recomputed:
             queries = tokens * ("self" in self.rule.scores) + ("cls" in self.rule.scores)
             total = total + flops.scores(queries, tokens, self.dim)

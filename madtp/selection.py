@@ -85,6 +85,20 @@ def decision_gate(importance: Tensor, theta: Tensor, kept: Tensor, valid: Tensor
     return 1.0 + torch.where(kept, change, -change)
 
 
+def static_removal(entered: Tensor, temperature: float, step: int) -> Tensor:
+    """Returns the number of tokens that a static method removes in a block: r = N / (1 + T) on average over the blocks.
+
+    r is no whole number, so that a budget can be met: some blocks remove one token more than others.
+
+    Args:
+        entered: (B,) tokens N that enter the first block.
+        temperature: T; higher removes less.
+        step: blocks that have pruned before.
+    """
+    rate = entered.double() / (1.0 + temperature)
+    return (rate * (step + 1)).floor().long() - (rate * step).floor().long()
+
+
 def keep_counts(wanted: Tensor, available: Tensor, keep: str, min_keep: int = 0) -> Tensor:
     """Applies the batch's keep rule to the number of tokens above the threshold.
 

@@ -20,6 +20,7 @@ def pruner_factory(config: Config) -> Callable[..., TokenPruner | None]:
             variant=config.variant,
             keep=config.keep,
             terms=tuple(config.tis),
+            mag=config.mag,
             merge=config.merge,
             gradient=config.gradient,
         )
@@ -35,8 +36,15 @@ def pruner_factory(config: Config) -> Callable[..., TokenPruner | None]:
     return make_pruner
 
 
+def text_pruner_factory(config: Config) -> Callable[..., TokenPruner | None]:
+    """Returns that of the text encoders, which `method: tome` leaves dense: it merges patches of images (Bolya et al., 2022)."""
+    if config.method == "tome":
+        return lambda dim, **options: None
+    return pruner_factory(config)
+
+
 def _bad_rule(error: ValueError) -> UserError:
-    keys = "'method', 'variant', 'keep', 'tis', 'merge', 'token_gradient' or 'mag_projection'"
+    keys = "'method', 'variant', 'keep', 'tis', 'mag', 'merge', 'token_gradient' or 'mag_projection'"
     return UserError(f"{error}; change the keys {keys}")
 
 
@@ -56,6 +64,6 @@ def checkpoint_blocks(config: Config) -> int:
 
 
 def learnable_tokens(config: Config) -> tuple[int, int, float] | None:
-    """Returns number, channels and initial standard deviation; None for a dense model."""
+    """Returns number, channels and initial standard deviation; None for a model without alignment."""
     std = SD_INIT_STD[config.variant] if config.sd_init_std is None else config.sd_init_std
-    return None if config.uncompressed else (config.sd_num, config.sd_dim, std)
+    return (config.sd_num, config.sd_dim, std) if config.aligns else None

@@ -25,9 +25,10 @@ class ClipRetrieval(Clip, MomentumModel):
         make_pruner: MakePruner = lambda dim: None,
         learnable_tokens: tuple[int, int, float] | None = None,
         checkpoint_blocks: int = 0,
+        make_text_pruner: MakePruner | None = None,
     ):
         """checkpoint_blocks: number of last image blocks that recompute their activations in the backward pass."""
-        super().__init__(size, make_pruner, learnable_tokens)
+        super().__init__(size, make_pruner, learnable_tokens, make_text_pruner=make_text_pruner)
         checkpoint_last(self.visual.transformer.resblocks, checkpoint_blocks)
         self.init_momentum(MOMENTUM_PARTS, size.embed_dim, queue_size, momentum)
 

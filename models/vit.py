@@ -52,6 +52,10 @@ class Block(PreNormBlock):
         return self.mlp(self.norm2(x))
 
     @property
+    def key_dim(self) -> int:
+        return self.dim // self.attn.num_heads
+
+    @property
     def attention_weights(self) -> list[nn.Parameter]:
         return [self.attn.qkv.weight, self.attn.proj.weight]
 

@@ -17,7 +17,7 @@ from madtp.blocks import TowerRecord
 from madtp.pruning import PruneSetting
 from models.bert import FIRST_MERGE_LAYER, BertSize, PairedCrossAttention, TextEncoder
 from models.blip_nlvr import REFERENCE_TEXT_TOKENS, BlipNlvr, NlvrOutput, per_sentence
-from models.build import learnable_tokens, pruner_factory, vision_transformer
+from models.build import learnable_tokens, pruner_factory, text_pruner_factory, vision_transformer
 from models.weights.blip import load_nlvr_weights
 from tasks.prediction import HERE, Prediction, Predictor
 from tasks.task import Demo, Inputs, Task, bert_vocabulary
@@ -26,10 +26,10 @@ from utils import gather_dicts
 
 
 def nlvr_from_config(config: NlvrConfig, vocab_size: int) -> BlipNlvr:
-    make_pruner = pruner_factory(config)
-    vision = vision_transformer(config, make_pruner)
+    make_text_pruner = text_pruner_factory(config)
+    vision = vision_transformer(config, pruner_factory(config))
     size = BertSize(vocab_size=vocab_size, **config.bert_sizes.model_dump())
-    text = TextEncoder(size, lambda i: PairedCrossAttention(size, vision.embed_dim, i >= FIRST_MERGE_LAYER), make_pruner)
+    text = TextEncoder(size, lambda i: PairedCrossAttention(size, vision.embed_dim, i >= FIRST_MERGE_LAYER), make_text_pruner)
     return BlipNlvr(vision, text, learnable_tokens(config), config.text_guides)
 
 

@@ -18,7 +18,7 @@ from madtp.pruning import PruneSetting
 from metrics.retrieval import recalls
 from models.bert import BertSize, CrossAttention, TextEncoder
 from models.blip_retrieval import BlipRetrieval
-from models.build import checkpoint_blocks, learnable_tokens, pruner_factory, vision_transformer
+from models.build import checkpoint_blocks, learnable_tokens, pruner_factory, text_pruner_factory, vision_transformer
 from models.clip_retrieval import ClipRetrieval
 from models.momentum import MomentumModel
 from models.weights.blip import load_retrieval_weights
@@ -44,10 +44,10 @@ PAIR_NOTE = (
 
 def retrieval_from_config(config: RetrievalConfig, vocab_size: int, enc_token: int) -> BlipRetrieval:
     """enc_token: id of [ENC]"""
-    make_pruner = pruner_factory(config)
-    vision = vision_transformer(config, make_pruner)
+    make_text_pruner = text_pruner_factory(config)
+    vision = vision_transformer(config, pruner_factory(config))
     size = BertSize(vocab_size=vocab_size, **config.bert_sizes.model_dump())
-    text = TextEncoder(size, lambda i: CrossAttention(size, vision.embed_dim), lambda dim: make_pruner(dim, mask_follows=True))
+    text = TextEncoder(size, lambda i: CrossAttention(size, vision.embed_dim), lambda dim: make_text_pruner(dim, mask_follows=True))
     return BlipRetrieval(
         vision,
         text,
@@ -69,6 +69,7 @@ def clip_from_config(config: ClipRetrievalConfig, vocab_size: int) -> ClipRetrie
         pruner_factory(config),
         learnable_tokens(config),
         checkpoint_blocks=checkpoint_blocks(config),
+        make_text_pruner=text_pruner_factory(config),
     )
 
 

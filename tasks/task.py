@@ -115,11 +115,12 @@ class Task(Generic[ConfigT]):
 
         epoch: epochs done so far, a fraction
         """
-        config, packed = self.config, self.config.packed and self.run.device.type == "cpu"
+        config = self.config
+        packed = config.packed and (self.run.device.type == "cpu" or config.method == "tome")  # which knows no padding
         last = config.relaxation if config.relaxation_end is None else config.relaxation_end
         relaxation = config.relaxation * (last / config.relaxation) ** (epoch / config.max_epoch)
         return Guidance(
-            setting, align=not config.uncompressed, negatives=config.sim_negatives, packed=packed, relaxation=relaxation
+            setting, align=config.aligns, negatives=config.sim_negatives, packed=packed, relaxation=relaxation
         )
 
     def losses(self, model: nn.Module, batch: dict, setting: PruneSetting) -> dict[str, Tensor]:

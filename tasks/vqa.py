@@ -30,7 +30,7 @@ from models.blip_vqa import (
     single_answers,
     weighted_loss,
 )
-from models.build import learnable_tokens, pruner_factory, vision_transformer
+from models.build import learnable_tokens, pruner_factory, text_pruner_factory, vision_transformer
 from models.decoder import predicting
 from models.weights.blip import load_decoder_weights
 from tasks.pairs import SINGLES
@@ -47,10 +47,10 @@ Answered = tuple[list[str], Question, Tensor]
 
 def vqa_from_config(config: VqaConfig, vocab_size: int, start: int, end: int, padding: int) -> BlipVqa:
     """start, end, padding: ids of [DEC], [SEP] and [PAD]"""
-    make_pruner = pruner_factory(config)
-    vision = vision_transformer(config, make_pruner)
+    make_text_pruner = text_pruner_factory(config)
+    vision = vision_transformer(config, pruner_factory(config))
     size = BertSize(vocab_size=vocab_size, **config.bert_sizes.model_dump())
-    text = TextEncoder(size, lambda i: CrossAttention(size, vision.embed_dim), lambda dim: make_pruner(dim, mask_follows=True))
+    text = TextEncoder(size, lambda i: CrossAttention(size, vision.embed_dim), lambda dim: make_text_pruner(dim, mask_follows=True))
     learnable, released = learnable_tokens(config), config.variant == "released"
     size = replace(size, num_hidden_layers=config.decoder_layers or size.num_hidden_layers)
     return BlipVqa(

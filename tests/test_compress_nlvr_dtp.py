@@ -102,6 +102,22 @@ def test_redrawn_learnable_tokens_are_evaluated_at_the_same_gflops(trained, worl
     assert redrawn["gflops"]["measured"] == pytest.approx(result["gflops"]["target"], rel=0.01)
 
 
+@pytest.mark.parametrize(
+    ("settings", "share"), [({"method": "stp"}, 0.4), ({"method": "tome"}, 0.3), ({"mag": "false"}, 0.4)], ids=str
+)
+def test_every_method_meets_its_target_and_is_restored(settings, share, world, tmp_path):
+    """A share that the method reaches with random weights: ToMe leaves the text whole."""
+    out, p = tmp_path / "run", ("--p", str(share))
+    run_here(flags(world, out, "--epoch", "1", *p, **settings, ramp_epochs=0))
+    result = read(out, "result.json")
+    assert result["gflops"]["measured"] == pytest.approx(result["gflops"]["target"], rel=0.01)
+    assert result["method"] == settings.get("method", "dtp")
+    assert ("similarity" in log_of(out)[0]["loss"]) is (settings.get("method") == "stp")
+    run_here(flags(world, tmp_path / "again", "--evaluate", "--pretrained", str(out / "checkpoint_best.pth"), *p, **settings))
+    again = read(tmp_path / "again", "result.json")
+    assert again["temperature"] == result["temperature"] and again["metrics"] == result["metrics"]
+
+
 def test_words_that_guide_are_trained_saved_and_not_taken_for_another_rule(world, tmp_path):
     out = tmp_path / "run"
     run_here(flags(world, out, "--epoch", "1", guide="text", token_gradient="decision", ramp_epochs=0))

@@ -255,3 +255,13 @@ def test_weights_of_another_model_are_named(trained, world, tmp_path, capsys, ta
     best, settings = str(trained / task / "checkpoint_best.pth"), {"vit.embed_dim": 48, "clip.vision_width": 48}
     key = "vit.embed_dim" if task == "retrieval" else "clip.vision_width"
     assert f"{best}: shapes do not fit: " in refusal(capsys, task, world, tmp_path, "--pretrained", best, **{key: settings[key]})
+
+
+def test_tome_merges_patches_alone_in_both_scripts(world, tmp_path):
+    for task in SCRIPTS:
+        out = tmp_path / task
+        run(task, world, out, "--epoch", "1", "--p", "0.2", method="tome", ramp_epochs=0)
+        result = read(out, "result.json")
+        assert result["gflops"]["measured"] == pytest.approx(result["gflops"]["target"], rel=0.01)
+        names = read_checkpoint(out / "checkpoint_best.pth")["model"]
+        assert not any("pruner" in name or "space_dict" in name for name in names)

@@ -13,7 +13,7 @@ from torch import Tensor
 from madtp.attention import varlen
 from madtp.attention.statistics import attend_with_statistics, map_statistics, packed_statistics
 from madtp.importance import AttentionStatistics
-from madtp.packing import Groups, Layout, Packed, Valid
+from madtp.packing import Groups, Layout, Packed, Valid, padded
 from madtp.pruning import PruningRule
 
 # The position of the class token in the order of a causal sequence; in memory it is the first token in any case.
@@ -50,10 +50,13 @@ def attend(
     Returns:
         (B, Q, C) or (T, C); statistics or None.
     """
+    if rule is not None and rule.needs_keys:
+        attended, _ = attend(query, key, value, num_heads, queries, keys, dropout, None, causal, training)
+        return attended, AttentionStatistics(keys=mean_keys(key, num_heads, keys, rule.num_prefix_tokens))
     rule = rule if rule is not None and rule.needs_scores else None
     training = training or torch.is_grad_enabled()
     if isinstance(queries, Packed) and isinstance(keys, Packed):
-        if varlen.usable(query, num_heads) and not dropout and causal is None:
+        if varlen.usable(query, num_heads) and not dropout and causal is None and keys.sizes is None:
             return _attend_varlen(query, key, value, num_heads, queries, keys, rule)
         return _attend_groups(query, key, value, num_heads, queries, keys, dropout, rule, causal, training)
     if isinstance(queries, Packed) or isinstance(keys, Packed):
@@ -66,6 +69,12 @@ def attend(
 def recomputes_scores(x: Tensor, layout: Layout, num_heads: int) -> bool:
     """Tells whether statistics cost `attend` a second Q K^T on x: the kernel for all samples returns no attention map."""
     return isinstance(layout, Packed) and varlen.usable(x, num_heads)
+
+
+def mean_keys(key: Tensor, num_heads: int, layout: Layout, num_prefix_tokens: int) -> Tensor:
+    """Returns the mean of each token's keys over heads, without prefix tokens. (B, N, H * D), or packed -> (B, N - P, D)."""
+    keys, _ = padded(key.detach().unflatten(-1, (num_heads, -1)).mean(dim=-2), layout)
+    return keys[:, num_prefix_tokens:]
 
 
 def split_heads(x: Tensor, num_heads: int) -> Tensor:
@@ -95,8 +104,15 @@ def _attend_padded(
     rule: PruningRule | None,
     causal: Causal,
     training: bool,
+    sizes: Tensor | None = None,
 ) -> tuple[Tensor, AttentionStatistics | None]:
-    """Attends over (B, H, Q, D) and so on; statistics are read off the map, which a backward pass keeps in any case."""
+    """Attends over (B, H, Q, D) and so on; statistics are read off the map, which a backward pass keeps in any case.
+
+    sizes: (B, N) number of input tokens that each key stands for; as many equal keys would have its attention (Bolya et al., 2022)
+    """
+    if sizes is not None:
+        sizes = sizes if valid is None else sizes.masked_fill(~valid, 0.0)  # log 0 masks padding
+        return _attend_weighted(query, key, value, sizes, dropout), None
     mask = None if valid is None else valid[:, None, None, :]
     if causal is not None:
         allowed = causal_mask(query.shape[2], causal, query.device)
@@ -111,6 +127,13 @@ def _attend_padded(
     attention = scores.softmax(dim=-1)
     out = F.dropout(attention, dropout).to(value.dtype) @ value
     return out, None if rule is None else map_statistics(attention, out, valid, rule)
+
+
+def _attend_weighted(query: Tensor, key: Tensor, value: Tensor, sizes: Tensor, dropout: float) -> Tensor:
+    """Returns softmax(Q K^T / sqrt(D) + log sizes) V. (B, H, Q, D), (B, H, N, D) twice, (B, N) -> (B, H, Q, D)."""
+    bias = sizes.log()[:, None, None, :].to(query.dtype)
+    scores = (query * query.shape[-1] ** -0.5) @ key.transpose(-2, -1) + bias
+    return F.dropout(scores.softmax(dim=-1), dropout).to(value.dtype) @ value
 
 
 def _attend_varlen(
@@ -141,12 +164,13 @@ def _attend_groups(
     outs: list[Tensor] = []
     gathered: dict[str, Tensor] = {}
     prefix = 0 if rule is None else rule.num_prefix_tokens
-    parts = zip(members, in_keys.layouts, in_queries.split(query), in_keys.split(key), in_keys.split(value), strict=True)
-    for group, layout, *projected in parts:
+    sizes = [None] * len(members) if keys.sizes is None else in_keys.split(keys.sizes)
+    parts = zip(members, in_keys.layouts, sizes, in_queries.split(query), in_keys.split(key), in_keys.split(value), strict=True)
+    for group, layout, weights, *projected in parts:
         q, k, v = (split_heads(part, num_heads) for part in projected)
         valid = None if layout.uniform else layout.valid
         if training or causal is not None or rule is None:
-            out, found = _attend_padded(q, k, v, valid, dropout, rule, causal, training)
+            out, found = _attend_padded(q, k, v, valid, dropout, rule, causal, training, weights)
         else:
             out, found = attend_with_statistics(q, k, v, valid, rule)
         outs.append(merge_heads(out))

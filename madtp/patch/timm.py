@@ -56,6 +56,10 @@ class TimmBlock(PreNormBlock):
             out = out * attn.gate(x).sigmoid()
         return attn.proj_drop(attn.proj(out)), statistics
 
+    @property
+    def key_dim(self) -> int:
+        return self.block.attn.qkv.out_features // (3 * self.block.attn.num_heads)
+
     def feed_forward(self, x: Tensor) -> Tensor:
         return self.block.mlp(self.block.norm2(x))
 

@@ -124,7 +124,7 @@ def test_blocks_before_the_first_stay_whole():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"method": "dpt"}, "method must be one of dtp, random, got 'dpt'"),
+        ({"method": "dpt"}, "method must be one of dtp, stp, tome, random, got 'dpt'"),
         ({"variant": "old"}, "variant must be one of paper, released, got 'old'"),
         ({"keep": "min"}, "keep must be one of max, mean, instance, got 'min'"),
         ({"terms": ()}, "terms must name some of cls, self, token"),

@@ -88,6 +88,9 @@ RULES = [  # each with a temperature at which the first blocks prune
     (PruningRule(merge=False), 2.0),
     (PruningRule(terms=("token",)), 2.0),
     (PruningRule(method="random"), 1.0),
+    (PruningRule(method="stp"), 3.0),
+    (PruningRule(method="stp", mag=False), 3.0),
+    (PruningRule(mag=False), 1.0),
     (PruningRule(variant="released"), 500.0),
 ]
 
