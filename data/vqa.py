@@ -158,7 +158,7 @@ def build_datasets(config: VqaConfig) -> dict[str, Dataset]:
         val = _read(config.annotation_file(config.val_file))
     if not config.evaluate and config.annotation_file(config.test_file) in map(config.annotation_file, config.train_files):
         raise UserError(f"test_file: {config.test_file} is among the train_files; name a file that is not trained on")
-    test = _read(config.annotation_file(config.test_file), answered=False)
+    test = test_questions(config)
     roots, untouched = (config.vqa_root, config.vg_root), eval_transform(config.image_size, config.text_only)
     augmented = train_transform(config.image_size, config.augment, config.text_only)
     calibration = VqaDataset(train, *roots, untouched, "likeliest")
@@ -186,6 +186,11 @@ def build_loaders(config: VqaConfig, run: Run, tokenizer: PreTrainedTokenizerBas
             collate = answered if split == "calibration" else asked
             loaders[split] = build_loader(dataset, config.batch_size_test, train=False, collate=collate, **shared)
     return loaders
+
+
+def test_questions(config: VqaConfig) -> list[Entry]:
+    """Reads the questions of the test split, with their answers where the file has them."""
+    return _read(config.annotation_file(config.test_file), answered=False)
 
 
 def read_answer_list(config: VqaConfig) -> list[str]:

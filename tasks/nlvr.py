@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from configs.schema import NlvrConfig
-from data.nlvr import NlvrCollate, NlvrDataset, build_datasets, build_loaders
+from data.nlvr import NlvrCollate, NlvrDataset, build_datasets, build_loaders, read_statements
 from data.text import Tokenizer
 from engine.experiment import Evaluation
 from engine.train import move, progress
@@ -147,6 +147,11 @@ class NlvrTask(Task[NlvrConfig]):
         rows, right = gather_dicts(rows), gather_dicts(right)
         gflops = sum(row["gflops"] for row in rows.values()) / len(rows)
         return Evaluation({"acc": 100 * sum(right.values()) / len(right)}, gflops, rows)
+
+    @classmethod
+    def sample_scores(cls, config: NlvrConfig, predictions: dict[str, Any]) -> dict[str, float]:
+        labels = {entry["id"]: entry["label"] == "True" for entry in read_statements(config.annotation_file(config.test_file))}
+        return {sample: float(row["prediction"] == labels[sample]) for sample, row in predictions.items()}
 
     @classmethod
     def reference_case(cls, config: NlvrConfig) -> tuple[BlipNlvr, Inputs]:

@@ -9,13 +9,22 @@ from torch import Tensor, nn
 from clip.model import ClipSize
 from clip.tokenizer import OPENAI, load_clip_tokenizer
 from configs.schema import ClipRetrievalConfig, RetrievalConfig
-from data.captions import CaptionImages, CaptionTexts, PairCollate, Split, TextCollate, build_loaders, collate_images
+from data.captions import (
+    CaptionImages,
+    CaptionTexts,
+    PairCollate,
+    Split,
+    TextCollate,
+    build_loaders,
+    collate_images,
+    read_captioned,
+)
 from data.text import Tokenizer, enc_token_id
 from engine.experiment import Evaluation, mean_cost
 from madtp.blocks import Encoded, TowerRecord
 from madtp.flops import GIGA
 from madtp.pruning import PruneSetting
-from metrics.retrieval import recalls
+from metrics.retrieval import CUTS, recalls
 from models.bert import BertSize, CrossAttention, TextEncoder
 from models.blip_retrieval import BlipRetrieval
 from models.build import checkpoint_blocks, learnable_tokens, pruner_factory, text_pruner_factory, vision_transformer
@@ -209,6 +218,16 @@ class PairTask(Task[RetrievalConfig]):
         metrics = recalls(by_image.candidates, by_text.candidates, torch.tensor(split.image_of_text))
         cost = mean_cost(model, split.pairs, self.gflops, setting, self.run)
         return Evaluation(metrics, cost, predictions(by_image, by_text, split.names))
+
+    @classmethod
+    def sample_scores(cls, config: RetrievalConfig, predictions: dict[str, Any]) -> dict[str, float]:
+        """A query's score is the mean of its hits among the first 1, 5 and 10."""
+        entries = read_captioned(config.annotation_file(config.test_file))
+        image_of_text = [entry["image"] for entry in entries for _ in entry["caption"]]
+        hits = {f"image {name}": [image_of_text[text] == name for text in found] for name, found in predictions["captions"].items()}
+        for text, found in predictions["pictures"].items():
+            hits[f"text {text}"] = [image_of_text[int(text)] == name for name in found]
+        return {query: sum(any(found[:cut]) for cut in CUTS) / len(CUTS) for query, found in hits.items()}
 
 
 class RetrievalTask(PairTask):

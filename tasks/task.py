@@ -153,6 +153,18 @@ class Task(Generic[ConfigT]):
         """Evaluates a split on all processes."""
         raise NotImplementedError
 
+    @classmethod
+    def sample_scores(cls, config: Any, predictions: dict[str, Any]) -> dict[str, float]:
+        """Returns the score of each test sample, from 0 to 1, for comparing two models sample by sample.
+
+        Empty for a task whose samples have no score of their own.
+
+        Args:
+            config: names the annotations.
+            predictions: the content of predictions_test.json.
+        """
+        return {}
+
     def experiment(
         self, model: nn.Module, loaders: dict[str, Any], checkpoint: dict, losses: Callable, evaluate: Callable
     ) -> Experiment:

@@ -12,12 +12,12 @@ from torch import Tensor, nn
 
 from configs.schema import VqaConfig
 from data.text import Tokenizer, as_texts, dec_token_id
-from data.vqa import QuestionCollate, VqaDataset, build_datasets, build_loaders, encode_answers, read_answer_list
+from data.vqa import QuestionCollate, VqaDataset, build_datasets, build_loaders, encode_answers, read_answer_list, test_questions
 from engine.experiment import Evaluation
 from engine.train import move, progress
 from madtp.blocks import Guidance, TowerRecord
 from madtp.pruning import PruneSetting
-from metrics.vqa import accuracy
+from metrics.vqa import accuracy, agreement
 from models.bert import BertSize, CrossAttention, TextEncoder
 from models.blip_vqa import (
     ANSWER_TOKENS,
@@ -233,6 +233,12 @@ class VqaTask(Task[VqaConfig]):
         gflops = sum(row["gflops"] for row in rows.values()) / len(rows)
         submission = [{"question_id": sample, "answer": row["prediction"]} for sample, row in rows.items()]
         return Evaluation(metrics, gflops, rows, {"vqa_result.json": submission})
+
+    @classmethod
+    def sample_scores(cls, config: VqaConfig, predictions: dict[str, Any]) -> dict[str, float]:
+        answers = {str(entry["question_id"]): entry.get("answer") for entry in test_questions(config)}
+        rows = {sample: row["prediction"] for sample, row in predictions.items() if answers[sample] is not None}
+        return {sample: agreement(prediction, answers[sample]) for sample, prediction in rows.items()}
 
     @classmethod
     def reference_case(cls, config: VqaConfig) -> tuple[BlipVqa, Inputs]:

@@ -1,0 +1,40 @@
+"""What a series of runs needs before it starts: commands, files, disk, and training compute."""
+
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+
+from configs.schema import Config
+from tasks.registry import TASKS
+from tools.tables.plan import Job, config_of
+
+
+def needs_of(jobs: Sequence[Job], launch: str) -> str:
+    """Describes the runs: the command of each, and the files and disk that they need."""
+    lines, files, disk = [], set(), 0
+    for job in jobs:
+        config = config_of(job)
+        lines.append(f"{launch} {shlex.join(job.command)}")
+        size = 0 if job.evaluates else checkpoint_bytes(config)
+        disk += size
+        lines.append(f"    writes {size / 1e9:.2f} GB")
+        files |= set(files_of(config)) if job.parent is None else set(files_of(config)) - {config.pretrained}
+    found = [f"{'found' if Path(file).exists() else 'MISSING'}  {file}" for file in sorted(files)]
+    total = [f"{len(jobs)} runs; disk: {disk / 1e9:.1f} GB in checkpoints."]
+    return "\n".join([*lines, "", "Files:", *found, "", *total])
+
+
+def files_of(config: Config) -> list[str]:
+    """Returns the files and folders that a run reads."""
+    names = [*config.train_files, config.val_file, config.test_file, getattr(config, "answer_list", "")]
+    annotations = [str(config.annotation_file(name)) for name in dict.fromkeys(filter(None, names))]
+    folders = [str(getattr(config, key)) for key in config.image_keys]
+    return [*folders, *annotations, *filter(None, (config.pretrained, config.teacher))]
+
+
+def checkpoint_bytes(config: Config) -> int:
+    """Returns the size of a run's checkpoints: the best weights, and the last with two moments each of AdamW."""
+    model, _ = TASKS[config.task].reference_case(config)
+    trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+    whole = sum(value.numel() * value.element_size() for value in model.state_dict().values())
+    return 2 * whole + 2 * trained
