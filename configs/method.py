@@ -65,6 +65,11 @@ class MethodKeys(Section):
     align_lr_scale: float = Field(1.0, gt=0, description="factor on the learning rate of the learnable tokens and their maps")
     align_epochs: int = Field(0, ge=0, description="epochs that align the modalities before the first token is pruned")
     ramp_epochs: int | None = Field(None, ge=0, description="epochs until the target reaches p; none: a third of max_epoch")
+    train_budget: tuple[float, float] | None = Field(
+        None,
+        description="train for every p of this range at once, such as [0.3, 0.8]: steps alternate between its ends and points"
+        " between; --evaluate --p X then needs no training. p selects the checkpoint. none: for p alone",
+    )
     calibration_size: int = Field(256, ge=1, description="training samples that p is measured on; higher is steadier but slower")
 
     # weights and distillation (MADTP++)

@@ -92,6 +92,12 @@ class Config(MethodKeys):
         patch, both = self.patch_size, self.order == "adaptive" and self.mask_schedule == "refresh"
         require(self, self.image_size % patch == 0, f"image_size must be a multiple of the patch size, {patch}")
         require(self, not both, "order: adaptive chooses its masks once; mask_schedule must be once")
+        if self.train_budget is not None:
+            low, high = self.train_budget
+            require(self, 0 < low < high < 1, "train_budget must be two numbers with 0 < first < second < 1")
+            inside = self.evaluate or low <= self.p <= high
+            require(self, inside, f"p = {self.p:g} must lie in the range of train_budget, {low:g} to {high:g}")
+            require(self, self.pattern is None, "train_budget is for pruned tokens alone; leave sparsity_type empty")
         shared = self.guide == "shared"
         require(self, shared or self.text_with_image, "guide: text is for NLVR2 and VQA, where each text belongs to its image")
         require(

@@ -17,6 +17,7 @@ from configs.load import save_config
 from configs.schema import Config
 from engine.checkpoint import load_run, read_run, save_atomic, save_run
 from engine.diagnostics import AlignmentWatch
+from engine.elastic import Budgets
 from engine.experiment import Evaluation, Experiment
 from engine.flop_table import flop_table
 from engine.initial import initialise_tokens
@@ -108,7 +109,7 @@ def compress(experiment: Experiment, dense: float) -> tuple[PruneSetting, int]:
     config, run, folder = experiment.config, experiment.run, Path(experiment.config.output_dir)
     _check_sources(config, folder)
     plan = WeightPlan(config, experiment.sparse, experiment.measure, experiment.mask, dense)
-    trainer, watch = _trainer(experiment), AlignmentWatch(experiment)
+    trainer, watch, budgets = _trainer(experiment), AlignmentWatch(experiment), Budgets(config)
     setting, best_score, first_epoch = _resume(experiment, trainer, watch) if config.resume else (OFF, float("-inf"), 0)
     _prepare(config, run)
     log = _open_log(config, run, folder, first_epoch)
@@ -116,10 +117,14 @@ def compress(experiment: Experiment, dense: float) -> tuple[PruneSetting, int]:
         started = time.time()
         target, ramping = dense * (1 - plan.removal(epoch)), plan.removal(epoch) < config.p
         setting = _enter_epoch(experiment, plan, epoch, target, setting)
+        budgets.enter(
+            setting, plan.removal(epoch) / config.p if config.p else 0.0, dense,
+            lambda wanted, start: meet(experiment, wanted, start, ramping=True, moved=True)[0],
+        )  # fmt: skip
         experiment.loaders["train"].sampler.set_epoch(epoch)
         train_started = time.time()
         losses = train_epoch(
-            trainer, experiment.loaders["train"], experiment.losses, experiment.loss_weights, setting,
+            trainer, experiment.loaders["train"], experiment.losses, experiment.loss_weights, budgets.at,
             experiment.precision, run, f"epoch {epoch + 1}/{config.max_epoch}", watch.see_losses,
         )  # fmt: skip
         train_seconds = time.time() - train_started

@@ -116,7 +116,7 @@ def train_epoch(
     loader,
     losses: Losses,
     weights: Mapping[str, float],
-    setting: PruneSetting,
+    setting: Callable[[int], PruneSetting],
     precision: Precision,
     run: Run,
     description: str,
@@ -125,6 +125,7 @@ def train_epoch(
     """Trains for one pass over `loader`. Each batch gets an entry "epoch", the fractional number of epochs done, for `losses`.
 
     Args:
+        setting: step -> how hard it prunes; all steps of the run are counted.
         inspect: called with the losses of the first step, before the step is taken.
 
     Returns:
@@ -139,7 +140,7 @@ def train_epoch(
     logged, logged_step = time.time(), trainer.step
     for batch in (bar := progress(loader, description, run)):
         with precision.autocast():
-            named = losses(trainer.model, {**move(batch, run.device), "epoch": trainer.step / len(loader)}, setting)
+            named = losses(trainer.model, {**move(batch, run.device), "epoch": trainer.step / len(loader)}, setting(trainer.step))
         if inspect is not None:
             inspect(named)
             inspect = None

@@ -104,7 +104,6 @@ class CaptionTask(Task[CaptionConfig]):
             "A sample is a picture with a caption in a training step: the image encoder, and the decoder once over the caption. In"
             " deployment the decoder writes one, word by word.",
         ),
-        blind={"trained without images": "--p 0 --epoch 4 --set text_only=true"},
     )
     load = staticmethod(load_decoder_weights)
 

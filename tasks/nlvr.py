@@ -100,10 +100,6 @@ class NlvrTask(Task[NlvrConfig]):
         options="--statements-per-pair 8 --eval-size 4000 --val-size 1000",
         demo_size=9_000,
         study_size=40_000,
-        blind={  # models that see less learn all they can in half of the epochs
-            "trained on the text alone": "--p 0 --epoch 3 --set text_only=true",
-            "trained on the left image alone": "--p 0 --epoch 3 --set images=left",
-        },
     )
     load = staticmethod(load_nlvr_weights)
 

@@ -1,7 +1,7 @@
 """The base class of a task: the parts that entry scripts, the engine and the tools use, and the code that tasks share."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
@@ -23,14 +23,13 @@ BERT_VOCABULARY = 30524  # bert-base-uncased with [DEC] and [ENC]
 
 @dataclass(frozen=True)
 class Demo:
-    """The settings of a task's demo and study on the Shapes data.
+    """The settings of a task's demo and tables on the Shapes data.
 
     title: heading of the report
     reductions: values of p, beside the uncompressed model
     shapes, options: the task's name in tools/make_shapes.py, and further options of that program
-    demo_size, study_size: training pairs (NLVR2) or pictures; the study runs the config's epochs, the demo fewer
+    demo_size, study_size: training pairs (NLVR2) or pictures; the tables' runs take the config's epochs, the demo's fewer
     notes: explanations below the report's table
-    blind: rows of the study for models that see less: name -> arguments of the entry script
     """
 
     title: str
@@ -40,7 +39,6 @@ class Demo:
     demo_size: int
     study_size: int
     notes: tuple[str, ...] = ()
-    blind: dict[str, str] = field(default_factory=dict)
 
 
 class Task(Generic[ConfigT]):

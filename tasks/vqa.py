@@ -134,7 +134,6 @@ class VqaTask(Task[VqaConfig]):
             "A sample is a question with its picture and one answer in a training step: both encoders, and the decoder once. In"
             " deployment the decoder ranks all answers.",
         ),
-        blind={"trained without images": "--p 0 --epoch 4 --set text_only=true"},
     )
     load = staticmethod(load_decoder_weights)
 

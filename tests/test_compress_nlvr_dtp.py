@@ -118,6 +118,19 @@ def test_every_method_meets_its_target_and_is_restored(settings, share, world, t
     assert again["temperature"] == result["temperature"] and again["metrics"] == result["metrics"]
 
 
+def test_one_checkpoint_serves_every_budget_of_its_range_without_training(world, dense_weights, tmp_path):
+    out = tmp_path / "run"
+    run_here(flags(world, out, "--epoch", "1", train_budget="[0.4, 0.6]", distill="true", teacher=dense_weights))
+    temperatures = []
+    for share in (0.4, 0.55, 0.6):
+        where, p = tmp_path / str(share), ("--p", str(share))
+        run_here(flags(world, where, "--evaluate", "--pretrained", str(out / "checkpoint_best.pth"), *p))
+        result = read(where, "result.json")
+        assert result["gflops"]["measured"] == pytest.approx(result["gflops"]["target"], rel=0.01)
+        temperatures.append((result["prune_from"], result["temperature"]))
+    assert len(set(temperatures)) == 3
+
+
 def test_words_that_guide_are_trained_saved_and_not_taken_for_another_rule(world, tmp_path):
     out = tmp_path / "run"
     run_here(flags(world, out, "--epoch", "1", guide="text", token_gradient="decision", ramp_epochs=0))

@@ -45,7 +45,7 @@ def trainer(lr: float = 0.1) -> Trainer:
 
 
 def run_epoch(trainer: Trainer, batches: list, losses, weights=None) -> dict[str, float]:
-    return train_epoch(trainer, batches, losses, weights or {}, OFF, Precision(CPU.device), CPU, "test")
+    return train_epoch(trainer, batches, losses, weights or {}, lambda step: OFF, Precision(CPU.device), CPU, "test")
 
 
 def test_an_epoch_is_gradient_descent_on_the_weighted_losses():
@@ -101,5 +101,5 @@ def test_the_first_losses_of_an_epoch_are_shown_before_the_step():
 
     batches = [{"x": torch.ones(1, 1)}] * 3
     losses = lambda model, batch, setting: {"task": model(batch["x"]).sum()}  # noqa: E731
-    train_epoch(state, batches, losses, {}, OFF, Precision(CPU.device), CPU, "test", inspect)
+    train_epoch(state, batches, losses, {}, lambda step: OFF, Precision(CPU.device), CPU, "test", inspect)
     assert seen == [(1.0, ["task"])]
