@@ -67,7 +67,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--scale", default="shapes", help="shapes, fast or paper: the sizes, configs and data; default: shapes")
     parser.add_argument("--seeds", type=at_least_one, default=3, help="runs of each row")
     parser.add_argument("--jobs", type=at_least_one, default=1, help="runs at a time, which share the CPU cores")
-    parser.add_argument("--rows", help="make only the runs of these rows, separated by ';'; the tables show all that are there")
+    parser.add_argument("--rows", help="make only the runs of these rows, separated by ';' (none: just write the tables)")
     parser.add_argument("--dry-run", action="store_true", help="print the commands and what they need; run nothing")
     parser.add_argument("--known", type=Path, metavar="FILE", help="count the runs in this results file of another machine as made")
     parser.add_argument("--plan", type=Path, default=PLAN, help="YAML file of the tables")
@@ -95,8 +95,8 @@ def write_table(name: str, table: Table, jobs: Jobs, ledger: Ledger, path: Path)
     """Writes a table of the completed runs to `path`.md and .csv."""
     found = {row.name: entries_of(jobs[name, row.name], ledger) for row in table.rows}
     shown = table.model_copy(update={"rows": [row for row in table.rows if row.published or jobs[name, row.name]]})
-    codes = sorted({entry["result"].get("versions", {}).get("code", "") for entries in found.values() for entry in entries})
-    versions = [f"Code: {', '.join(filter(None, codes))}.", f"Machine: {cpu_name()}, Python {platform.python_version()}."]
+    codes = {entry["result"].get("versions", {}).get("code") or "not recorded" for entries in found.values() for entry in entries}
+    versions = [f"Commits: {', '.join(sorted(codes)) or 'none'}.", f"Machine: {cpu_name()}, Python {platform.python_version()}."]
     command = shlex.join(["python", "tools/reproduce_tables.py", *sys.argv[1:]])
     Path(f"{path}.md").write_text(markdown(name, shown, found, command, versions), encoding="utf-8")
     Path(f"{path}.csv").write_text(as_csv(shown, found), encoding="utf-8")
