@@ -6,14 +6,21 @@ configs/method.py; each task has a subclass. An empty value (`key:`) means none,
 """
 
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, NamedTuple
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, PrivateAttr, field_validator, model_validator
 
 from configs.method import MethodKeys
 from configs.sizes import BERT_SIZES, VIT_SIZES, Bert, BertSizes, ClipSizes, Section, Text, Vit, VitSizes, require
 
 TASK = "the task of this file; needed by tools that accept the config of any task"
+
+
+class CommandLine(NamedTuple):
+    """The keys that the command line sets, and lines for the log about its flags."""
+
+    keys: frozenset[str] = frozenset()
+    notes: tuple[str, ...] = ()
 
 
 class Augment(Section):
@@ -35,6 +42,8 @@ class Config(MethodKeys):
 
     script: ClassVar[str] = ""
     image_keys: ClassVar[tuple[str, ...]] = ("image_root",)  # keys of the image folders
+
+    _command_line: CommandLine = PrivateAttr(CommandLine())  # set by configs.load; no key of the file
 
     task: str = Field("", description=TASK)
 
@@ -94,6 +103,10 @@ class Config(MethodKeys):
         return require(self, self.prune_from < self.depth, f"prune_from must be below the number of blocks, {self.depth}")
 
     @property
+    def command_line(self) -> CommandLine:
+        return self._command_line
+
+    @property
     def patch_size(self) -> int:
         return self.vit_sizes.patch_size
 
@@ -131,6 +144,7 @@ class NlvrConfig(Config):
     train_files: list[str] = Field(["nlvr_train"], min_length=1, description="annotation files to train on, without .json")
     val_file: str = Field("nlvr_dev", description="annotation file that selects the checkpoint")
     test_file: str = Field("nlvr_test", description="annotation file that is evaluated once, at the end")
+    drop_path: float = Field(0.1, ge=0, lt=1, description="stochastic depth, rising from 0 to this; higher regularises more")
     output_dir: Path = Field(Path("output/nlvr"), description="folder that the run writes to")
     statements_per_pair: int = Field(
         1, ge=1, description="training statements that share one encoding of their images; higher is faster, but batches vary less"
@@ -289,6 +303,7 @@ class VqaConfig(Config):
     )
     test_file: str = Field("vqa_test", description="annotation file that is answered once, at the end")
     answer_list: str = Field("answer_list", description="file of the candidate answers, without .json")
+    drop_path: float = Field(0.1, ge=0, lt=1, description="stochastic depth, rising from 0 to this; higher regularises more")
     output_dir: Path = Field(Path("output/vqa"), description="folder that the run writes to")
     image_size: int = Field(480, ge=1, description="pixels along one side; higher shows more detail, GFLOPs grow with its square")
     label_smoothing: float = Field(0.1, ge=0, lt=1, description="share of the target on wrong words; higher regularises more")

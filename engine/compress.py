@@ -46,6 +46,8 @@ def run_experiment(experiment: Experiment) -> dict:
     """Trains or evaluates, as set in the config, and writes the files of the run. Returns the content of result.json."""
     config, run = experiment.config, experiment.run
     folder = Path(config.output_dir)
+    for note in config.command_line.notes:
+        logger.info(note)
     if config.evaluate:
         _check_pattern(config, experiment.checkpoint)
     started, versions = time.time(), {"code": code_version(), "torch": torch.__version__}
