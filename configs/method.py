@@ -72,7 +72,7 @@ class MethodKeys(Section):
     distill_temperature: float = Field(2.0, gt=0, description="divides teacher and student logits; higher softens both")
     distill_vision: float = Field(1.0, ge=0, description="weight of the distillation loss on the images' class tokens")
     distill_language: float = Field(10.0, ge=0, description="weight of the distillation loss on the texts' class tokens")
-    distill_logits: float = Field(1.0, ge=0, description="weight of the distillation loss on the logits; the authors' for NLVR2 is 2")
+    distill_logits: float = Field(1.0, ge=0, description="weight of the distillation loss on the logits; NLVR2 as published: 2")
 
     @field_validator("sparsity_type", mode="after")
     @classmethod

@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import nn
 
-from configs.load import load_config
+from configs.load import load_config, parse_command_line
 from configs.schema import NlvrConfig
 from engine.compress import run_experiment
 from engine.experiment import Evaluation, Experiment
-from madtp.pruning import OFF
+from madtp.pruning import OFF, PruneSetting
 from utils import Run, UserError
 
 DENSE = 10.0
@@ -246,6 +246,9 @@ SAVED = {
 }
 
 
+AUTHORS = {"temperature": 500.0, "epoch": 3}  # beside the weights
+
+
 @pytest.mark.parametrize(
     ("difference", "same"),
     [
@@ -299,9 +302,42 @@ def test_a_slice_that_fills_no_batch_is_named_where_batches_matter(tmp_path, cap
         assert any("set calibration_size to 32 or more" in text for text in caplog.messages) == named
 
 
+def test_an_authors_checkpoint_is_not_evaluated_under_the_papers_formulas_unasked(tmp_path):
+    """Whatever the file says of the variant: all shipped ones say paper."""
+    for task, advice in (("nlvr", "evaluate it with --set variant=released"), ("retrieval_clip", "cannot be evaluated pruned")):
+        run, evaluated = experiment(tmp_path, [50.0], evaluate=True, pretrained="theirs.pth", variant="paper", task=task)
+        run.checkpoint = AUTHORS
+        with pytest.raises(UserError, match=f"^theirs.pth: is a compressed checkpoint of the authors' code.*{advice}"):
+            run_experiment(run)
+        assert not evaluated and not (tmp_path / "result.json").exists()
+
+
+def test_who_asks_for_the_papers_formulas_has_them_calibrated(tmp_path):
+    (tmp_path / "x.yaml").write_text("variant: paper\n")
+    asked = parse_command_line("", NlvrConfig, ["--config", str(tmp_path / "x.yaml"), "--set", "variant=paper"])
+    run, _ = experiment(tmp_path, [50.0], evaluate=True)
+    run.config = asked.model_copy(update={"output_dir": tmp_path, "evaluate": True, "device": "cpu"})
+    run.checkpoint = AUTHORS
+    result = run_experiment(run)
+    assert result["temperature"] != AUTHORS["temperature"] and result["gflops"]["measured"] == pytest.approx(5, rel=0.005)
+
+
+def test_an_authors_checkpoint_is_a_start_of_training_under_either_variant(tmp_path):
+    run, _ = experiment(tmp_path, [50.0])
+    run.checkpoint = AUTHORS
+    assert run_experiment(run)["gflops"]["measured"] == pytest.approx(5, rel=0.01)
+
+
 @pytest.mark.parametrize(("temperature", "used"), [(500.0, 500.0), (0.0, None)])
-def test_an_authors_checkpoint_brings_its_temperature_and_none_is_off(tmp_path, temperature, used):
+def test_an_authors_checkpoint_brings_its_temperature_and_none_is_off(tmp_path, temperature, used, caplog):
+    """Their formulas given, p is what that temperature removes, and nothing is off the target."""
     task, evaluated = experiment(tmp_path, [50.0], evaluate=True, variant="released", keep="max")
-    task.checkpoint = {"model": {}, "temperature": temperature, "epoch": 3}
-    assert run_experiment(task)["temperature"] == used
-    assert {setting.temperature for *_, setting in evaluated} == {used}
+    task.checkpoint = {**AUTHORS, "temperature": temperature}
+    with caplog.at_level("INFO"):
+        result = run_experiment(task)
+    assert result["temperature"] == used and {setting.temperature for *_, setting in evaluated} == {used}
+    measured = result["gflops"]["measured"]
+    assert measured == pytest.approx(task.model.gflops(PruneSetting(used))) and measured > 9  # far from p = 0.5
+    assert result["reduce_ratio"] == pytest.approx(1 - measured / DENSE) and result["gflops"]["target"] == pytest.approx(measured)
+    assert not any("off the target" in text for text in caplog.messages)
+    assert any(f"temperature {temperature:g} of the authors' checkpoint removes" in text for text in caplog.messages)
