@@ -57,6 +57,7 @@ def retrieval_from_config(config: RetrievalConfig, vocab_size: int, enc_token: i
         config.momentum,
         config.negative_all_rank,
         learnable_tokens(config),
+        padded_to=config.max_text_tokens if config.variant == "released" and not config.uncompressed else 0,
     )
 
 
