@@ -27,6 +27,7 @@ from engine.results import (
     log_changed_settings,
     settings_of,
     warn_if_off_target,
+    warn_of_missed_target,
     warn_of_slower_attention,
     warn_of_small_slice,
     write_json,
@@ -122,6 +123,8 @@ def compress(experiment: Experiment, dense: float) -> tuple[PruneSetting, int]:
         train_seconds = time.time() - train_started
         with plan.counting(epoch):
             setting, measured = (setting, experiment.measure(setting)) if ramping else meet(experiment, target, setting)
+            if not ramping and (epoch == first_epoch or plan.removal(epoch - 1) < config.p):
+                warn_of_missed_target(config, epoch, measured, dense, setting)
             val = experiment.evaluated("val", setting)
         selectable = plan.settled(epoch) and within(measured, dense * (1 - config.p), setting)
         score = val.metrics[experiment.score] if selectable else float("-inf")

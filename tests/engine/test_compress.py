@@ -1,6 +1,7 @@
 """The loop over epochs on a made-up task: what is selected, when test is looked at, how a run goes on."""
 
 import json
+import logging
 import math
 from pathlib import Path
 
@@ -227,6 +228,32 @@ def test_no_epoch_within_the_budget_is_reported(tmp_path):
     task.model.gflops = lambda setting: DENSE * (1 if setting.temperature is None else 0.3 if setting.temperature < 5 else 0.7)
     with pytest.raises(UserError, match="no epoch came within 1% of the target"):
         run_experiment(task)
+
+
+def test_a_target_that_is_jumped_over_is_named_once_after_the_first_epoch_at_p(tmp_path, caplog):
+    """Not only when all epochs are over."""
+    task, evaluated = experiment(tmp_path, [50.0] * 4, ramp_epochs=2)
+    task.model.gflops = lambda setting: DENSE * (1 if setting.temperature is None else 0.3 if setting.temperature < 5 else 0.75)
+    said: list[int] = []  # epochs that had been evaluated by then
+
+    class Listener(logging.Handler):
+        def emit(self, record):
+            if "the run ends without a result" in record.getMessage():
+                said.append(len(evaluated))
+
+    logging.getLogger("madtp").addHandler(listener := Listener())
+    with caplog.at_level("INFO"), pytest.raises(UserError, match="no epoch came within 1% of the target"):
+        run_experiment(task)
+    logging.getLogger("madtp").removeHandler(listener)
+    assert said == [1]  # epoch 0 is on the way to p, epoch 1 at it
+    (line,) = (text for text in caplog.messages if "the run ends without a result" in text)
+    assert "p = 0.5 than 3.0000 GFLOPs, -40.0 % off" in line and "choose p = 0.700, or raise calibration_size above 256" in line
+
+
+def test_a_target_that_is_met_is_not_talked_about(tmp_path, caplog):
+    with caplog.at_level("INFO"):
+        run_experiment(experiment(tmp_path, [50.0, 60.0])[0])
+    assert not any("ends without a result" in text for text in caplog.messages)
 
 
 def test_a_target_out_of_reach_names_the_range_of_p(tmp_path):
