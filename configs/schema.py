@@ -169,6 +169,11 @@ class RetrievalConfig(Config):
     max_text_tokens: int = Field(35, ge=3, description="largest length of a caption in tokens; longer captions are cut")
     embed_dim: int = Field(256, ge=1, description="channels of the space in which images and captions are compared")
     queue_size: int = Field(57600, ge=1, description="features of earlier batches to contrast with; higher is harder, takes memory")
+    queue_ids: Literal["auto", "keep", "drop"] = Field(
+        "auto",
+        description="image ids in the queue of `pretrained`: keep makes entries of the same image no negatives; auto: keep those of"
+        " published weights if they can number the training images",
+    )
     momentum: float = Field(0.995, ge=0, lt=1, description="momentum of the momentum encoders; higher changes them more slowly")
     alpha: float = Field(0.4, ge=0, le=1, description="share of soft targets by the momentum encoders; higher trusts labels less")
     negative_all_rank: bool = Field(True, description="draw hard negatives from the batches of all processes")

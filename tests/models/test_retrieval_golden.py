@@ -37,7 +37,6 @@ def model_of(config: RetrievalConfig, weights: dict[str, torch.Tensor]) -> BlipR
     tokenizer = load_tokenizer(config.tokenizer)
     model = retrieval_from_config(config, len(tokenizer), enc_token_id(tokenizer))
     load_retrieval_weights(model, weights, "the golden file")
-    model.idx_queue.copy_(weights["idx_queue"])  # the ids of this very data, which loading cannot know
     return model.eval()
 
 
