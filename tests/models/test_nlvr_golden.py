@@ -58,7 +58,7 @@ def test_vit_gradients_are_those_of_the_outputs_while_the_decisions_stay(path, n
     for temperature in (value for value in config["temperatures"] if value > 0):
         guidance = Guidance(setting(temperature), learnable_tokens=learnable)
 
-        def loss() -> torch.Tensor:
+        def loss(guidance=guidance) -> torch.Tensor:
             out, _, _ = vit(t["image"].double(), guidance)
             return (out * torch.randn(out.shape, generator=torch.Generator().manual_seed(1))).sum()
 
