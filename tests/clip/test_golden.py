@@ -46,17 +46,22 @@ def test_block(path):
         golden.assert_close(features, t[f"{name}.sd_ft"])
 
 
+def image_tower(config, t):
+    size = ClipSize(
+        config["input_resolution"], config["patch_size"], config["width"], config["layers"], config["heads"],
+        embed_dim=config["output_dim"],
+    )  # fmt: skip
+    tower = VisionTower(size, pruner_for(t["space_dict"], min_keep=1)).eval()
+    tower.load_state_dict(weights_of(t))
+    return tower
+
+
 @pytest.mark.parametrize("path", golden.cases("clip_image*"))
 @torch.no_grad()
 def test_image(path):
     info, t = golden.load(path)
     config, learnable = info["config"], t["space_dict"]
-    size = ClipSize(
-        config["input_resolution"], config["patch_size"], config["width"], config["layers"], config["heads"],
-        embed_dim=config["output_dim"],
-    )  # fmt: skip
-    tower = VisionTower(size, pruner_for(learnable, min_keep=1)).eval()
-    tower.load_state_dict(weights_of(t))
+    tower = image_tower(config, t)
     for temperature in config["temperatures"]:
         name = f"T{temperature}"
         encoded = tower(t["image"], Guidance(setting(temperature), align=True, learnable_tokens=learnable))

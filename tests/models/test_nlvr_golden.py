@@ -67,11 +67,7 @@ def test_vit_gradients_are_those_of_the_outputs_while_the_decisions_stay(path, n
         assert float((gradient * direction).sum()) == pytest.approx(expected, rel=5e-3, abs=2e-3)
 
 
-@pytest.mark.parametrize("path", golden.cases("nlvr*"))
-@torch.no_grad()
-def test_nlvr(path):
-    info, t = golden.load(path)
-    config = info["config"]
+def nlvr_of(t, config):
     bert = {k: config["med_config"][k] for k in BertSize.__dataclass_fields__ if k in config["med_config"]}
     vit = {k: config["vit"][k] for k in ("embed_dim", "depth", "num_heads", "mlp_ratio")}
     learnable = t["w.space_dict"]
@@ -84,6 +80,15 @@ def test_nlvr(path):
     weights = golden.published_weights(t)
     weights.pop("text_encoder.embeddings.position_ids", None)
     model.load_state_dict(weights)
+    return model
+
+
+@pytest.mark.parametrize("path", golden.cases("nlvr*"))
+@torch.no_grad()
+def test_nlvr(path):
+    info, t = golden.load(path)
+    config = info["config"]
+    model = nlvr_of(t, config)
     images = torch.stack(t["images"].chunk(2), dim=1)
     for text in ("pad", "nopad"):
         for temperature in config["temperatures"]:
