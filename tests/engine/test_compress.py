@@ -329,6 +329,17 @@ def test_a_slice_that_fills_no_batch_is_named_where_batches_matter(tmp_path, cap
         assert any("set calibration_size to 32 or more" in text for text in caplog.messages) == named
 
 
+def test_a_run_says_which_flags_of_the_authors_scripts_it_does_not_need(tmp_path, caplog):
+    (tmp_path / "x.yaml").write_text("")
+    flags = ["--config", str(tmp_path / "x.yaml"), "--world_size", "8", "--dist_url", "env://"]
+    run, _ = experiment(tmp_path, [50.0])
+    run.config._command_line = parse_command_line("", NlvrConfig, flags).command_line
+    with caplog.at_level("INFO"):
+        run_experiment(run)
+    said = [text for text in caplog.messages if "has no effect" in text]
+    assert [text.split()[0] for text in said] == ["--world_size", "--dist_url"]
+
+
 def test_an_authors_checkpoint_is_not_evaluated_under_the_papers_formulas_unasked(tmp_path):
     """Whatever the file says of the variant: all shipped ones say paper."""
     for task, advice in (("nlvr", "evaluate it with --set variant=released"), ("retrieval_clip", "cannot be evaluated pruned")):
