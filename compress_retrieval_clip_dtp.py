@@ -1,6 +1,6 @@
 """Compress CLIP for image-text retrieval on COCO or Flickr30k.
 
-    torchrun --nproc_per_node=8 -- compress_retrieval_clip_dtp.py --config configs/retrieval_coco_clip.yaml --p 0.5
+    torchrun --nproc_per_node=8 compress_retrieval_clip_dtp.py --config configs/retrieval_coco_clip.yaml --reduce_ratio 0.5
     python compress_retrieval_clip_dtp.py --config configs/shapes/retrieval_clip.yaml --p 0.5
 
 Writes <output_dir>/{config.yaml, log.txt, checkpoint_last.pth, checkpoint_best.pth, predictions_{val,test}.json, result.json}.

@@ -1,6 +1,6 @@
 """Compress BLIP for image-text retrieval on COCO or Flickr30k.
 
-    torchrun --nproc_per_node=8 -- compress_retrieval_dtp.py --config configs/retrieval_coco.yaml --p 0.45
+    torchrun --nproc_per_node=8 compress_retrieval_dtp.py --config configs/retrieval_coco.yaml --reduce_ratio 0.45
     python compress_retrieval_dtp.py --config configs/shapes/retrieval.yaml --p 0.5
 
 Writes <output_dir>/{config.yaml, log.txt, checkpoint_last.pth, checkpoint_best.pth, predictions_{val,test}.json, result.json}.

@@ -1,6 +1,6 @@
 """Compress BLIP for visual question answering on VQAv2, with Visual Genome's questions as further training data.
 
-    torchrun --nproc_per_node=8 -- compress_vqa_dtp.py --config configs/vqa.yaml --p 0.5
+    torchrun --nproc_per_node=8 compress_vqa_dtp.py --config configs/vqa.yaml --reduce_ratio 0.5
     python compress_vqa_dtp.py --config configs/shapes/vqa.yaml --p 0.5
 
 Writes <output_dir>/{config.yaml, log.txt, checkpoint_last.pth, checkpoint_best.pth, predictions_{val,test}.json, result.json} and

@@ -9,10 +9,22 @@ from pydantic import BaseModel, ValidationError
 from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
-from configs.schema import Config
+from configs.schema import CommandLine, Config
 from utils import UserError
 
 ConfigT = TypeVar("ConfigT", bound=Config)
+
+# Flags of the authors' scripts that change nothing here, with the reason.
+WITHOUT_EFFECT = {
+    "--world_size": "the launcher sets the number of processes",
+    "--dist_url": "the launcher sets the address",
+    "--distributed": "the launcher sets the number of processes",
+    "--from-dense-checkpoint": "a checkpoint tells which of its weights are sparse",
+    "--reset-info-resume": "a run starts anew unless --resume is given",
+    "--w_sp_attn": "no loss of this method has that weight",
+    "--w_sp_mlp": "no loss of this method has that weight",
+}
+SWITCHES = ("--reset-info-resume",)  # those without a value
 
 
 def load_config(cls: type[ConfigT], path: str | Path, overrides: dict[str, Any] | None = None) -> ConfigT:
@@ -46,25 +58,10 @@ def parse_command_line(description: str, cls: type[ConfigT], argv: list[str] | N
     Raises:
         UserError: as in `load_config`, and when a `--set` is not key=value.
     """
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    switch = {"action": argparse.BooleanOptionalAction, "default": None}
-    parser.add_argument("--config", required=True, metavar="FILE", help="YAML file of the experiment")
-    parser.add_argument("--output_dir", metavar="DIR", help="folder that the run writes to")
-    parser.add_argument("--evaluate", help="evaluate the pretrained weights, do not train", **switch)
-    parser.add_argument("--device", help="cpu, cuda or cuda:N; default: cuda if available")
-    parser.add_argument("--seed", help="random seed")
-    parser.add_argument("--pretrained", metavar="FILE", help="weights to start from")
-    parser.add_argument("--epoch", dest="max_epoch", metavar="N", help="number of epochs (the key max_epoch)")
-    parser.add_argument("--p", help="share of the GFLOPs to remove, 0 <= p < 1")
-    parser.add_argument("--amp", help="mixed precision", **switch)
-    parser.add_argument("--resume", nargs="?", const="last", metavar="FILE", help="continue from this checkpoint, or the last one")
-    parser.add_argument("--enable-sparse-api", action="store_true", help="sparse weights; prune no tokens without --token_reduce")
-    parser.add_argument("--weight-sparse-pattern", metavar="PATTERN", help="of sparse weights; default: m4n2_1d, which means 2:4")
-    parser.add_argument("--token_reduce", action="store_true", help="prune tokens, also with --enable-sparse-api")
-    parser.add_argument("--set", dest="settings", action="append", default=[], metavar="KEY=VALUE", help="set any key of the YAML")
-    arguments = vars(parser.parse_args(argv))
+    arguments = vars(_parser(description).parse_args(argv))
     path, settings = arguments.pop("config"), arguments.pop("settings")
     overrides = dict(_parse_setting(setting) for setting in settings)
+    notes = [f"{flag} has no effect: {WITHOUT_EFFECT[flag]}" for flag in arguments.pop("without_effect")]
     sparse, pattern, tokens = (arguments.pop(key) for key in ("enable_sparse_api", "weight_sparse_pattern", "token_reduce"))
     if pattern and not sparse:
         raise UserError("--weight-sparse-pattern belongs to --enable-sparse-api; add it, or leave --weight-sparse-pattern out")
@@ -77,7 +74,43 @@ def parse_command_line(description: str, cls: type[ConfigT], argv: list[str] | N
         if sparse:
             overrides["sparsity_type"] = pattern or given.get("sparsity_type") or "2:4"
     overrides.update({key: value for key, value in arguments.items() if value is not None})
-    return load_config(cls, path, overrides)
+    config = load_config(cls, path, overrides)
+    if pattern and pattern != config.sparsity_type:
+        notes.append(f"--weight-sparse-pattern {pattern} is sparsity_type {config.sparsity_type}")
+    config._command_line = CommandLine(frozenset(overrides), tuple(notes))
+    return config
+
+
+class _WithoutEffect(argparse.Action):
+    """Collects the flags given that change nothing."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        namespace.without_effect = [*namespace.without_effect, self.option_strings[0]]
+
+
+def _parser(description: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.set_defaults(without_effect=[])
+    switch = {"action": argparse.BooleanOptionalAction, "default": None}
+    parser.add_argument("--config", required=True, metavar="FILE", help="YAML file of the experiment")
+    parser.add_argument("--output_dir", metavar="DIR", help="folder that the run writes to")
+    parser.add_argument("--evaluate", help="evaluate the pretrained weights, do not train", **switch)
+    parser.add_argument("--device", help="cpu, cuda or cuda:N; default: cuda if available")
+    parser.add_argument("--seed", help="random seed")
+    parser.add_argument("--pretrained", metavar="FILE", help="weights to start from")
+    parser.add_argument("--epoch", dest="max_epoch", metavar="N", help="number of epochs (the key max_epoch)")
+    # torchrun takes --p before the script's options for the start of its own --print-completion.
+    parser.add_argument("--reduce_ratio", "--p", dest="p", metavar="P", help="share of the GFLOPs to remove, 0 <= P < 1")
+    parser.add_argument("--amp", help="mixed precision", **switch)
+    parser.add_argument("--resume", nargs="?", const="last", metavar="FILE", help="continue from this checkpoint, or the last one")
+    parser.add_argument("--enable-sparse-api", action="store_true", help="sparse weights; prune no tokens without --token_reduce")
+    parser.add_argument("--weight-sparse-pattern", metavar="PATTERN", help="of sparse weights, 2:4 or m4n2_1d; default: 2:4")
+    parser.add_argument("--token_reduce", action="store_true", help="prune tokens, also with --enable-sparse-api")
+    parser.add_argument("--set", dest="settings", action="append", default=[], metavar="KEY=VALUE", help="set any key of the YAML")
+    for flag in WITHOUT_EFFECT:
+        values = 0 if flag in SWITCHES else None
+        parser.add_argument(flag, action=_WithoutEffect, nargs=values, dest="without_effect", help=argparse.SUPPRESS)
+    return parser
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

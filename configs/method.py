@@ -73,7 +73,9 @@ class MethodKeys(Section):
     calibration_size: int = Field(256, ge=1, description="training samples that p is measured on; higher is steadier but slower")
 
     # weights and distillation (MADTP++)
-    sparsity_type: Text = Field("", description="N:M weight sparsity: 2:4, 1:4, 4:8 (m4n2_1d is 2:4); empty: dense weights")
+    sparsity_type: Text = Field(
+        "", description="N:M weight sparsity: 2:4, 1:4, 4:8 (m4n2_1d, m4n2_1d_faster: 2:4); empty: dense weights"
+    )
     sparse_layers: Literal["mlp", "attention", "all"] = Field("all", description="linear layers of the blocks that become sparse")
     mask_schedule: Literal["once", "refresh"] = Field("once", description="refresh: choose masks again in each epoch of the ramp")
     refit_weights: bool = Field(
@@ -93,12 +95,14 @@ class MethodKeys(Section):
     distill_temperature: float = Field(2.0, gt=0, description="divides teacher and student logits; higher softens both")
     distill_vision: float = Field(1.0, ge=0, description="weight of the distillation loss on the images' class tokens")
     distill_language: float = Field(10.0, ge=0, description="weight of the distillation loss on the texts' class tokens")
-    distill_logits: float = Field(1.0, ge=0, description="weight of the distillation loss on the logits")
+    distill_logits: float = Field(1.0, ge=0, description="weight of the distillation loss on the logits; NLVR2 as published: 2")
 
     @field_validator("sparsity_type", mode="after")
     @classmethod
     def _as_n_of_m(cls, value: str) -> str:
-        named = re.fullmatch(r"m(\d+)n(\d+)_1d", value)
+        if re.fullmatch(r"m\d+n\d+_2d_\w+", value):
+            raise ValueError(f"{value!r} is a pattern along both sides of a weight; use one along the input, such as m4n2_1d")
+        named = re.fullmatch(r"m(\d+)n(\d+)_1d(_faster)?", value)  # _faster finds the same masks
         value = f"{named[2]}:{named[1]}" if named else value
         kept, group = map(int, value.split(":")) if re.fullmatch(r"\d+:\d+", value) else (not value, 2)
         if not 0 < kept < group:

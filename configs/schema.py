@@ -6,14 +6,21 @@ configs/method.py; each task has a subclass. An empty value (`key:`) means none,
 """
 
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, NamedTuple
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, PrivateAttr, field_validator, model_validator
 
 from configs.method import MethodKeys
 from configs.sizes import BERT_SIZES, VIT_SIZES, Bert, BertSizes, ClipSizes, Section, Text, Vit, VitSizes, require
 
 TASK = "the task of this file; needed by tools that accept the config of any task"
+
+
+class CommandLine(NamedTuple):
+    """The keys that the command line sets, and lines for the log about its flags."""
+
+    keys: frozenset[str] = frozenset()
+    notes: tuple[str, ...] = ()
 
 
 class Augment(Section):
@@ -36,6 +43,8 @@ class Config(MethodKeys):
     script: ClassVar[str] = ""
     image_keys: ClassVar[tuple[str, ...]] = ("image_root",)  # keys of the image folders
     text_with_image: ClassVar[bool] = False  # every text is asked of one image
+
+    _command_line: CommandLine = PrivateAttr(CommandLine())  # set by configs.load; no key of the file
 
     task: str = Field("", description=TASK)
 
@@ -106,6 +115,10 @@ class Config(MethodKeys):
         return require(self, self.prune_from < self.depth, f"prune_from must be below the number of blocks, {self.depth}")
 
     @property
+    def command_line(self) -> CommandLine:
+        return self._command_line
+
+    @property
     def patch_size(self) -> int:
         return self.vit_sizes.patch_size
 
@@ -144,6 +157,7 @@ class NlvrConfig(Config):
     train_files: list[str] = Field(["nlvr_train"], min_length=1, description="annotation files to train on, without .json")
     val_file: str = Field("nlvr_dev", description="annotation file that selects the checkpoint")
     test_file: str = Field("nlvr_test", description="annotation file that is evaluated once, at the end")
+    drop_path: float = Field(0.1, ge=0, lt=1, description="stochastic depth, rising from 0 to this; higher regularises more")
     output_dir: Path = Field(Path("output/nlvr"), description="folder that the run writes to")
     statements_per_pair: int = Field(
         1, ge=1, description="training statements that share one encoding of their images; higher is faster, but batches vary less"
@@ -168,6 +182,11 @@ class RetrievalConfig(Config):
     max_text_tokens: int = Field(35, ge=3, description="largest length of a caption in tokens; longer captions are cut")
     embed_dim: int = Field(256, ge=1, description="channels of the space in which images and captions are compared")
     queue_size: int = Field(57600, ge=1, description="features of earlier batches to contrast with; higher is harder, takes memory")
+    queue_ids: Literal["auto", "keep", "drop"] = Field(
+        "auto",
+        description="image ids in the queue of `pretrained`: keep makes entries of the same image no negatives; auto: keep those of"
+        " published weights if they can number the training images",
+    )
     momentum: float = Field(0.995, ge=0, lt=1, description="momentum of the momentum encoders; higher changes them more slowly")
     alpha: float = Field(0.4, ge=0, le=1, description="share of soft targets by the momentum encoders; higher trusts labels less")
     negative_all_rank: bool = Field(True, description="draw hard negatives from the batches of all processes")
@@ -303,6 +322,7 @@ class VqaConfig(Config):
     )
     test_file: str = Field("vqa_test", description="annotation file that is answered once, at the end")
     answer_list: str = Field("answer_list", description="file of the candidate answers, without .json")
+    drop_path: float = Field(0.1, ge=0, lt=1, description="stochastic depth, rising from 0 to this; higher regularises more")
     output_dir: Path = Field(Path("output/vqa"), description="folder that the run writes to")
     image_size: int = Field(480, ge=1, description="pixels along one side; higher shows more detail, GFLOPs grow with its square")
     label_smoothing: float = Field(0.1, ge=0, lt=1, description="share of the target on wrong words; higher regularises more")

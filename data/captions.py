@@ -34,7 +34,7 @@ class CaptionPairs(Dataset):
 
     An item is a dict of image (3, H, W), caption (cleaned, with `prompt` in front) and image_id. The image_id is a number
     from 0, given to the distinct "image_id" values of all files in order of first appearance. Captions of the same image
-    share it.
+    share it. `number_of_images` is how many there are.
 
     Raises:
         UserError: when the annotations have another format, or when the images of the first entries are missing. Reading
@@ -51,6 +51,7 @@ class CaptionPairs(Dataset):
         self.entries = [entry for file in annotation_files for entry in read_entries(Path(file), _pair_problem)]
         numbers: dict[str | int, int] = {}
         self.image_ids = [numbers.setdefault(entry["image_id"], len(numbers)) for entry in self.entries]
+        self.number_of_images = len(numbers)
         self.image_root = Path(image_root)
         self.transform = transform
         self.prompt = prompt

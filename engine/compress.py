@@ -21,7 +21,7 @@ from engine.elastic import Budgets
 from engine.experiment import Evaluation, Experiment
 from engine.flop_table import flop_table
 from engine.initial import initialise_tokens
-from engine.restore import is_authors, mask_as_saved, other_rule, rule_of, saved_setting
+from engine.restore import authors_setting, check_pattern, check_variant, mask_as_saved, other_rule, rule_of, saved_setting
 from engine.results import (
     RunLog,
     code_version,
@@ -29,6 +29,7 @@ from engine.results import (
     log_changed_settings,
     settings_of,
     warn_if_off_target,
+    warn_of_missed_target,
     warn_of_slower_attention,
     warn_of_small_slice,
     write_json,
@@ -48,32 +49,31 @@ def run_experiment(experiment: Experiment) -> dict:
     """Trains or evaluates, as set in the config, and writes the files of the run. Returns the content of result.json."""
     config, run = experiment.config, experiment.run
     folder = Path(config.output_dir)
+    for note in config.command_line.notes:
+        logger.info(note)
     if config.evaluate:
-        _check_pattern(config, experiment.checkpoint)
+        check_pattern(config, experiment.checkpoint)
+        check_variant(config, experiment.checkpoint)
     started, versions = time.time(), {"code": code_version(), "torch": torch.__version__}
     initialise_tokens(experiment)
     dense = experiment.measure(OFF)
-    target = dense * (1 - config.p)
     warn_of_small_slice(config, run)
     warn_of_slower_attention(config, run.device, experiment.precision.dtype if config.amp else torch.float32)
     if run.is_main and experiment.inputs:
         first = move(experiment.calibration_batches[0], run.device)
         logger.info("one sample by fvcore, uncompressed:\n%s", flop_table(experiment.model, experiment.inputs(first)))
-    logger.info("uncompressed: %.4f GFLOPs per sample; target at p = %g: %.4f", dense, config.p, target)
+    logger.info("uncompressed: %.4f GFLOPs per sample; target at p = %g: %.4f", dense, config.p, dense * (1 - config.p))
     if config.evaluate:
-        if experiment.sparse is not None:
-            _mask_for_evaluation(experiment)
-            if experiment.checkpoint.get("masked") is None:
-                check_reach(config, 1 - experiment.measure(OFF) / dense)
-        setting, epoch = _setting_of_checkpoint(experiment, target), experiment.checkpoint.get("epoch", 0)
+        setting, epoch, p = _evaluated_setting(experiment, dense)
         _prepare(config, run)
     else:
-        setting, epoch = compress(experiment, dense)
+        (setting, epoch), p = compress(experiment, dense), config.p
     with experiment.sparse_kernels(setting) as kernels:
         val, test = (experiment.evaluated(split, setting) for split in ("val", "test"))
-    result = _result(experiment, setting, epoch, {"uncompressed": dense, "target": target}, val, test)
+    result = _result(experiment, setting, epoch, p, dense, val, test)
     result |= {"sparse_kernels": kernels, "versions": versions}
-    warn_if_off_target(config, result["gflops"], setting)
+    if p == config.p:
+        warn_if_off_target(config, result["gflops"], setting)
     if run.is_main:
         write_json(val.predictions, folder / "predictions_val.json")
         write_json(test.predictions, folder / "predictions_test.json")
@@ -130,6 +130,8 @@ def compress(experiment: Experiment, dense: float) -> tuple[PruneSetting, int]:
         train_seconds = time.time() - train_started
         with plan.counting(epoch):
             setting, measured = (setting, experiment.measure(setting)) if ramping else meet(experiment, target, setting)
+            if not ramping and (epoch == first_epoch or plan.removal(epoch - 1) < config.p):
+                warn_of_missed_target(config, epoch, measured, dense, setting)
             val = experiment.evaluated("val", setting)
         selectable = plan.settled(epoch) and within(measured, dense * (1 - config.p), setting)
         score = val.metrics[experiment.score] if selectable else float("-inf")
@@ -234,19 +236,6 @@ def _other_plan(config: Config, saved: dict) -> str | None:
     return next((key for key in PLAN if key in saved and saved[key] != getattr(config, key)), None) if config.pattern else None
 
 
-def _check_pattern(config: Config, saved: dict) -> None:
-    """Refuses to evaluate sparse weights under another pattern.
-
-    Without their pattern the zeros would count as GFLOPs, and another pattern would remove more weights.
-    """
-    pattern, ours = saved.get("sparsity_type", ""), config.sparsity_type if config.pattern else ""
-    if saved.get("masked") and ours != pattern:
-        raise UserError(
-            f"{config.pretrained}: was saved with sparsity_type {pattern}, and the config has '{ours}' at p {config.p:g}; evaluate"
-            " with the run's config.yaml, or set p, sparsity_type and sparse_layers as there"
-        )
-
-
 def _mask_for_evaluation(experiment: Experiment) -> None:
     """Masks the weights as they were saved. If they were saved dense, masks all of them by magnitude."""
     if experiment.checkpoint.get("masked") is None:
@@ -348,20 +337,37 @@ def _selected(experiment: Experiment, folder: Path) -> tuple[PruneSetting, int]:
     return PruneSetting(saved["temperature"], saved["prune_from"]), saved["epoch"]
 
 
+def _evaluated_setting(experiment: Experiment, dense: float) -> tuple[PruneSetting, int, float]:
+    """Returns the setting to evaluate at, the epoch that the checkpoint is of, and p.
+
+    A checkpoint of the authors' code has its own temperature; p is what that removes, whatever the config has.
+    """
+    config, saved = experiment.config, experiment.checkpoint
+    theirs, p = authors_setting(config, saved), config.p
+    if experiment.sparse is not None:
+        _mask_for_evaluation(experiment)
+        if saved.get("masked") is None and theirs is None:
+            check_reach(config, 1 - experiment.measure(OFF) / dense)
+    if theirs is not None:
+        p = 1 - experiment.measure(theirs) / dense
+        logger.info("temperature %g of the authors' checkpoint removes %.3f of the GFLOPs", saved["temperature"], p)
+    return _setting_of_checkpoint(experiment, dense * (1 - config.p)), saved.get("epoch", 0), p
+
+
 def _setting_of_checkpoint(experiment: Experiment, target: float) -> PruneSetting:
     """Returns the setting saved with the loaded weights if it was made for this rule and p, else calibrates one for `target`."""
     config, saved = experiment.config, experiment.checkpoint
     setting = saved_setting(config, saved)
     same_batch = config.keep == "instance" or saved.get("batch_size") == config.batch_size_test
     same = same_batch and other_rule(config, saved) is None and not config.sd_redraw
-    if setting is not None and (config.uncompressed or is_authors(config, saved) or same):
+    if setting is not None and (config.uncompressed or authors_setting(config, saved) is not None or same):
         return setting
     logger.info("no temperature was saved for this rule, p and batch size: calibrating")
     return meet(experiment, target, OFF)[0]
 
 
 def _result(
-    experiment: Experiment, setting: PruneSetting, epoch: int, gflops: dict[str, float], val: Evaluation, test: Evaluation
+    experiment: Experiment, setting: PruneSetting, epoch: int, p: float, dense: float, val: Evaluation, test: Evaluation
 ) -> dict:
     config, sparse = experiment.config, experiment.sparse
     measured = experiment.measure(setting)
@@ -374,12 +380,13 @@ def _result(
         "variant": config.variant,
         "keep": config.keep,
         "sparsity_type": config.sparsity_type if sparse else "",
-        "reduce_ratio": config.p,
+        "reduce_ratio": p,
         **asdict(setting),
         "epoch": epoch,
         "seed": config.seed,
         "gflops": {
-            **gflops, "measured": measured, "tokens": tokens_alone, "weights": experiment.measure(OFF),
+            "uncompressed": dense, "target": dense * (1 - p), "measured": measured,
+            "tokens": tokens_alone, "weights": experiment.measure(OFF),
             "val": val.gflops, "test": test.gflops,
             "reference": experiment.reference,
             "deployment": experiment.mean(experiment.deployment, setting) if experiment.deployment else measured,

@@ -38,17 +38,54 @@ def saved_rule(saved: dict) -> dict:
     return {key: saved[key] for key in RULE if key in saved}
 
 
-def is_authors(config: Config, saved: dict) -> bool:
-    """Tells whether a checkpoint is one of the authors': these hold a temperature, but no rule."""
-    return config.variant == "released" and "variant" not in saved and isinstance(saved.get("temperature"), int | float)
+def is_authors(saved: dict) -> bool:
+    """Tells whether a compressed checkpoint was written by the authors' code: these hold a temperature, but no rule."""
+    return "variant" not in saved and isinstance(saved.get("temperature"), int | float)
+
+
+def authors_setting(config: Config, saved: dict) -> PruneSetting | None:
+    """Returns the setting of a checkpoint of the authors' code under their formulas; None for another, or under the paper's."""
+    if not is_authors(saved) or config.variant != "released" or config.uncompressed:
+        return None
+    return PruneSetting(saved["temperature"]) if saved["temperature"] > 0 else OFF
+
+
+def check_variant(config: Config, saved: dict) -> None:
+    """Refuses to evaluate a checkpoint of the authors' code under the paper's formulas, unless the command line asks for them.
+
+    Under those its temperature means something else, and another one would be searched for. That files set `variant: paper` does
+    not count as asking: all shipped ones do.
+    """
+    if not is_authors(saved) or config.variant != "paper" or config.uncompressed or "variant" in config.command_line.keys:
+        return
+    advice = "evaluate it with --set variant=released"
+    if config.task == "retrieval_clip":
+        advice = "their CLIP cannot be evaluated pruned as they do (see docs/method.md)"
+    raise UserError(
+        f"{config.pretrained}: is a compressed checkpoint of the authors' code, and here variant is paper; {advice}, or search"
+        " another temperature for p with --set variant=paper"
+    )
+
+
+def check_pattern(config: Config, saved: dict) -> None:
+    """Refuses to evaluate sparse weights under another pattern.
+
+    Without their pattern the zeros would count as GFLOPs, and another pattern would remove more weights.
+    """
+    pattern, ours = saved.get("sparsity_type", ""), config.sparsity_type if config.pattern else ""
+    if saved.get("masked") and ours != pattern:
+        raise UserError(
+            f"{config.pretrained}: was saved with sparsity_type {pattern}, and the config has '{ours}' at p {config.p:g}; evaluate"
+            " with the run's config.yaml, or set p, sparsity_type and sparse_layers as there"
+        )
 
 
 def saved_setting(config: Config, saved: dict) -> PruneSetting | None:
     """Returns the setting that a checkpoint was saved with; None if it is not known. OFF if sparse weights alone meet p."""
     if config.uncompressed:
         return OFF
-    if is_authors(config, saved):
-        return PruneSetting(saved["temperature"]) if saved["temperature"] > 0 else OFF
+    if (setting := authors_setting(config, saved)) is not None:
+        return setting
     if saved.get("variant") != config.variant:
         return None  # the two variants use the temperature in opposite ways: one multiplies by it, the other divides
     if saved.get("temperature") is None:

@@ -123,6 +123,22 @@ def warn_of_slower_attention(config: Config, device: torch.device, dtype: torch.
         logger.info("attention runs in groups of samples; one kernel for all samples would be faster, but needs %s", missing)
 
 
+def warn_of_missed_target(config: Config, epoch: int, measured: float, dense: float, setting: PruneSetting) -> None:
+    """Warns if the first epoch at p misses the target: then GFLOPs jump over it, and later epochs may miss it too.
+
+    measured, dense: GFLOPs on the calibration subset, at the setting and uncompressed
+    """
+    target = dense * (1 - config.p)
+    if not within(measured, target, setting):
+        logger.info(
+            "epoch %d: no setting comes nearer to the target of p = %g than %.4f GFLOPs, %+.1f %% off it, and only an epoch within"
+            " %g %% can be selected: if none is, the run ends without a result; stop it and choose p = %.3f, or raise"
+            " calibration_size above %d",
+            epoch + 1, config.p, measured, 100 * (measured / target - 1), 100 * WITHIN_BUDGET, 1 - measured / dense,
+            config.calibration_size,
+        )  # fmt: skip
+
+
 def warn_if_off_target(config: Config, gflops: Mapping[str, float], setting: PruneSetting) -> None:
     """Warns about splits whose GFLOPs are off the target. `gflops` is the entry of result.json.
 

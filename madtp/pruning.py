@@ -44,7 +44,8 @@ class PruningRule:
         With 0 there is none, and S_cls is left out of the importance: the mean is over the other terms.
     gradient: the way on which a task's loss reaches the learnable tokens and the maps of the alignment: "none"; "merge", through
         the weights of the merged token, as in the authors' code; "decision", also through the decisions, by a straight-through
-        estimate (see `decision_gate`). S_cls and S_self are constants in each.
+        estimate (see `decision_gate`). S_cls and S_self are constants in each, except for "merge" of variant "released", as in the
+        authors' code.
     """
 
     method: str = "dtp"
@@ -85,6 +86,11 @@ class PruningRule:
         missing = {"cls"} if not self.num_prefix_tokens else set()
         missing |= set() if self.mag else {"token"}
         return tuple(term for term in self.terms if term not in missing)
+
+    @property
+    def traces_attention(self) -> bool:
+        """Tells whether gradients also flow through S_cls and S_self, into the attention."""
+        return self.variant == "released" and self.gradient == "merge"
 
     @property
     def needs_scores(self) -> bool:

@@ -48,6 +48,7 @@ class BlipRetrieval(MomentumModel):
         momentum: float = 0.995,
         negative_all_rank: bool = True,
         learnable_tokens: tuple[int, int, float] | None = None,
+        padded_to: int = 0,
     ):
         """
         Args:
@@ -55,6 +56,7 @@ class BlipRetrieval(MomentumModel):
             embed_dim: channels E of the common space.
             negative_all_rank: draw negatives from the batches of all processes, not only from the own one.
             learnable_tokens: number K, width D and initial std of the tokens that all towers share; None without pruners.
+            padded_to: pad texts to this length, for the authors' formulas (`variant: released`), in which padding takes part.
         """
         super().__init__()
         self.visual_encoder = visual_encoder
@@ -63,7 +65,7 @@ class BlipRetrieval(MomentumModel):
         self.text_proj = nn.Linear(text_encoder.hidden_size, embed_dim)
         self.itm_head = nn.Linear(text_encoder.hidden_size, 2)
         self.temp = nn.Parameter(torch.tensor(START_TEMPERATURE))
-        self.enc_token, self.negative_all_rank = enc_token, negative_all_rank
+        self.enc_token, self.negative_all_rank, self.padded_to = enc_token, negative_all_rank, padded_to
         self.init_learnable_tokens(learnable_tokens)
         self.init_momentum(("visual_encoder", "text_encoder", "vision_proj", "text_proj"), embed_dim, queue_size, momentum)
 
@@ -102,7 +104,7 @@ class BlipRetrieval(MomentumModel):
     ) -> Encoded:
         """Encodes texts (S, L), [CLS] first; `slow` uses the momentum encoder."""
         encoder, project = (self.text_encoder_m, self.text_proj_m) if slow else (self.text_encoder, self.text_proj)
-        tokens, layout, record = encoder(input_ids, attention_mask, (), self.guided(guidance))
+        tokens, layout, record = encoder(*self._padded(input_ids, attention_mask), (), self.guided(guidance))
         return Encoded(tokens, layout, F.normalize(project(class_tokens(tokens, layout)).float(), dim=-1), record)
 
     def match(
@@ -118,9 +120,13 @@ class BlipRetrieval(MomentumModel):
         """
         input_ids = torch.cat([torch.full_like(input_ids[:, :1], self.enc_token), input_ids[:, 1:]], dim=1)
         guidance = Guidance(setting, packed=isinstance(image[1], Packed), learnable_tokens=self.learnable_tokens)
-        tokens, layout, record = self.text_encoder(input_ids, attention_mask, [image], guidance)
+        tokens, layout, record = self.text_encoder(*self._padded(input_ids, attention_mask), [image], guidance)
         with torch.autocast(tokens.device.type, enabled=False):  # the logits are added to similarities that differ by little
             return self.itm_head(class_tokens(tokens, layout).float()), record
+
+    def _padded(self, *text: Tensor) -> tuple[Tensor, ...]:
+        """Pads token ids and mask (S, L) with zeros to the length of the authors' code, if the model follows it."""
+        return tuple(F.pad(part, (0, max(0, self.padded_to - part.shape[1]))) for part in text)
 
     def passes(
         self,

@@ -60,6 +60,10 @@ class MomentumModel(AlignedModel):
         for name in (*(f"{part}_m" for part in self._parts), *(name for name, _ in self.named_buffers(recurse=False))):
             delattr(self, name)
 
+    def forget_queue_ids(self) -> None:
+        """Makes every queue entry one of an unknown image."""
+        self.idx_queue.fill_(NO_IMAGE)
+
     def followers(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Yields each parameter with its momentum copy."""
         for name in self._parts:
@@ -197,6 +201,17 @@ class MomentumModel(AlignedModel):
     def deployment_gflops(self, passes: PairPasses) -> Tensor:
         """Returns the GFLOPs of a pair in use, without momentum encoders and training passes, (B,) float64."""
         return sum(self.tower_flops(passes.image, passes.text)).double() / GIGA
+
+
+def can_number(ids: Tensor, images: int) -> bool:
+    """Tells whether the image ids (1, Q) of a queue can be numbers, from 0, of so many training images.
+
+    The largest of n ids drawn from them lies among the last 10 / n of the numbers but for a chance of exp(-10).
+    """
+    drawn = ids[ids != NO_IMAGE]
+    if not len(drawn) or drawn.min() < 0:
+        return False
+    return images * (1 - 10 / len(drawn)) - 1 <= int(drawn.max()) < images
 
 
 def dense_encoded(depth: int, tokens: int) -> Encoded:

@@ -10,7 +10,7 @@ from torch import nn
 from configs.load import load_config, read_yaml
 from configs.schema import Config
 from data.text import Tokenizer
-from engine.restore import mask_as_saved, saved_rule, saved_setting
+from engine.restore import is_authors, mask_as_saved, saved_rule, saved_setting
 from madtp.pruning import PruneSetting
 from madtp.sparsity.layers import sparse_weights
 from models.weights.reading import is_read, read_checkpoint
@@ -88,7 +88,7 @@ def open_checkpoint(
     setting = saved_setting(settings, saved)
     if setting is None:
         problem, advice = "pruned weights without their temperature", "give a run's checkpoint_best.pth"
-        if isinstance(saved.get("temperature"), int | float) and "variant" not in saved:
+        if is_authors(saved):
             problem = "its temperature is of the authors' formulas"
             advice = "set variant: released in the config" if settings.task != "retrieval_clip" else f"fine-tune it, and {advice}"
         raise UserError(f"{path}: {problem}; {advice}")

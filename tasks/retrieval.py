@@ -1,5 +1,6 @@
 """Image-text retrieval by BLIP and by CLIP: which caption belongs to an image, and which image to a caption?"""
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -20,7 +21,7 @@ from data.captions import (
     read_captioned,
 )
 from data.text import Tokenizer, enc_token_id
-from engine.experiment import Evaluation, mean_cost
+from engine.experiment import Evaluation, Experiment, mean_cost
 from madtp.blocks import Encoded, TowerRecord
 from madtp.flops import GIGA
 from madtp.pruning import PruneSetting
@@ -29,14 +30,14 @@ from models.bert import BertSize, CrossAttention, TextEncoder
 from models.blip_retrieval import BlipRetrieval
 from models.build import checkpoint_blocks, learnable_tokens, pruner_factory, text_pruner_factory, vision_transformer
 from models.clip_retrieval import ClipRetrieval
-from models.momentum import MomentumModel
+from models.momentum import MomentumModel, can_number
 from models.weights.blip import load_retrieval_weights
 from models.weights.clip import load_clip_weights
 from tasks.pairs import SINGLES, PairView
 from tasks.prediction import HERE, Prediction, Predictor
 from tasks.ranking import predictions, rank
 from tasks.task import Demo, Inputs, Task, bert_vocabulary
-from utils import UserError
+from utils import UserError, logger
 
 TOP = 10  # candidates of a ranking by similarity alone: no recall looks further
 CLIP_VOCABULARY = 49408
@@ -66,6 +67,7 @@ def retrieval_from_config(config: RetrievalConfig, vocab_size: int, enc_token: i
         config.momentum,
         config.negative_all_rank,
         learnable_tokens(config),
+        padded_to=config.max_text_tokens if config.variant == "released" and not config.uncompressed else 0,
     )
 
 
@@ -197,6 +199,23 @@ class PairTask(Task[RetrievalConfig]):
 
     def inputs(self, batch: dict) -> Inputs:
         return batch["image"], batch["input_ids"], batch["attention_mask"]
+
+    def experiment(self, model: MomentumModel, loaders: dict[str, Any], checkpoint: dict, **functions: Callable) -> Experiment:
+        if "train" in loaders:
+            self._judge_queue_ids(model, loaders["train"].dataset.dataset.number_of_images, checkpoint)
+        return super().experiment(model, loaders, checkpoint, **functions)
+
+    def _judge_queue_ids(self, model: MomentumModel, images: int, checkpoint: dict) -> None:
+        """Keeps or forgets the image ids that `pretrained` brought: they may number the images of other data."""
+        keeps, largest = self.config.queue_ids == "keep", int(model.idx_queue.max())
+        if self.config.queue_ids == "auto":
+            published = "variant" not in checkpoint  # a run of this project may have used any data
+            keeps = published and can_number(model.idx_queue, images)
+        if largest >= 0:
+            done = "kept" if keeps else "forgotten"
+            logger.info("image ids of the pretrained queue, up to %d, are %s: the training images are %d", largest, done, images)
+        if not keeps:
+            model.forget_queue_ids()
 
     def losses(self, model: nn.Module, batch: dict, setting: PruneSetting) -> dict[str, Tensor]:
         alpha = self.config.alpha * min(1.0, batch["epoch"])  # momentum encoders are of little use at first

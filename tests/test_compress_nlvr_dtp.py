@@ -336,3 +336,17 @@ def test_weights_that_would_run_code_are_refused(world, tmp_path, capsys, monkey
 
 def test_resuming_from_nothing_is_refused(world, tmp_path, capsys):
     assert "no such checkpoint to resume from" in refusal(capsys, flags(world, tmp_path, "--resume"))
+
+
+def test_a_checkpoint_of_the_authors_code_is_evaluated_by_their_formulas_or_not_unasked(world, trained, tmp_path, capsys):
+    theirs, temperature = tmp_path / "theirs.pth", 2.5
+    weights = torch.load(trained / "checkpoint_best.pth", weights_only=True)["model"]
+    torch.save({"model": weights, "temperature": temperature, "epoch": 4}, theirs)
+    command = flags(world, tmp_path / "out", "--evaluate", "--pretrained", str(theirs), keep="max")
+    said = runs.refusal(capsys, partial(run_here, command))
+    assert f"{theirs}: is a compressed checkpoint of the authors' code" in said and "--set variant=released" in said
+    run_here([*command, "--set", "variant=released"])
+    result = read(tmp_path / "out", "result.json")
+    assert (result["variant"], result["temperature"], result["epoch"]) == ("released", temperature, 4)
+    removed = 1 - result["gflops"]["measured"] / result["gflops"]["uncompressed"]
+    assert result["reduce_ratio"] == pytest.approx(removed) != P

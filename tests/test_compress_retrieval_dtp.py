@@ -11,10 +11,12 @@ import torch
 from configs.load import load_config
 from configs.schema import ClipRetrievalConfig, RetrievalConfig
 from data.shapes.write import make_shapes
+from models.momentum import NO_IMAGE
 from models.weights.reading import read_checkpoint
 from tests import runs
 from tests.runs import FILES, ROOT, assert_same_run, log_of, read
 
+TRAINING_PICTURES = 10
 PICTURES, CAPTIONS = 11, 55  # of a split: neither two processes nor batches of 8 share them evenly
 SHARED = {
     "sd_num": 8, "sd_dim": 32, "sd_init_std": 0.02, "batch_size_train": 8, "batch_size_test": 8, "calibration_size": 8,
@@ -57,7 +59,7 @@ EACH_TASK = pytest.mark.parametrize("task", SCRIPTS)
 def world(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("world")
     # By this seed no caption comes twice: the order of equal scores is rounding's.
-    make_shapes(folder, seed=22, size=10, tasks=("retrieval",), eval_size=PICTURES, workers=1)
+    make_shapes(folder, seed=22, size=TRAINING_PICTURES, tasks=("retrieval",), eval_size=PICTURES, workers=1)
     return folder
 
 
@@ -265,3 +267,27 @@ def test_tome_merges_patches_alone_in_both_scripts(world, tmp_path):
         assert result["gflops"]["measured"] == pytest.approx(result["gflops"]["target"], rel=0.01)
         names = read_checkpoint(out / "checkpoint_best.pth")["model"]
         assert not any("pruner" in name or "space_dict" in name for name in names)
+
+
+@pytest.mark.parametrize(
+    ("key", "entries", "most", "kept"),
+    [
+        ("auto", {}, TRAINING_PICTURES - 1, True),
+        ("auto", {}, TRAINING_PICTURES, False),  # of more images than these
+        ("auto", {"variant": "paper"}, TRAINING_PICTURES - 1, False),  # a run of this project, on whatever data
+        ("keep", {"variant": "paper"}, TRAINING_PICTURES - 1, True),
+        ("drop", {}, TRAINING_PICTURES - 1, False),
+    ],
+)
+def test_the_image_ids_of_a_published_queue_are_kept_if_they_number_the_training_images(
+    world, trained, tmp_path, key, entries, most, kept
+):
+    weights = read_checkpoint(trained / "retrieval" / "checkpoint_best.pth")["model"]
+    dense = {name: tensor for name, tensor in weights.items() if "pruner" not in name and name != "space_dict"}
+    dense |= {"idx_queue": torch.full((1, 20), most), "ptr_queue": torch.zeros(1, dtype=torch.long)}
+    torch.save({"model": dense, **entries}, tmp_path / "published.pth")
+    more = ("--pretrained", str(tmp_path / "published.pth"), "--p", "0", "--epoch", "1", "--set", f"queue_ids={key}")
+    runs.run_here("compress_retrieval_dtp", flags("retrieval", world, tmp_path / "out", *more))
+    ids = read_checkpoint(tmp_path / "out" / "checkpoint_last.pth")["model"]["idx_queue"][0]
+    assert ids[:8].max() < TRAINING_PICTURES  # one step's batch
+    assert ids[8:].tolist() == [most if kept else NO_IMAGE] * 12

@@ -82,6 +82,17 @@ def with_lively_weights(module: nn.Module) -> nn.Module:
     return module
 
 
+@torch.no_grad()
+def slope(loss: Callable[[], Tensor], parameter: Tensor, direction: Tensor, step: float = 1e-3) -> float:
+    """Returns the derivative of a loss along a direction of a parameter by central differences."""
+    values = []
+    for sign in (1, -1):
+        parameter.add_(direction, alpha=sign * step)
+        values.append(float(loss()))
+        parameter.sub_(direction, alpha=sign * step)
+    return (values[0] - values[1]) / (2 * step)
+
+
 def images(pairs: int, seed: int = 0) -> Tensor:
     """(B, 2, 3, H, W): noise of very different strength, so that pictures differ in how much there is to keep."""
     generator = torch.Generator().manual_seed(seed)

@@ -13,9 +13,8 @@ from madtp.packing import Packed, Valid
 from madtp.pruning import PruningRule
 
 
-@torch.no_grad()
 def map_statistics(attention: Tensor, head_outputs: Tensor, valid: Valid, rule: PruningRule) -> AttentionStatistics:
-    """Reads the statistics off an attention map.
+    """Reads the statistics off an attention map. They are constants, but for a rule with `traces_attention`.
 
     Args:
         attention: (B, H, N, N) probabilities.
@@ -23,13 +22,14 @@ def map_statistics(attention: Tensor, head_outputs: Tensor, valid: Valid, rule: 
         valid: (B, N).
     """
     prefix = rule.num_prefix_tokens
-    tokens = attention[:, :, prefix:, prefix:]
-    if rule.variant == "released":
-        columns = released.released_columns(tokens)
-    else:
-        columns = paper_columns(tokens, None if valid is None else valid[:, prefix:])
-    importance = class_attention(attention[:, :, 0, prefix:], head_outputs[:, :, prefix:]) if prefix else None
-    return AttentionStatistics(importance, columns)
+    with torch.set_grad_enabled(torch.is_grad_enabled() and rule.traces_attention):
+        tokens = attention[:, :, prefix:, prefix:]
+        if rule.variant == "released":
+            columns = released.released_columns(tokens)
+        else:
+            columns = paper_columns(tokens, None if valid is None else valid[:, prefix:])
+        importance = class_attention(attention[:, :, 0, prefix:], head_outputs[:, :, prefix:]) if prefix else None
+        return AttentionStatistics(importance, columns)
 
 
 @torch.no_grad()

@@ -19,7 +19,8 @@ RETRIEVAL_MAY_MISS = (
     "space_dict", ".pruner.", "_m.", "_m", "itm_head.", "vision_proj.", "text_proj.", "temp",
     "image_queue", "text_queue", "idx_queue", "ptr_queue",
 )  # fmt: skip
-QUEUES = ("image_queue", "text_queue", "idx_queue", "ptr_queue")
+FEATURES = ("image_queue", "text_queue")
+QUEUES = (*FEATURES, "idx_queue", "ptr_queue")
 # Used by training alone, constant, or another name of weights that are there.
 NOT_READ = (*QUEUES, "temp", "decoder_alignment.", "position_ids", "cls.predictions.decoder.")
 ALIGNMENT = ("space_dict", ".pruner.")  # added by the pruners: a published model has none
@@ -85,8 +86,8 @@ def load_pair_weights(
 ) -> list[str]:
     """Loads weights of a retrieval model, the part that BLIP and CLIP share.
 
-    Position embeddings are interpolated, queues of another size start again, and missing momentum weights are copied from the
-    encoders. Image ids in the queue are left out: they number other data.
+    Position embeddings are interpolated, queues of another size start again, and missing momentum weights are copied
+    from the encoders. Image ids in the queue are loaded; whether they number the training data is for the caller to judge.
 
     positions: names of position embeddings (1, 1 + n * n, C) or (1 + n * n, C)
     """
@@ -96,7 +97,8 @@ def load_pair_weights(
             embedding = weights[name].reshape(1, *weights[name].shape[-2:])
             embedding = interpolate_position_embedding(embedding, expected[name].shape[-2])
             weights[name] = embedding.reshape(*expected[name].shape[:-2], *embedding.shape[-2:])
-    weights.pop("idx_queue", None)
+    if not all(name in weights for name in FEATURES):
+        weights.pop("idx_queue", None)
     if any(name in weights and weights[name].shape != expected[name].shape for name in QUEUES):
         logger.info("%s: its queues have another size and start anew", source)
         weights = {name: tensor for name, tensor in weights.items() if name not in QUEUES}

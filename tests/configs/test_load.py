@@ -3,9 +3,10 @@
 from pathlib import Path
 
 import pytest
+from torch.distributed.run import get_args_parser
 
-from configs.load import load_config, parse_command_line, save_config
-from configs.schema import CaptionConfig, ClipRetrievalConfig, NlvrConfig, RetrievalConfig
+from configs.load import WITHOUT_EFFECT, load_config, parse_command_line, save_config
+from configs.schema import CaptionConfig, ClipRetrievalConfig, NlvrConfig, RetrievalConfig, VqaConfig
 from tasks.registry import TASKS, load_any_config
 from utils import UserError
 
@@ -168,6 +169,9 @@ def test_flags_go_before_set_and_set_before_the_file(tmp_path: Path) -> None:
         (["--enable-sparse-api", "--token_reduce", "--set", "sparsity_type=1:4"], (1, 4), "dtp"),
         (["--enable-sparse-api", "--token_reduce", "--weight-sparse-pattern", "4:8", "--set", "sparsity_type=1:4"], (4, 8), "dtp"),
         (["--enable-sparse-api", "--weight-sparse-pattern", "m8n4_1d", "--token_reduce"], (4, 8), "dtp"),
+        (["--enable-sparse-api", "--weight-sparse-pattern", "m8n4_1d_faster", "--token_reduce"], (4, 8), "dtp"),
+        (["--enable-sparse-api", "--weight-sparse-pattern", "m8n2_1d_faster", "--token_reduce"], (2, 8), "dtp"),
+        (["--enable-sparse-api", "--weight-sparse-pattern", "m32n8_1d_faster", "--token_reduce"], (8, 32), "dtp"),
         (["--set", "sparsity_type=1:4"], (1, 4), "dtp"),
         (["--set", "sparsity_type=2:4", "--p", "0"], None, "dtp"),  # uncompressed is uncompressed
     ],
@@ -194,6 +198,63 @@ def test_what_is_no_pattern_is_refused(pattern, tmp_path: Path) -> None:
     (tmp_path / "x.yaml").write_text(f"sparsity_type: '{pattern}'\n")
     with pytest.raises(UserError, match=f"sparsity_type: '{pattern}' is no N:M pattern; write 2:4"):
         load_config(NlvrConfig, tmp_path / "x.yaml")
+
+
+def test_a_pattern_along_both_sides_is_refused_by_that_reason(tmp_path: Path) -> None:
+    said = refusal(tmp_path, "", "--enable-sparse-api", "--weight-sparse-pattern", "m4n2_2d_greedy")
+    assert "'m4n2_2d_greedy' is a pattern along both sides of a weight; use one along the input, such as m4n2_1d" in said
+
+
+# The flags of the published scripts of MADTP and MADTP++, as they stand behind the name of the script.
+PUBLISHED_COMMANDS = (
+    "--p 0.5 --epoch 15 --pretrained pretrained/model_base_nlvr.pth --config {config} --output_dir output/a",
+    "--epoch 25 --p 0.8 --pretrained pretrained/model_base_nlvr.pth --config {config} --enable-sparse-api"
+    " --weight-sparse-pattern m8n4_1d_faster --amp --token_reduce --output_dir output/a",
+    "--evaluate --pretrained output/a/checkpoint_best.pth --config {config} --enable-sparse-api --from-dense-checkpoint 0"
+    " --weight-sparse-pattern m8n4_1d_faster --amp --token_reduce --output_dir output/a",
+    "--config {config} --device cpu --seed 42 --world_size 8 --dist_url env:// --distributed True --w_sp_attn 1.44e-2"
+    " --w_sp_mlp 5e-4 --reset-info-resume",
+)
+
+
+@pytest.mark.parametrize("flags", PUBLISHED_COMMANDS)
+def test_published_command_lines_run_unchanged_and_the_log_says_what_became_of_them(flags, tmp_path: Path) -> None:
+    (tmp_path / "x.yaml").write_text(PUBLISHED)
+    arguments = flags.format(config=tmp_path / "x.yaml").split()
+    config = parse_command_line("test", NlvrConfig, arguments)
+    said = config.command_line.notes
+    ignored = {flag for flag in arguments if flag in WITHOUT_EFFECT}
+    assert {note.split()[0] for note in said if "has no effect: " in note} == ignored
+    pattern = "--weight-sparse-pattern m8n4_1d_faster is sparsity_type 4:8"
+    assert (pattern in said) == ("m8n4_1d_faster" in arguments) and len(said) == len(ignored) + (pattern in said)
+
+
+def test_the_keys_of_the_command_line_are_known(tmp_path: Path) -> None:
+    (tmp_path / "x.yaml").write_text("variant: paper\np: 0.3\n")
+    config = parse_command_line("test", NlvrConfig, ["--config", str(tmp_path / "x.yaml"), "--set", "keep=mean", "--seed", "1"])
+    assert config.command_line.keys == {"keep", "seed"}
+    assert config.model_copy(update={"p": 0.1}).command_line.keys == {"keep", "seed"}
+    assert load_config(NlvrConfig, tmp_path / "x.yaml").command_line.keys == set()
+
+
+def test_no_launcher_takes_the_second_name_of_p_for_its_own(tmp_path: Path) -> None:
+    """Before the options of a script stands its name, and torchrun still reads them: of --p it may make --print-completion."""
+    (tmp_path / "x.yaml").write_text("")
+    flags = ["--config", str(tmp_path / "x.yaml"), "--reduce_ratio", "0.3", "--set", "seed=1", "--evaluate"]
+    launched = get_args_parser().parse_args(["--nproc_per_node=2", "compress_nlvr_dtp.py", *flags])
+    assert launched.training_script_args == flags
+    assert parse_command_line("test", NlvrConfig, launched.training_script_args).p == 0.3
+
+
+@pytest.mark.parametrize(("cls", "rate"), [(NlvrConfig, 0.1), (VqaConfig, 0.1), (RetrievalConfig, 0.0), (CaptionConfig, 0.0)])
+def test_a_published_yaml_trains_with_the_stochastic_depth_that_the_authors_code_sets(cls, rate, tmp_path: Path) -> None:
+    (tmp_path / "x.yaml").write_text("image_root: a\npretrained: b\n" if cls is not VqaConfig else "vqa_root: a\n")
+    assert load_config(cls, tmp_path / "x.yaml").drop_path == rate
+
+
+@pytest.mark.parametrize("path", [path for path in FILES if "shapes" in path])
+def test_the_models_of_the_small_world_train_at_full_depth(path: str) -> None:
+    assert load_any_config(path).drop_path == 0
 
 
 def test_an_unknown_key_is_answered_with_the_nearest(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """The loop over epochs on a made-up task: what is selected, when test is looked at, how a run goes on."""
 
 import json
+import logging
 import math
 from pathlib import Path
 
@@ -8,11 +9,11 @@ import pytest
 import torch
 from torch import nn
 
-from configs.load import load_config
+from configs.load import load_config, parse_command_line
 from configs.schema import NlvrConfig
 from engine.compress import run_experiment
 from engine.experiment import Evaluation, Experiment
-from madtp.pruning import OFF
+from madtp.pruning import OFF, PruneSetting
 from utils import Run, UserError
 
 DENSE = 10.0
@@ -229,6 +230,32 @@ def test_no_epoch_within_the_budget_is_reported(tmp_path):
         run_experiment(task)
 
 
+def test_a_target_that_is_jumped_over_is_named_once_after_the_first_epoch_at_p(tmp_path, caplog):
+    """Not only when all epochs are over."""
+    task, evaluated = experiment(tmp_path, [50.0] * 4, ramp_epochs=2)
+    task.model.gflops = lambda setting: DENSE * (1 if setting.temperature is None else 0.3 if setting.temperature < 5 else 0.75)
+    said: list[int] = []  # epochs that had been evaluated by then
+
+    class Listener(logging.Handler):
+        def emit(self, record):
+            if "the run ends without a result" in record.getMessage():
+                said.append(len(evaluated))
+
+    logging.getLogger("madtp").addHandler(listener := Listener())
+    with caplog.at_level("INFO"), pytest.raises(UserError, match="no epoch came within 1% of the target"):
+        run_experiment(task)
+    logging.getLogger("madtp").removeHandler(listener)
+    assert said == [1]  # epoch 0 is on the way to p, epoch 1 at it
+    (line,) = (text for text in caplog.messages if "the run ends without a result" in text)
+    assert "p = 0.5 than 3.0000 GFLOPs, -40.0 % off" in line and "choose p = 0.700, or raise calibration_size above 256" in line
+
+
+def test_a_target_that_is_met_is_not_talked_about(tmp_path, caplog):
+    with caplog.at_level("INFO"):
+        run_experiment(experiment(tmp_path, [50.0, 60.0])[0])
+    assert not any("ends without a result" in text for text in caplog.messages)
+
+
 def test_a_target_out_of_reach_names_the_range_of_p(tmp_path):
     with pytest.raises(UserError, match=r"p = 0.9 is out of reach: .* removes 0.050 to 0.793 of the GFLOPs \(1.0000 wanted"):
         run_experiment(experiment(tmp_path, [50.0], p=0.9)[0])
@@ -244,6 +271,9 @@ SAVED = {
     "prune_from": 0,
     "epoch": 7,
 }
+
+
+AUTHORS = {"temperature": 500.0, "epoch": 3}  # beside the weights
 
 
 @pytest.mark.parametrize(
@@ -299,9 +329,54 @@ def test_a_slice_that_fills_no_batch_is_named_where_batches_matter(tmp_path, cap
         assert any("set calibration_size to 32 or more" in text for text in caplog.messages) == named
 
 
+def test_a_run_says_which_flags_of_the_authors_scripts_it_does_not_need(tmp_path, caplog):
+    (tmp_path / "x.yaml").write_text("")
+    flags = ["--config", str(tmp_path / "x.yaml"), "--world_size", "8", "--dist_url", "env://"]
+    run, _ = experiment(tmp_path, [50.0])
+    run.config._command_line = parse_command_line("", NlvrConfig, flags).command_line
+    with caplog.at_level("INFO"):
+        run_experiment(run)
+    said = [text for text in caplog.messages if "has no effect" in text]
+    assert [text.split()[0] for text in said] == ["--world_size", "--dist_url"]
+
+
+def test_an_authors_checkpoint_is_not_evaluated_under_the_papers_formulas_unasked(tmp_path):
+    """Whatever the file says of the variant: all shipped ones say paper."""
+    for task, advice in (("nlvr", "evaluate it with --set variant=released"), ("retrieval_clip", "cannot be evaluated pruned")):
+        run, evaluated = experiment(tmp_path, [50.0], evaluate=True, pretrained="theirs.pth", variant="paper", task=task)
+        run.checkpoint = AUTHORS
+        with pytest.raises(UserError, match=f"^theirs.pth: is a compressed checkpoint of the authors' code.*{advice}"):
+            run_experiment(run)
+        assert not evaluated and not (tmp_path / "result.json").exists()
+
+
+def test_who_asks_for_the_papers_formulas_has_them_calibrated(tmp_path):
+    (tmp_path / "x.yaml").write_text("variant: paper\n")
+    asked = parse_command_line("", NlvrConfig, ["--config", str(tmp_path / "x.yaml"), "--set", "variant=paper"])
+    run, _ = experiment(tmp_path, [50.0], evaluate=True)
+    run.config = asked.model_copy(update={"output_dir": tmp_path, "evaluate": True, "device": "cpu"})
+    run.checkpoint = AUTHORS
+    result = run_experiment(run)
+    assert result["temperature"] != AUTHORS["temperature"] and result["gflops"]["measured"] == pytest.approx(5, rel=0.005)
+
+
+def test_an_authors_checkpoint_is_a_start_of_training_under_either_variant(tmp_path):
+    run, _ = experiment(tmp_path, [50.0])
+    run.checkpoint = AUTHORS
+    assert run_experiment(run)["gflops"]["measured"] == pytest.approx(5, rel=0.01)
+
+
 @pytest.mark.parametrize(("temperature", "used"), [(500.0, 500.0), (0.0, None)])
-def test_an_authors_checkpoint_brings_its_temperature_and_none_is_off(tmp_path, temperature, used):
+def test_an_authors_checkpoint_brings_its_temperature_and_none_is_off(tmp_path, temperature, used, caplog):
+    """Their formulas given, p is what that temperature removes, and nothing is off the target."""
     task, evaluated = experiment(tmp_path, [50.0], evaluate=True, variant="released", keep="max")
-    task.checkpoint = {"model": {}, "temperature": temperature, "epoch": 3}
-    assert run_experiment(task)["temperature"] == used
-    assert {setting.temperature for *_, setting in evaluated} == {used}
+    task.checkpoint = {**AUTHORS, "temperature": temperature}
+    with caplog.at_level("INFO"):
+        result = run_experiment(task)
+    assert result["temperature"] == used and {setting.temperature for *_, setting in evaluated} == {used}
+    measured = result["gflops"]["measured"]
+    with torch.no_grad():
+        assert measured == pytest.approx(task.model.gflops(PruneSetting(used))) and measured > 9  # far from p = 0.5
+    assert result["reduce_ratio"] == pytest.approx(1 - measured / DENSE) and result["gflops"]["target"] == pytest.approx(measured)
+    assert not any("off the target" in text for text in caplog.messages)
+    assert any(f"temperature {temperature:g} of the authors' checkpoint removes" in text for text in caplog.messages)

@@ -27,6 +27,14 @@ def test_answers_are_compared_by_their_divergence_at_a_temperature():
     torch.testing.assert_close(logit_loss(student, teacher, 2.0, valid), expected[valid].mean())
 
 
+@pytest.mark.parametrize(("distill_temperature", "weight"), [(2.0, 2.0), (1.0, 0.5)])
+def test_the_documented_weights_give_the_loss_of_the_authors_code_on_two_classes(distill_temperature, weight):
+    """T^2 twice, and the mean over samples and classes, as of `KLDivLoss()` in their PyTorch."""
+    student, teacher, t = torch.randn(4, 2), torch.randn(4, 2), distill_temperature
+    theirs = t**4 * F.kl_div(F.log_softmax(student / t, dim=1), F.softmax(teacher / t, dim=1), reduction="none").mean()
+    torch.testing.assert_close(weight * logit_loss(student, teacher, t), theirs)
+
+
 @pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
 def test_an_unpruned_student_with_the_teachers_weights_has_nothing_to_learn(packed):
     student, teacher = tiny.nlvr(RULE).train(), tiny.nlvr()

@@ -11,6 +11,7 @@ from madtp.importance import AttentionStatistics, token_importance
 from madtp.packing import pack
 from madtp.pruning import GRADIENTS, PruneSetting, PruningRule, TokenPruner
 from madtp.selection import decision_gate, sparsemax, threshold
+from tests import tiny
 from tests.models.test_vit import LEARNABLE, pictures, tower
 
 DIM, NUMBER, TOKENS, TEMPERATURE, RELAXATION = 8, 5, 12, 3.0, 0.7
@@ -155,6 +156,30 @@ def test_the_tasks_gradient_reaches_the_learnable_tokens_of_a_tower_and_survives
         results.append(learnable.grad)
     assert results[0].abs().max() > 1e-6
     torch.testing.assert_close(*results, atol=1e-8, rtol=1e-4)
+
+
+def attention_slopes(rule: PruningRule) -> tuple[float, float]:
+    """The derivative of a pruned tower's outputs along its first query, key and value weights: by autograd, and as it is."""
+    vit, learnable = tower(rule).double(), LEARNABLE.double()
+    weight, guidance = vit.blocks[0].attn.qkv.weight, Guidance(PruneSetting(2.0), learnable_tokens=learnable)
+    direction = torch.randn(weight.shape, generator=torch.Generator().manual_seed(0)).double()
+    direction /= direction.norm()
+
+    def loss() -> Tensor:
+        tokens = vit(pictures().double(), guidance)[0]
+        return (tokens * torch.randn(tokens.shape, generator=torch.Generator().manual_seed(1))).sum()
+
+    (gradient,) = torch.autograd.grad(loss(), weight)
+    return float((gradient * direction).sum()), tiny.slope(loss, weight, direction, step=3e-4)
+
+
+def test_the_authors_merge_sends_gradients_into_the_attention_and_the_papers_does_not():
+    """Under their formulas nothing that weights the merged token is a constant."""
+    found, expected = attention_slopes(PruningRule(variant="released", gradient="merge"))
+    assert found == pytest.approx(expected, rel=2e-3)
+    for rule in (PruningRule(variant="released", gradient="none"), PruningRule(gradient="merge")):
+        found, expected = attention_slopes(rule)
+        assert found != pytest.approx(expected, rel=2e-3)
 
 
 def test_a_sample_without_prunable_tokens_keeps_gradients_finite():

@@ -126,6 +126,22 @@ def test_the_shapes_model_matches_a_batch_of_32_as_each_pair_alone():
         torch.testing.assert_close(together[i], alone[0], atol=1e-5, rtol=0)
 
 
+@torch.no_grad()
+def test_by_the_authors_formulas_texts_are_read_at_one_length_whatever_that_of_their_batch():
+    """Padding takes part in their scores, so that shorter rows would be other texts."""
+    model, image, guidance = tiny.retrieval(PruningRule(variant="released")), tiny.images(2)[:, 0], Guidance(SETTING)
+    shown = model.encode_image(image, guidance)
+
+    def read(width: int) -> list[torch.Tensor]:
+        text = tiny.text([5, 9], width=width)
+        return [model.encode_text(*text, guidance).feature, model.match(*text, (shown.tokens, shown.layout), SETTING)[0]]
+
+    unpadded, at_20 = read(9), read(20)
+    assert not any(torch.allclose(a, b, atol=1e-3) for a, b in zip(unpadded, at_20, strict=True))
+    model.padded_to = 20
+    assert all(torch.equal(a, b) for width in (9, 14, 20) for a, b in zip(read(width), at_20, strict=True))
+
+
 @pytest.mark.parametrize("packed", [False, True])
 @torch.no_grad()
 def test_negatives_follow_the_pairs_first_another_image_then_another_text(packed):

@@ -31,16 +31,21 @@ def setting(temperature: float) -> PruneSetting:
     return PruneSetting(float(temperature)) if temperature > 0 else OFF
 
 
-@pytest.mark.parametrize("path", golden.cases("caption*"))
-@torch.no_grad()
-def test_caption(path):
-    info, t = golden.load(path)
+def caption_of(info, t, path) -> BlipCaption:
     weights = golden.published_weights(t)
     vision, size, _ = parts_of(info["config"], weights["space_dict"])
     prompt = t["input_ids"][0, : info["prompt_length"]].tolist()
     end = info["vocab"].index("[SEP]")
     model = BlipCaption(vision, size, prompt, end, 0, SMOOTHING, (*weights["space_dict"].shape, 1.0)).eval()
     load_decoder_weights(model, weights, path.name)
+    return model
+
+
+@pytest.mark.parametrize("path", golden.cases("caption*"))
+@torch.no_grad()
+def test_caption(path):
+    info, t = golden.load(path)
+    model = caption_of(info, t, path)
     for temperature in info["config"]["temperatures"]:
         name = f"T{temperature}"
         output = model(t["image"], t["input_ids"], t["attention_mask"], Guidance(setting(temperature)))
@@ -49,10 +54,7 @@ def test_caption(path):
         assert [int(n[0]) for n in output.vision.leaving] == t[f"{name}.vit_tokens_per_layer"].tolist()
 
 
-@pytest.mark.parametrize("path", golden.cases("vqa*"))
-@torch.no_grad()
-def test_vqa(path):
-    info, t = golden.load(path)
+def vqa_of(info, t, path) -> BlipVqa:
     weights = golden.published_weights(t)
     vision, size, pruner = parts_of(info["config"], weights["space_dict"])
     text = TextEncoder(size, lambda i: CrossAttention(size, vision.embed_dim), lambda dim: pruner(dim, mask_follows=True))
@@ -60,6 +62,14 @@ def test_vqa(path):
     learnable = (*weights["space_dict"].shape, 1.0)
     model = BlipVqa(vision, text, size, start, end, 0, SMOOTHING, learnable, reads_padding=True).eval()
     load_decoder_weights(model, weights, path.name)
+    return model
+
+
+@pytest.mark.parametrize("path", golden.cases("vqa*"))
+@torch.no_grad()
+def test_vqa(path):
+    info, t = golden.load(path)
+    model = vqa_of(info, t, path)
     question = t["image"], t["question_input_ids"], t["question_attention_mask"]
     for temperature in info["config"]["temperatures"]:
         name, here = f"T{temperature}", setting(temperature)

@@ -9,6 +9,7 @@ from torch import nn
 from engine.flop_table import fvcore_gflops
 from madtp.blocks import Guidance
 from madtp.pruning import OFF, PruneSetting, PruningRule
+from models.momentum import NO_IMAGE, can_number
 from tests import tiny
 
 INSTANCE = PruningRule(keep="instance")
@@ -216,3 +217,18 @@ def test_the_dense_model_has_neither_learnable_tokens_nor_similarity_losses(kind
     assert set(model(*tiny.pairs(kind, LENGTHS), IDS, 0.4, Guidance(align=False))) == names
     more = tiny.PAIR_MODELS[kind](INSTANCE)(*tiny.pairs(kind, LENGTHS), IDS, 0.4, Guidance(align=True))
     assert set(more) == names | {"similarity", "similarity_momentum"}
+
+
+@pytest.mark.parametrize("images", [29_000, 113_287], ids=["flickr", "coco"])
+def test_a_published_queue_numbers_the_data_set_that_it_was_filled_from_and_no_other(images):
+    """57,600 entries, of the last pairs of an epoch: five captions an image in another order."""
+    generator = torch.Generator().manual_seed(0)
+    ids = (torch.randperm(5 * images, generator=generator)[:57_600] // 5)[None]
+    assert can_number(ids, images)
+    assert not any(can_number(ids, other) for other in (images - 100, images + 100, 29_000, 113_287) if other != images)
+
+
+def test_entries_without_an_image_number_nothing():
+    assert not can_number(torch.full((1, 5), NO_IMAGE), 4)
+    half = torch.tensor([[NO_IMAGE] * 50 + list(range(50))])
+    assert can_number(half, 50) and not can_number(half, 49) and not can_number(half - 1, 49)

@@ -8,17 +8,25 @@ from madtp.pruning import OFF, PruneSetting, PruningRule, TokenPruner
 from models.bert import FIRST_MERGE_LAYER, BertSize, PairedCrossAttention, TextEncoder
 from models.blip_nlvr import BlipNlvr
 from models.vit import VisionTransformer
-from tests import golden
+from tests import golden, tiny
 
 RELEASED = PruningRule(variant="released", keep="max")
 
 
-def pruner_for(learnable):
-    return lambda dim: TokenPruner(dim, learnable.shape[0], learnable.shape[1], RELEASED)
+def pruner_for(learnable, rule=RELEASED):
+    return lambda dim: TokenPruner(dim, learnable.shape[0], learnable.shape[1], rule)
 
 
 def setting(temperature):
     return PruneSetting(float(temperature)) if temperature > 0 else OFF
+
+
+def vit_of(t, config, rule):
+    size, make_pruner = config.get("vit", config), pruner_for(t["space_dict"], rule)
+    sizes = size["embed_dim"], size["depth"], size["num_heads"]
+    vit = VisionTransformer(t["image"].shape[-1], config.get("patch_size", 16), *sizes, make_pruner=make_pruner).eval()
+    vit.load_state_dict(golden.published_weights(t))
+    return vit
 
 
 @pytest.mark.parametrize("path", golden.cases("vit"))
@@ -26,16 +34,7 @@ def setting(temperature):
 def test_vit(path):
     info, t = golden.load(path)
     config, learnable = info["config"], t["space_dict"]
-    size = config.get("vit", config)
-    vit = VisionTransformer(
-        t["image"].shape[-1],
-        config.get("patch_size", 16),
-        size["embed_dim"],
-        size["depth"],
-        size["num_heads"],
-        make_pruner=pruner_for(learnable),
-    ).eval()
-    vit.load_state_dict(golden.published_weights(t))
+    vit = vit_of(t, config, RELEASED)
     for temperature in config["temperatures"]:
         name = f"T{temperature}"
         out, _, record = vit(t["image"], Guidance(setting(temperature), align=True, learnable_tokens=learnable))
@@ -45,11 +44,30 @@ def test_vit(path):
         golden.assert_close(record.features, t[f"{name}.sd_img_ft_all"])
 
 
-@pytest.mark.parametrize("path", golden.cases("nlvr*"))
-@torch.no_grad()
-def test_nlvr(path):
+@pytest.mark.parametrize("path", golden.cases("vit"))
+@pytest.mark.parametrize("name", ["space_dict", "blocks.0.attn.qkv.weight", "blocks.1.norm1.weight"])
+def test_vit_gradients_are_those_of_the_outputs_while_the_decisions_stay(path, name):
+    """Nothing of the authors' scores is detached: the merge's weights send gradients to the learnable tokens and the attention."""
     info, t = golden.load(path)
-    config = info["config"]
+    config, learnable = info["config"], torch.nn.Parameter(t["space_dict"].double())
+    vit = vit_of(t, config, PruningRule(variant="released", keep="max", gradient="merge")).double()
+    parameter = learnable if name == "space_dict" else dict(vit.named_parameters())[name]
+    generator = torch.Generator().manual_seed(0)
+    direction = torch.nn.functional.normalize(torch.randn(parameter.shape, generator=generator).double().flatten(), dim=0)
+    direction = direction.view_as(parameter)
+    for temperature in (value for value in config["temperatures"] if value > 0):
+        guidance = Guidance(setting(temperature), learnable_tokens=learnable)
+
+        def loss(guidance=guidance) -> torch.Tensor:
+            out, _, _ = vit(t["image"].double(), guidance)
+            return (out * torch.randn(out.shape, generator=torch.Generator().manual_seed(1))).sum()
+
+        (gradient,) = torch.autograd.grad(loss(), parameter)
+        expected = tiny.slope(loss, parameter, direction)
+        assert float((gradient * direction).sum()) == pytest.approx(expected, rel=5e-3, abs=2e-3)
+
+
+def nlvr_of(t, config):
     bert = {k: config["med_config"][k] for k in BertSize.__dataclass_fields__ if k in config["med_config"]}
     vit = {k: config["vit"][k] for k in ("embed_dim", "depth", "num_heads", "mlp_ratio")}
     learnable = t["w.space_dict"]
@@ -62,6 +80,15 @@ def test_nlvr(path):
     weights = golden.published_weights(t)
     weights.pop("text_encoder.embeddings.position_ids", None)
     model.load_state_dict(weights)
+    return model
+
+
+@pytest.mark.parametrize("path", golden.cases("nlvr*"))
+@torch.no_grad()
+def test_nlvr(path):
+    info, t = golden.load(path)
+    config = info["config"]
+    model = nlvr_of(t, config)
     images = torch.stack(t["images"].chunk(2), dim=1)
     for text in ("pad", "nopad"):
         for temperature in config["temperatures"]:
