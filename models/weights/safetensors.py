@@ -28,6 +28,14 @@ def save_exported(path: Path, weights: dict[str, Tensor], state: dict, pattern: 
     save_file(weights, path, {"format": "pt", KEY: json.dumps(state)})
 
 
+def is_exported(path: Path) -> bool:
+    """Tells whether a file was written by `save_exported`."""
+    if path.suffix != ".safetensors" or not path.is_file():
+        return False
+    with safe_open(path, "pt") as file:
+        return KEY in (file.metadata() or {})
+
+
 def read_safetensors(path: Path) -> dict:
     """Reads a file back: the state dict as "model", with packed weights restored, and the state saved with it."""
     with safe_open(path, "pt") as file:
