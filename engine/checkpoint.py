@@ -66,7 +66,7 @@ def read_run(path: Path, run: Run) -> dict:
     if not path.is_file():
         raise UserError(f"{path}: no such checkpoint to resume from; leave --resume out to start a new run")
     saved = read_checkpoint(path)
-    if "optimizer" not in saved:
+    if not {"optimizer", "scaler", "step", "rng"} <= saved.keys():
         raise UserError(f"{path}: holds weights, not a run to resume; give it as --pretrained instead")
     if len(saved["rng"]) != run.world_size:
         raise UserError(f"{path}: a run of {len(saved['rng'])} processes cannot go on with {run.world_size}; start the same number")
