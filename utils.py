@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
@@ -169,6 +170,16 @@ def at_least_one(text: str) -> int:
     if number < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, got {number}")
     return number
+
+
+def home_expanded(text: str) -> str:
+    """Returns a path with `~` in front replaced by the home folder; an argparse type. The shell leaves `--out=~/x` as it is."""
+    return os.path.expanduser(text)
+
+
+def user_path(text: str) -> Path:
+    """Parses a path, with `~` for the home folder; an argparse type."""
+    return Path(home_expanded(text))
 
 
 def run_main(main: Callable[[], None]) -> None:

@@ -10,7 +10,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
 from configs.schema import Config
-from utils import UserError
+from utils import UserError, logger, user_path
 
 ConfigT = TypeVar("ConfigT", bound=Config)
 
@@ -48,7 +48,7 @@ def parse_command_line(description: str, cls: type[ConfigT], argv: list[str] | N
     """
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     switch = {"action": argparse.BooleanOptionalAction, "default": None}
-    parser.add_argument("--config", required=True, metavar="FILE", help="YAML file of the experiment")
+    parser.add_argument("--config", type=user_path, required=True, metavar="FILE", help="YAML file of the experiment")
     parser.add_argument("--output_dir", metavar="DIR", help="folder that the run writes to")
     parser.add_argument("--evaluate", help="evaluate the pretrained weights, do not train", **switch)
     parser.add_argument("--device", help="cpu, cuda or cuda:N; default: cuda if available")
@@ -77,7 +77,20 @@ def parse_command_line(description: str, cls: type[ConfigT], argv: list[str] | N
         if sparse:
             overrides["sparsity_type"] = pattern or given.get("sparsity_type") or "2:4"
     overrides.update({key: value for key, value in arguments.items() if value is not None})
-    return load_config(cls, path, overrides)
+    config = load_config(cls, path, overrides)
+    return config if arguments["max_epoch"] is None or "ramp_epochs" in overrides else _with_shorter_ramp(config)
+
+
+def _with_shorter_ramp(config: ConfigT) -> ConfigT:
+    """Shortens the ramp of a file's longer training to the epochs that the flag --epoch leaves for it.
+
+    Sparse weights need epochs besides the ramp; there the engine says how many.
+    """
+    left = config.max_epoch - config.align_epochs
+    if config.pattern is not None or config.ramp_epochs is None or not 0 < left < config.ramp_epochs:
+        return config
+    logger.warning("--epoch %d: the ramp is shortened from ramp_epochs: %d to %d", config.max_epoch, config.ramp_epochs, left)
+    return config.model_copy(update={"ramp_epochs": left})
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -87,7 +100,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         UserError: when the file is missing or invalid.
     """
     try:
-        values = YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8"))
+        values = YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise UserError(f"{path}: {error.strerror or error}; give the path of a YAML file with --config") from None
     except MarkedYAMLError as error:

@@ -1,12 +1,13 @@
 """Devices that are asked for, and numbers on a command line."""
 
 import argparse
+from pathlib import Path
 
 import pytest
 import torch
 
 import utils
-from utils import UserError, at_least_one, init_run
+from utils import UserError, at_least_one, init_run, user_path
 
 
 @pytest.mark.parametrize(
@@ -47,3 +48,9 @@ def test_a_count_is_at_least_one():
     assert at_least_one("3") == 3
     with pytest.raises(argparse.ArgumentTypeError, match="must be at least 1, got 0"):
         at_least_one("0")
+
+
+def test_a_tilde_in_a_tools_path_is_the_home_folder(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert user_path("~/out") == tmp_path / "out" and user_path("a~/b") == Path("a~/b")
+    assert user_path("~nobody-of-this-name/x") == Path("~nobody-of-this-name/x")
