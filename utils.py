@@ -1,6 +1,7 @@
 """Process-wide helpers: ranks and collectives, device, seed, logger, and errors that the user can fix."""
 
 import argparse
+import errno
 import logging
 import os
 import random
@@ -18,6 +19,9 @@ import torch.nn.functional as F
 
 T = TypeVar("T")
 PATIENCE = timedelta(hours=2)  # timeout of collectives; the others wait while the main process scores captions
+
+# Errors of a file system that the user can mend.
+UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
 
 logger = logging.getLogger("madtp")
 
@@ -183,7 +187,7 @@ def user_path(text: str) -> Path:
 
 
 def run_main(main: Callable[[], None]) -> None:
-    """Calls `main`. Turns a UserError into one line on stderr and exit code 2.
+    """Calls `main`. Turns a UserError, or a file that may not be written, into one line on stderr and exit code 2.
 
     The process group is destroyed only after success. After an error, NCCL would wait there for processes that are blocked in a
     collective, and torchrun, which has to stop them, would not see the error.
@@ -192,5 +196,10 @@ def run_main(main: Callable[[], None]) -> None:
         main()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:
+        if error.errno not in UNWRITABLE:
+            raise
+        print(f"error: {error.filename or 'output'}: {error.strerror}; make room, or write to another folder", file=sys.stderr)
         sys.exit(2)
     leave_process_group()

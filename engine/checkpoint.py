@@ -37,9 +37,20 @@ def set_rng_state(state: dict) -> None:
 
 
 def save_atomic(content: dict, path: Path) -> None:
+    """Saves a checkpoint whole or not at all: if it fails, an earlier file of this name stays, and nothing else.
+
+    Raises:
+        UserError: when it cannot be written, for example because the disk is full.
+    """
     temporary = path.with_name(path.name + ".tmp")
-    torch.save(content, temporary)
-    os.replace(temporary, path)
+    try:
+        torch.save(content, temporary)
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # PyTorch's writer has only its own errors
+        reason = (error.strerror if isinstance(error, OSError) else None) or "not written whole; is the disk full?"
+        raise UserError(f"{path}: {reason}; make room and go on with --resume, or give another --output_dir") from None
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def save_run(path: Path, trainer: Trainer, model: torch.nn.Module, state: dict, run: Run) -> None:
