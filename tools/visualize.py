@@ -59,7 +59,7 @@ def _draw_sample(figure: Figure, sample: Sample, width: float, top: float) -> No
 
     def write(x: float, y: float, text: str, **style) -> None:
         style = {"fontsize": FONT, "color": BLACK, "va": "center", **style}
-        figure.text(x / page[0], y / page[1], text, **style)
+        figure.text(x / page[0], y / page[1], text, parse_math=False, **style)  # $ in a sentence is a dollar
 
     write(MARGIN, top - HEAD / 2, sample.heading, fontweight="bold")
     y = top - HEAD - LINE
