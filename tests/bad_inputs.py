@@ -79,7 +79,7 @@ SETTINGS = [
     BadInput(
         "nlvr",
         "unknown key",
-        "; did you mean 'batch_size_train'?",
+        "unknown key",
         "Use the name that the line offers; all are in [Settings](settings.md).",
         "--set bach_size_train=3",
     ),
