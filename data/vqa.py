@@ -242,9 +242,9 @@ def _evaluated(entries: list[Entry], source: str) -> list[Entry]:
     Raises:
         UserError: when a question id is not the only one.
     """
-    seen: dict[str | int, int] = {}
+    seen: dict[str, int] = {}  # ids as text, as they are keys of the file of predictions
     for index, entry in enumerate(entries):
-        if (first := seen.setdefault(entry["question_id"], index)) != index:
+        if (first := seen.setdefault(str(entry["question_id"]), index)) != index:
             raise UserError(
                 f"{source}: the questions {first} and {index} share the question_id {entry['question_id']!r}; give each its own"
             )

@@ -1,12 +1,15 @@
 """Every bad input of the table ends the program with one line and exit code 2, and the page on troubleshooting knows them."""
 
+import errno
 import importlib
+import os
 import shlex
 import shutil
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from tasks.registry import TASKS
 from tests import bad_inputs
@@ -42,6 +45,26 @@ def test_a_bad_input_is_answered_in_one_line(name, worlds, tmp_path, monkeypatch
     said = refusal(capsys, lambda: importlib.import_module(module).main())
     assert bad.said in said
     assert not any(word in said for word in ("Traceback", "miniz", "PytorchStream", "pydantic"))
+
+
+def test_a_disk_that_fills_up_ends_a_run_in_one_line(worlds, tmp_path, monkeypatch, capsys):
+    write, written = torch.save, []
+
+    def fills_up(content, file):
+        written.append(file)
+        if len(written) == 3:  # checkpoint_best.pth and checkpoint_last.pth of the first epoch fit
+            Path(file).write_bytes(b"half")
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        write(content, file)
+
+    monkeypatch.setattr(torch, "save", fills_up)
+    settings = "--no-evaluate --pretrained= --p 0 --epoch 2 --set batch_size_train=2 --set num_workers=0"
+    module, flags = program(BadInput("nlvr", "", "", flags=f"{settings} --output_dir {tmp_path}"), worlds["nlvr"])
+    monkeypatch.setattr(sys, "argv", [module, *flags])
+    said = refusal(capsys, lambda: importlib.import_module(module).main())
+    assert "No space left on device; make room and go on with --resume" in said
+    assert not list(tmp_path.glob("*.tmp"))
+    assert torch.load(tmp_path / "checkpoint_last.pth")["epoch"] == 0
 
 
 def test_the_table_is_large_and_its_names_are_unique():

@@ -229,9 +229,10 @@ def test_an_entry_may_leave_out_its_data_set_and_give_answers_as_objects(world: 
 
 
 @pytest.mark.parametrize("file", ["val", "test"])
-def test_a_question_id_that_is_not_the_only_one_is_named(world: Path, file: str) -> None:
-    (world / f"{file}.json").write_text(json.dumps([ASKED, {**ASKED, "question_id": 8}, {**ASKED, "question": "another"}]))
-    with pytest.raises(UserError, match=rf"\A{file}: the questions 0 and 2 share the question_id 7; give each its own\Z"):
+@pytest.mark.parametrize("again", [7, "7"])
+def test_a_question_id_that_is_not_the_only_one_is_named(world: Path, file: str, again: int | str) -> None:
+    (world / f"{file}.json").write_text(json.dumps([ASKED, {**ASKED, "question_id": 8}, {**ASKED, "question_id": again}]))
+    with pytest.raises(UserError, match=rf"\A{file}: the questions 0 and 2 share the question_id {again!r}; give each its own\Z"):
         build_datasets(config_of(world))
 
 

@@ -26,7 +26,7 @@ def test_transformers_weights_become_ours(task):
     theirs = MODELS[task].twin(model, SIZE).state_dict()
     assert any(name.startswith("vision_model.") for name in theirs)
     loaded = emptied(MODELS[task].model_of(SIZE))
-    load_decoder_weights(loaded, {**theirs, "text_decoder.bert.embeddings.position_ids": torch.arange(32)[None]}, "model.safetensors")
+    load_decoder_weights(loaded, {**theirs, "text_decoder.bert.embeddings.position_ids": torch.arange(32)[None]}, "x")
     ours = model.state_dict()
     assert all(torch.equal(tensor, ours[name]) for name, tensor in loaded.state_dict().items())
 
