@@ -76,6 +76,11 @@ def _unseen(model: Clip, weights: StateDict, source: str, theirs: bool) -> Unsee
     if "input_resolution" in weights or _is_trained_here(weights) or is_exported(Path(source)):
         return _unseen_of(model)._replace(activation=OPENAIS)
     if found := read_beside(Path(source), theirs):
+        for width, heads in ((model.size.vision_width, found.vision_heads), (model.size.text_width, found.text_heads)):
+            if heads < 1 or width % heads:
+                raise UserError(
+                    f"{source}: the config beside it has {heads} heads, which do not divide {width} channels; is it another's?"
+                )
         return found
     if model.size.activation is None and model.size.vocab_size == VOCABULARY:
         raise UserError(

@@ -41,7 +41,9 @@ def read_beside(weights_file: Path, named_as_transformers: bool) -> Unseen | Non
         if file.is_file():
             try:
                 found = reader(file, json.loads(file.read_text(encoding="utf-8-sig")))
-            except (ValueError, TypeError, AttributeError, KeyError):
+            except UserError:
+                raise
+            except Exception:  # transformers checks what it is given in ways of its own
                 raise UserError(f"{file}: not a config of CLIP; fetch it again, or remove it and set clip.activation") from None
             if found is not None:
                 return found

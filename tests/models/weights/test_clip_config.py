@@ -168,6 +168,19 @@ def test_the_config_of_another_model_in_the_folder_is_left_alone_and_a_broken_on
         read_beside(tmp_path / "x.bin", False)
 
 
+@pytest.mark.parametrize("vision", [{"hidden_size": "wide"}, [1], {"num_attention_heads": 7}])
+def test_a_config_that_transformers_refuses_is_named(tmp_path, vision):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "clip", "vision_config": vision}))
+    with pytest.raises(UserError, match="config.json: not a config of CLIP"):
+        read_beside(tmp_path / "x.bin", True)
+
+
+def test_heads_of_another_model_are_named(tmp_path):
+    write_open_clip(tmp_path, head_width=5)
+    with pytest.raises(UserError, match="x.bin: the config beside it has 4 heads, which do not divide 30 channels"):
+        load_clip_weights(model_of(replace(SIZE, vision_width=30)), open_clips(False).state_dict(), str(tmp_path / "x.bin"))
+
+
 def test_pictures_are_normalised_as_the_check_expects():
     assert (clip_config.MEAN, clip_config.STD) == (MEAN, STD)
 
