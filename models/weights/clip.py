@@ -11,8 +11,8 @@ from models.weights.reading import StateDict, load_pair_weights
 from models.weights.safetensors import is_exported
 from utils import UserError, logger
 
-# Entries of OpenAI's archives beside the weights.
-MAY_IGNORE = ("input_resolution", "context_length", "vocab_size", "position_ids")
+# Entries of OpenAI's archives beside the weights, and constants of others.
+MAY_IGNORE = ("input_resolution", "context_length", "vocab_size", "position_ids", "attn_mask")
 POSITIONS = ("visual.positional_embedding", "visual_m.positional_embedding")
 PRUNER = ("query_model.q_map.0.", "pruner.alignment.projection.")  # the published name of a block's map W, and ours
 
@@ -36,6 +36,7 @@ TRANSPOSED = {"visual_projection.weight": "visual.proj", "text_projection.weight
 
 
 VOCABULARY = 49408  # of OpenAI, and of all who publish weights for its tokenizer
+OPENAIS_HEAD = 64  # channels of a head in all of OpenAI's models
 
 
 def load_clip_weights(model: Clip, weights: StateDict, source: str) -> list[str]:
@@ -73,7 +74,11 @@ def _unseen(model: Clip, weights: StateDict, source: str, theirs: bool) -> Unsee
     if "unseen" in weights:
         activation, *heads = weights["unseen"].tolist()
         return Unseen(list(ACTIVATIONS)[activation], *heads)
-    if "input_resolution" in weights or _is_trained_here(weights) or is_exported(Path(source)):
+    if "input_resolution" in weights:
+        ours, size = _unseen_of(model), model.size
+        vision_heads, text_heads = size.vision_width // OPENAIS_HEAD, size.text_width // OPENAIS_HEAD
+        return Unseen(OPENAIS, vision_heads or ours.vision_heads, text_heads or ours.text_heads)
+    if _is_trained_here(weights) or is_exported(Path(source)):
         return _unseen_of(model)._replace(activation=OPENAIS)
     if found := read_beside(Path(source), theirs):
         for width, heads in ((model.size.vision_width, found.vision_heads), (model.size.text_width, found.text_heads)):

@@ -17,6 +17,7 @@ from models.clip_retrieval import ClipRetrieval
 from models.weights import clip_config
 from models.weights.clip import VOCABULARY, load_clip_weights
 from models.weights.clip_config import read_beside
+from models.weights.reading import read_checkpoint
 from models.weights.safetensors import save_exported
 from tests.tiny import ended_text, with_lively_weights
 from transform.images import MEAN, STD
@@ -61,6 +62,11 @@ def write_open_clip(folder: Path, quick: bool = False, preprocessing: dict | Non
     content = {**OPEN_CLIP, "vision_cfg": {**OPEN_CLIP["vision_cfg"], **vision}}
     content |= {"quick_gelu": True} if quick else {}
     (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": content, "preprocess_cfg": preprocessing or {}}))
+
+
+def published(model: nn.Module) -> dict[str, Tensor]:
+    """Returns the weights without momentum encoders and queues."""
+    return {name: tensor for name, tensor in model.state_dict().items() if "_m" not in name.split(".")[0] and "queue" not in name}
 
 
 def inputs() -> tuple[Tensor, Tensor]:
@@ -115,12 +121,28 @@ def test_openais_weights_are_quick_gelu_whatever_lies_beside_them(tmp_path):
     assert model.visual.transformer.resblocks[0].attn.num_heads == 2 and "unseen" not in model.state_dict()
 
 
+@torch.no_grad()
+def test_openais_heads_have_64_channels_whatever_the_config_says():
+    size = replace(SIZE, vision_width=128, vision_heads=8, text_width=64, text_heads=4)
+    right = replace(size, vision_heads=2, text_heads=1)
+    model, expected = (with_lively_weights(model_of(each)) for each in (size, right))
+    load_clip_weights(model, {**published(expected), "input_resolution": torch.tensor(32)}, "ViT-T-8.pt")
+    images, ids = inputs()
+    assert_encodes(model, expected.encode_image(images).feature, expected.encode_text(ids).feature)
+
+
+def test_a_causal_mask_beside_the_weights_is_left_alone(tmp_path):
+    """Older weights of open_clip have one, of minus infinity."""
+    torch.save({**open_clips(False).state_dict(), "attn_mask": torch.full((12, 12), float("-inf")).triu(1)}, tmp_path / "x.pt")
+    write_open_clip(tmp_path)
+    load_clip_weights(model_of(), read_checkpoint(tmp_path / "x.pt")["model"], str(tmp_path / "x.pt"))
+
+
 @pytest.fixture
 def unknown() -> tuple[ClipSize, dict[str, Tensor]]:
     """OpenAI's vocabulary, and weights that nothing is known about."""
     size = replace(SIZE, vocab_size=VOCABULARY)
-    weights = model_of(size).state_dict()
-    return size, {name: tensor for name, tensor in weights.items() if "_m" not in name.split(".")[0] and "queue" not in name}
+    return size, published(model_of(size))
 
 
 def test_weights_that_nothing_tells_about_are_refused(unknown):
