@@ -20,8 +20,11 @@ import torch.nn.functional as F
 T = TypeVar("T")
 PATIENCE = timedelta(hours=2)  # timeout of collectives; the others wait while the main process scores captions
 
-# Errors of a file system that the user can mend.
-UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
+# What to do about the errors of a file system that the user can mend.
+FILE_ERRORS = {
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "make room, or write to another place"),
+    **dict.fromkeys((errno.EROFS, errno.EACCES), "change what is allowed there, or give another place"),
+}
 
 logger = logging.getLogger("madtp")
 
@@ -187,7 +190,7 @@ def user_path(text: str) -> Path:
 
 
 def run_main(main: Callable[[], None]) -> None:
-    """Calls `main`. Turns a UserError, or a file that may not be written, into one line on stderr and exit code 2.
+    """Calls `main`. Turns a UserError, or an error of FILE_ERRORS, into one line on stderr and exit code 2.
 
     The process group is destroyed only after success. After an error, NCCL would wait there for processes that are blocked in a
     collective, and torchrun, which has to stop them, would not see the error.
@@ -198,8 +201,8 @@ def run_main(main: Callable[[], None]) -> None:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except OSError as error:
-        if error.errno not in UNWRITABLE:
+        if error.errno not in FILE_ERRORS:
             raise
-        print(f"error: {error.filename or 'output'}: {error.strerror}; make room, or write to another folder", file=sys.stderr)
+        print(f"error: {error.filename or 'output'}: {error.strerror}; {FILE_ERRORS[error.errno]}", file=sys.stderr)
         sys.exit(2)
     leave_process_group()

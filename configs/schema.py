@@ -128,7 +128,7 @@ class Config(MethodKeys):
 
     def annotation_file(self, name: str) -> Path:
         """Returns the path of the annotation file `name`, given with or without .json."""
-        return self.ann_root / f"{name.removesuffix('.json')}.json"
+        return self.ann_root / home_expanded(f"{name.removesuffix('.json')}.json")
 
 
 class NlvrConfig(Config):

@@ -46,10 +46,14 @@ def unwrapped(content: dict[str, Any]) -> dict[str, Any]:
     The other entries are kept where the weights lay there already, as in this project's checkpoints and the authors'; those of
     other programs mean other things.
     """
-    where = next((key for key in WRAPPERS if isinstance(content.get(key), dict)), None)
+    where = next((key for key in WRAPPERS if _are_weights(content.get(key))), None)
     weights = content if where is None else content[where]
     others = content if where == "model" else {}
     return {**others, "model": _renamed(weights)}
+
+
+def _are_weights(value: Any) -> bool:
+    return isinstance(value, dict) and bool(value) and all(isinstance(tensor, torch.Tensor) for tensor in value.values())
 
 
 def _renamed(weights: dict[str, Any]) -> dict[str, Any]:

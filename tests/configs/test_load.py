@@ -280,6 +280,7 @@ def test_a_tilde_is_the_home_folder_in_every_path(tmp_path: Path, monkeypatch: p
     paths = (config.image_root, config.tokenizer, config.output_dir, config.coco_gt_root, config.resume_path)
     assert paths == tuple(tmp_path / name for name in ("images", "words", "out", "gt", "c.pth"))
     assert (config.pretrained, config.teacher) == (f"{tmp_path}/a.pth", f"{tmp_path}/b.pth")
+    assert config.annotation_file("~/a") == tmp_path / "a.json"
     assert config.prompt == "~/ "  # no path
 
 

@@ -57,7 +57,7 @@ def test_labels_are_read_in_any_spelling(tmp_path, label, read):
 
 @pytest.mark.parametrize("label", [2, "yes", None, [], ["True"], 0.5])
 def test_what_is_no_label_is_refused(tmp_path, label):
-    with pytest.raises(UserError, match="entry 0 has the 'label' .*, not \"True\" or \"False\""):
+    with pytest.raises(UserError, match='entry 0 has the \'label\' .*, not "True" or "False"'):
         read_statements(write(tmp_path, [{**STATEMENT, "label": label}]))
 
 

@@ -14,7 +14,7 @@ from torch import nn
 from engine.checkpoint import load_run, read_run, rng_state, save_atomic, save_run, set_rng_state
 from engine.train import CosineSchedule, Trainer
 from tests.runs import ROOT, refusal
-from utils import Run, UserError, run_main
+from utils import Run, UserError
 
 ONE = Run(torch.device("cpu"))
 SCHEDULE = CosineSchedule(0.1, 0.0, 2, 10)
@@ -120,15 +120,6 @@ def test_a_file_that_the_system_does_not_take_whole_leaves_nothing(tmp_path, kin
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert done.returncode == 2 and done.stderr.startswith(f"error: {path}: not written whole; ") and done.stderr.count("\n") == 1
     assert not list(tmp_path.iterdir())
-
-
-def test_any_file_on_a_full_disk_is_the_users_to_mend(capsys):
-    def write():
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "log.txt")
-
-    assert "log.txt: No space left on device; make room" in refusal(capsys, write)
-    with pytest.raises(ConnectionResetError):  # no file system's
-        run_main(lambda: (_ for _ in ()).throw(ConnectionResetError(errno.ECONNRESET, "reset")))
 
 
 def test_a_run_of_another_program_is_not_resumed(tmp_path):

@@ -194,6 +194,11 @@ def test_weights_are_found_wherever_other_programs_put_them(tmp_path, wrapper, f
     assert read.get("epoch") == (3 if wrapper == "model" else None)
 
 
+def test_an_entry_model_that_holds_no_weights_does_not_hide_them(tmp_path):
+    torch.save({"model": {"name": "ViT-B-32"}, "state_dict": WEIGHTS}, tmp_path / "x.pt")
+    assert read_checkpoint(tmp_path / "x.pt")["model"].keys() == WEIGHTS.keys()
+
+
 def test_a_part_that_was_compiled_alone_keeps_its_names(tmp_path):
     torch.save({"a._orig_mod.weight": WEIGHTS["a.weight"], "a.bias": WEIGHTS["a.bias"]}, tmp_path / "x.pth")
     assert read_checkpoint(tmp_path / "x.pth")["model"].keys() == WEIGHTS.keys()
