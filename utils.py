@@ -1,6 +1,7 @@
 """Process-wide helpers: ranks and collectives, device, seed, logger, and errors that the user can fix."""
 
 import argparse
+import errno
 import logging
 import os
 import random
@@ -8,6 +9,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
@@ -17,6 +19,12 @@ import torch.nn.functional as F
 
 T = TypeVar("T")
 PATIENCE = timedelta(hours=2)  # timeout of collectives; the others wait while the main process scores captions
+
+# What to do about the errors of a file system that the user can mend.
+FILE_ERRORS = {
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "make room, or write to another place"),
+    **dict.fromkeys((errno.EROFS, errno.EACCES), "change what is allowed there, or give another place"),
+}
 
 logger = logging.getLogger("madtp")
 
@@ -171,8 +179,18 @@ def at_least_one(text: str) -> int:
     return number
 
 
+def home_expanded(text: str) -> str:
+    """Returns a path with `~` in front replaced by the home folder; an argparse type. The shell leaves `--out=~/x` as it is."""
+    return os.path.expanduser(text)
+
+
+def user_path(text: str) -> Path:
+    """Parses a path, with `~` for the home folder; an argparse type."""
+    return Path(home_expanded(text))
+
+
 def run_main(main: Callable[[], None]) -> None:
-    """Calls `main`. Turns a UserError into one line on stderr and exit code 2.
+    """Calls `main`. Turns a UserError, or an error of FILE_ERRORS, into one line on stderr and exit code 2.
 
     The process group is destroyed only after success. After an error, NCCL would wait there for processes that are blocked in a
     collective, and torchrun, which has to stop them, would not see the error.
@@ -181,5 +199,10 @@ def run_main(main: Callable[[], None]) -> None:
         main()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:
+        if error.errno not in FILE_ERRORS:
+            raise
+        print(f"error: {error.filename or 'output'}: {error.strerror}; {FILE_ERRORS[error.errno]}", file=sys.stderr)
         sys.exit(2)
     leave_process_group()

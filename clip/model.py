@@ -41,11 +41,16 @@ class ClipSize:
     context_length: int = 77
     vocab_size: int = 49408
     embed_dim: int = 768
+    activation: str | None = None  # a key of ACTIVATIONS; None: OpenAI's, unless weights bring another
 
 
 class QuickGelu(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return x * torch.sigmoid(1.702 * x)
+
+
+OPENAIS = "quick_gelu"
+ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {OPENAIS: QuickGelu, "gelu": nn.GELU}
 
 
 class SelfAttention(nn.Module):
@@ -178,6 +183,30 @@ class Clip(AlignedModel):
         self.logit_scale = nn.Parameter(torch.tensor(START_SCALE))
         nn.init.normal_(self.token_embedding.weight, std=0.02)
         self.init_learnable_tokens(learnable_tokens)
+        self.size = size
+        if size.activation not in (None, OPENAIS):
+            self.adopt(size.activation, size.vision_heads, size.text_heads)
+
+    def adopt(self, activation: str, vision_heads: int, text_heads: int) -> None:
+        """Sets what the shapes of weights do not show, in both towers and their copies.
+
+        A buffer keeps it in the state dict: a checkpoint must not be read with another activation or number of heads.
+        """
+        for name, module in self.named_modules():
+            if isinstance(module, ResidualAttentionBlock):
+                module.mlp.gelu = ACTIVATIONS[activation]()
+                module.attn.num_heads = vision_heads if name.startswith("visual") else text_heads
+        unseen = torch.tensor([list(ACTIVATIONS).index(activation), vision_heads, text_heads])
+        self.register_buffer("unseen", unseen.to(self.logit_scale.device))
+
+    def fit_mlps(self, vision_hidden: int, text_hidden: int) -> None:
+        """Gives the MLPs of both towers and their copies other numbers of hidden channels, with new weights."""
+        for name, module in self.named_modules():
+            if isinstance(module, ResidualAttentionBlock):
+                hidden = vision_hidden if name.startswith("visual") else text_hidden
+                width, trained = module.mlp.c_fc.in_features, module.mlp.c_fc.weight.requires_grad
+                module.mlp.c_fc = nn.Linear(width, hidden).requires_grad_(trained)
+                module.mlp.c_proj = nn.Linear(hidden, width).requires_grad_(trained)
 
     @property
     def branches(self) -> dict[str, nn.ModuleList]:

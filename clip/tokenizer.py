@@ -72,7 +72,7 @@ def load_clip_tokenizer(source: str) -> ClipTokenizer:
         pairs = SimpleTokenizer()
         return ClipTokenizer(pairs.encode, partial(_piece, pairs.decoder), pairs.sot_token_id, pairs.eot_token_id)
     try:
-        words = Path(source).read_text(encoding="utf-8").splitlines()
+        words = Path(source).read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "not a text file"
         raise UserError(f"{source}: {reason}; set the key 'tokenizer' to 'clip' or to a list of words") from None

@@ -10,7 +10,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
 from configs.schema import CommandLine, Config
-from utils import UserError
+from utils import UserError, user_path
 
 ConfigT = TypeVar("ConfigT", bound=Config)
 
@@ -75,6 +75,9 @@ def parse_command_line(description: str, cls: type[ConfigT], argv: list[str] | N
             overrides["sparsity_type"] = pattern or given.get("sparsity_type") or "2:4"
     overrides.update({key: value for key, value in arguments.items() if value is not None})
     config = load_config(cls, path, overrides)
+    if arguments["max_epoch"] is not None and "ramp_epochs" not in overrides:
+        config, shortened = _with_shorter_ramp(config)
+        notes += shortened
     if pattern and pattern != config.sparsity_type:
         notes.append(f"--weight-sparse-pattern {pattern} is sparsity_type {config.sparsity_type}")
     config._command_line = CommandLine(frozenset(overrides), tuple(notes))
@@ -92,7 +95,7 @@ def _parser(description: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.set_defaults(without_effect=[])
     switch = {"action": argparse.BooleanOptionalAction, "default": None}
-    parser.add_argument("--config", required=True, metavar="FILE", help="YAML file of the experiment")
+    parser.add_argument("--config", type=user_path, required=True, metavar="FILE", help="YAML file of the experiment")
     parser.add_argument("--output_dir", metavar="DIR", help="folder that the run writes to")
     parser.add_argument("--evaluate", help="evaluate the pretrained weights, do not train", **switch)
     parser.add_argument("--device", help="cpu, cuda or cuda:N; default: cuda if available")
@@ -113,6 +116,18 @@ def _parser(description: str) -> argparse.ArgumentParser:
     return parser
 
 
+def _with_shorter_ramp(config: ConfigT) -> tuple[ConfigT, list[str]]:
+    """Shortens the ramp of a file's longer training to the epochs that the flag --epoch leaves for it. Returns a note of it too.
+
+    Sparse weights need epochs besides the ramp; there the engine says how many.
+    """
+    left = config.max_epoch - config.align_epochs
+    if config.pattern is not None or config.ramp_epochs is None or not 0 < left < config.ramp_epochs:
+        return config, []
+    note = f"--epoch {config.max_epoch}: the ramp is shortened from ramp_epochs: {config.ramp_epochs} to {left}"
+    return config.model_copy(update={"ramp_epochs": left}), [note]
+
+
 def read_yaml(path: Path) -> dict[str, Any]:
     """Reads the top-level mapping of a YAML file.
 
@@ -120,7 +135,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         UserError: when the file is missing or invalid.
     """
     try:
-        values = YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8"))
+        values = YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise UserError(f"{path}: {error.strerror or error}; give the path of a YAML file with --config") from None
     except MarkedYAMLError as error:

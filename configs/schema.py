@@ -8,11 +8,13 @@ configs/method.py; each task has a subclass. An empty value (`key:`) means none,
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple
 
-from pydantic import Field, PrivateAttr, field_validator, model_validator
+from pydantic import Field, PrivateAttr, ValidationInfo, field_validator, model_validator
 
 from configs.method import MethodKeys
 from configs.sizes import BERT_SIZES, VIT_SIZES, Bert, BertSizes, ClipSizes, Section, Text, Vit, VitSizes, require
+from utils import home_expanded
 
+PATHS = ("pretrained", "teacher", "resume", "tokenizer")  # paths that are texts, since they may be empty or a name
 TASK = "the task of this file; needed by tools that accept the config of any task"
 
 
@@ -96,6 +98,13 @@ class Config(MethodKeys):
     def _one_is_a_list(cls, value: Any) -> Any:
         return [value] if isinstance(value, str) else value
 
+    @field_validator("*", mode="before")
+    @classmethod
+    def _home_folder(cls, value: Any, info: ValidationInfo) -> Any:
+        """Expands `~`, which no shell expands in a YAML file or in --set."""
+        is_path = "Path" in str(cls.model_fields[str(info.field_name)].annotation) or info.field_name in PATHS
+        return home_expanded(str(value)) if is_path and isinstance(value, str | Path) else value
+
     @model_validator(mode="after")
     def _keys_fit_one_another(self) -> "Config":
         patch, both = self.patch_size, self.order == "adaptive" and self.mask_schedule == "refresh"
@@ -144,7 +153,7 @@ class Config(MethodKeys):
 
     def annotation_file(self, name: str) -> Path:
         """Returns the path of the annotation file `name`, given with or without .json."""
-        return self.ann_root / f"{name.removesuffix('.json')}.json"
+        return self.ann_root / home_expanded(f"{name.removesuffix('.json')}.json")
 
 
 class NlvrConfig(Config):

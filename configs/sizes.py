@@ -62,20 +62,29 @@ class ClipSizes(Section):
     vision_width: int = Field(1024, ge=1, description="channels of an image token")
     vision_layers: int = Field(24, ge=1, description="number of blocks of the image tower")
     vision_heads: int = Field(
-        ge=1, default_factory=_heads_of("vision_width"), description="attention heads of the image tower; default: width / 64"
+        ge=1,
+        default_factory=_heads_of("vision_width"),
+        description="attention heads of the image tower; default: those of the weights, or width / 64",
     )
     text_width: int = Field(768, ge=1, description="channels of a text token")
     text_layers: int = Field(12, ge=1, description="number of blocks of the text tower")
     text_heads: int = Field(
-        ge=1, default_factory=_heads_of("text_width"), description="attention heads of the text tower; default: width / 64"
+        ge=1,
+        default_factory=_heads_of("text_width"),
+        description="attention heads of the text tower; default: those of the weights, or width / 64",
     )
     context_length: int = Field(77, ge=3, description="largest length of a text, in tokens with its start and end")
     embed_dim: int = Field(768, ge=1, description="channels of the space in which images and texts are compared")
+    activation: Literal["quick_gelu", "gelu"] | None = Field(
+        None, description="of the MLPs; none: as the weights' file or the config beside it says, quick_gelu for new weights"
+    )
 
     @model_validator(mode="after")
     def _heads_divide(self) -> "ClipSizes":
         divides = self.vision_width % self.vision_heads == 0 and self.text_width % self.text_heads == 0
-        return require(self, divides, "vision_width and text_width must be multiples of vision_heads and text_heads")
+        require(self, divides, "vision_width and text_width must be multiples of vision_heads and text_heads")
+        told = self.activation is None or {"vision_heads", "text_heads"} <= self.model_fields_set
+        return require(self, told, "activation needs vision_heads and text_heads with it: weights do not show these either")
 
 
 def require(section: Any, holds: bool, rule: str) -> Any:

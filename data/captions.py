@@ -19,10 +19,11 @@ from data.loading import (
     load_image,
     read_entries,
     read_json,
+    with_slashes,
 )
 from data.text import Tokenizer, clean_sentence, encode
 from transform.images import ImageTransform, eval_transform, keeps_truth, train_transform
-from utils import Run, UserError
+from utils import Run, UserError, logger
 
 # Shapes: B items, L tokens in the longest caption.
 
@@ -33,12 +34,12 @@ class CaptionPairs(Dataset):
     """The data set of training pairs.
 
     An item is a dict of image (3, H, W), caption (cleaned, with `prompt` in front) and image_id. The image_id is a number
-    from 0, given to the distinct "image_id" values of all files in order of first appearance. Captions of the same image
-    share it. `number_of_images` is how many there are.
+    from 0, given to the distinct images of all files in order of first appearance. Captions of the same image share it.
+    `number_of_images` is how many there are.
 
     Raises:
-        UserError: when the annotations have another format, or when the images of the first entries are missing. Reading
-            an item raises one when its image is missing or broken.
+        UserError: when the annotations have another format, when two images have the same "image_id", or when the images of
+            the first entries are missing. Reading an item raises one when its image is missing or broken.
     """
 
     def __init__(
@@ -48,9 +49,9 @@ class CaptionPairs(Dataset):
         transform: ImageTransform,
         prompt: str = "",
     ) -> None:
-        self.entries = [entry for file in annotation_files for entry in read_entries(Path(file), _pair_problem)]
-        numbers: dict[str | int, int] = {}
-        self.image_ids = [numbers.setdefault(entry["image_id"], len(numbers)) for entry in self.entries]
+        self.entries = _read_pairs([Path(file) for file in annotation_files])
+        numbers: dict[str, int] = {}
+        self.image_ids = [numbers.setdefault(entry["image"], len(numbers)) for entry in self.entries]
         self.number_of_images = len(numbers)
         self.image_root = Path(image_root)
         self.transform = transform
@@ -73,10 +74,39 @@ class CaptionPairs(Dataset):
 def read_captioned(file: Path) -> list[dict[str, Any]]:
     """Reads the entries {"image": path, "caption": [text, ...]} of an evaluation file, for CaptionImages and CaptionTexts.
 
+    Entries of the same image become one: its copies would otherwise count as images that a caption does not belong to.
+
     Raises:
         UserError: when the file has another format.
     """
-    return read_entries(file, _captioned_problem)
+    entries = read_entries(file, _captioned_problem, _tidy)
+    grouped: dict[str, dict[str, Any]] = {}
+    for entry in entries:
+        known = grouped.setdefault(entry["image"], {**entry, "caption": []})
+        known["caption"] = known["caption"] + entry["caption"]
+    if len(grouped) < len(entries):
+        logger.info("%s: %d entries of %d images, grouped by image", file, len(entries), len(grouped))
+    return list(grouped.values())
+
+
+def _read_pairs(files: Sequence[Path]) -> list[dict[str, Any]]:
+    """Reads the entries {"image", "caption", "image_id"} of training files.
+
+    Raises:
+        UserError: when a file has another format, or when two images have the same "image_id".
+    """
+    entries: list[dict[str, Any]] = []
+    images: dict[str | int, str] = {}
+    for file in files:
+        for index, entry in enumerate(read_entries(file, _pair_problem, _tidy)):
+            first = images.setdefault(entry["image_id"], entry["image"])
+            if first != entry["image"]:
+                raise UserError(
+                    f"{file}: entry {index} has the image_id {entry['image_id']!r} of another image, {first}; give each image its"
+                    " own"
+                )
+            entries.append(entry)
+    return entries
 
 
 class CaptionImages(Dataset):
@@ -287,6 +317,11 @@ def _truth(config: RetrievalConfig | CaptionConfig, split: str, names: Sequence[
 
 def _stack(items: list[dict[str, Any]]) -> torch.Tensor:
     return torch.stack([item["image"] for item in items])
+
+
+def _tidy(entry: dict[str, Any]) -> dict[str, Any]:
+    """Returns the entry with slashes in its image's path."""
+    return {**entry, "image": with_slashes(entry.get("image"))}
 
 
 def _pair_problem(entry: dict[str, Any]) -> str | None:

@@ -13,44 +13,68 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset, Sampler, Subset
 
+from data.formats import CONVERT, foreign_entry, foreign_format, is_json_lines
 from utils import Run, UserError
 
 CHECKED = 3  # number of entries whose images must exist at start-up
 
 
 def read_json(path: str | Path, key: str = "ann_root") -> Any:
-    """Reads a JSON file. `key` is the config key of its folder, for the error message.
+    """Reads a JSON file, in any Unicode encoding. `key` is the config key of its folder, for the error message.
 
     Raises:
         UserError: when the file is missing, or is not valid JSON; names the line of the first error.
     """
     path = Path(path)
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        content = path.read_bytes()
+        text = content.decode(json.detect_encoding(content)).removeprefix("\ufeff")
+        return json.loads(text)
     except OSError as error:
         raise UserError(f"{path}: {error.strerror or error}; set the key '{key}' to the folder that it lies in") from None
     except json.JSONDecodeError as error:
+        if is_json_lines(text):
+            raise UserError(f"{path}: has an object on each line (JSONL, as NLVR2's own files are); {CONVERT}") from None
         raise UserError(
             f"{path}: not valid JSON at line {error.lineno}, column {error.colno} ({error.msg}); is it cut off? Write it again"
         ) from None
     except UnicodeDecodeError:
         raise UserError(f"{path}: not a text file; write it again as JSON") from None
+    except RecursionError:
+        raise UserError(f"{path}: nested too deeply for annotations; write it again as JSON") from None
 
 
-def read_entries(file: Path, problem: Callable[[dict[str, Any]], str | None]) -> list[dict[str, Any]]:
-    """Reads the entries of an annotation file. `problem` returns the error in an entry, or None.
+def read_entries(
+    file: Path, problem: Callable[[dict[str, Any]], str | None], tidy: Callable[[dict[str, Any]], dict[str, Any]] = dict
+) -> list[dict[str, Any]]:
+    """Reads the entries of an annotation file.
+
+    Args:
+        problem: returns the error in an entry, or None.
+        tidy: returns an entry with other spellings of its values replaced; called first.
 
     Raises:
-        UserError: when the file is not a list, is empty, or has an entry with an error.
+        UserError: when the file is not a list, is empty, or has an entry with an error; names a format of others.
     """
     entries = read_json(file)
+    if isinstance(entries, dict) and (theirs := foreign_format(entries)):
+        raise UserError(f"{file}: is in the format of {theirs}; {CONVERT}")
     if not isinstance(entries, list) or not entries:
         raise UserError(f"{file}: must be a list of entries, and not empty; write it again")
     for index, entry in enumerate(entries):
-        found = problem(entry) if isinstance(entry, dict) else "is not an object"
+        if isinstance(entry, dict):
+            entries[index] = tidy(entry)
+        found = problem(entries[index]) if isinstance(entry, dict) else "is not an object"
+        if found and (theirs := foreign_entry(entry)):
+            raise UserError(f"{file}: is in the format of {theirs}: entry {index} {found}; {CONVERT}")
         if found:
             raise UserError(f"{file}: entry {index} {found}; write the file again")
     return entries
+
+
+def with_slashes(name: Any) -> Any:
+    """Returns an image path of an annotation file with slashes, as Windows may have written it with backslashes."""
+    return name.replace("\\", "/") if isinstance(name, str) else name
 
 
 def load_image(path: str | Path, key: str = "image_root") -> Image.Image:
@@ -82,6 +106,12 @@ def check_images(image_root: Path, names: Iterable[str], key: str = "image_root"
 
 
 def no_such_picture(path: str | Path, key: str = "image_root") -> UserError:
+    """Returns the error for a picture that is missing; it names one that differs only in upper and lower case."""
+    path = Path(path)
+    names = sorted(os.listdir(path.parent)) if path.parent.is_dir() else []
+    alike = next((name for name in names if name.lower() == path.name.lower()), None)
+    if alike is not None:
+        return UserError(f"{path}: no such picture, but {alike} is there; rename the file, or correct the annotations")
     return UserError(f"{path}: no such picture; set the key '{key}' to the folder that holds it")
 
 

@@ -10,7 +10,16 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from configs.schema import NlvrConfig
-from data.loading import CHECKED, Loader, build_loader, calibration_subset, load_image, no_such_picture, read_entries
+from data.loading import (
+    CHECKED,
+    Loader,
+    build_loader,
+    calibration_subset,
+    load_image,
+    no_such_picture,
+    read_entries,
+    with_slashes,
+)
 from data.text import clean_sentence, enc_token_id, encode
 from transform.images import ImageTransform, eval_transform, keeps_truth, train_transform
 from utils import Run
@@ -18,6 +27,7 @@ from utils import Run
 # Shapes: B pairs of images, S statements (a multiple of B), L tokens in the longest statement.
 
 MAX_WORDS = 40
+LABELS = {"true": "True", "1": "True", "false": "False", "0": "False"}  # spellings of a label, in lower case
 
 Entry = dict[str, Any]
 
@@ -185,7 +195,16 @@ def read_statements(*files: Path) -> list[Entry]:
     Raises:
         UserError: when the annotations are not in NLVR2's format.
     """
-    return [{**entry, "id": f"{file.stem}-{index}"} for file in files for index, entry in enumerate(read_entries(file, _problem))]
+    entries = [(file, *numbered) for file in files for numbered in enumerate(read_entries(file, _problem, _tidy))]
+    return [{**entry, "id": f"{file.stem}-{index}"} for file, index, entry in entries]
+
+
+def _tidy(entry: Entry) -> Entry:
+    """Returns the entry with its label as BLIP's files write it, "True" or "False", and slashes in its paths."""
+    label, images = entry.get("label"), entry.get("images")
+    if isinstance(label, bool | int | str):
+        entry = {**entry, "label": LABELS.get(str(label).lower(), label)}
+    return {**entry, "images": [with_slashes(name) for name in images]} if isinstance(images, list) else entry
 
 
 def _problem(entry: Entry) -> str | None:

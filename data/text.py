@@ -45,7 +45,7 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     path = Path(path)
     file = path / "vocab.txt" if path.is_dir() else path
     try:
-        words = file.read_text(encoding="utf-8").splitlines()
+        words = file.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "not a text file"
         raise UserError(f"{file}: {reason}; set the key 'tokenizer' to BERT's vocab.txt or its folder") from None

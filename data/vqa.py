@@ -13,10 +13,20 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from configs.schema import VqaConfig
-from data.loading import CHECKED, Loader, build_loader, calibration_subset, check_images, load_image, read_entries, read_json
+from data.loading import (
+    CHECKED,
+    Loader,
+    build_loader,
+    calibration_subset,
+    check_images,
+    load_image,
+    read_entries,
+    read_json,
+    with_slashes,
+)
 from data.text import clean_sentence, dec_token_id, enc_token_id, encode
 from transform.images import ImageTransform, eval_transform, keeps_truth, train_transform
-from utils import Run, UserError
+from utils import Run, UserError, logger
 
 # Shapes: B questions, each with its own image; L tokens in the longest question; A answers to all B questions; M tokens in the
 # longest answer.
@@ -24,6 +34,7 @@ from utils import Run, UserError
 MAX_WORDS, MAX_TOKENS = 50, 35  # in a question
 MAX_POSITIONS = 512  # position embeddings of BERT
 VG_WEIGHT = 0.2  # weight of the single answer to a question of Visual Genome, as published
+ANNOTATORS = 10  # of a question, by whose answers the official accuracy is defined
 HELD_OUT = 0.02  # share of the training images held out to select the checkpoint when there is no val_file
 
 _COCO_ID = re.compile(r"(?:COCO_\w+_)?(\d{12})")
@@ -156,9 +167,10 @@ def build_datasets(config: VqaConfig) -> dict[str, Dataset]:
         raise UserError(f"val_file: {config.val_file} is among the train_files; leave it empty to hold out some images")
     else:
         val = _read(config.annotation_file(config.val_file))
+    val = _evaluated(val, config.val_file or ", ".join(config.train_files))
     if not config.evaluate and config.annotation_file(config.test_file) in map(config.annotation_file, config.train_files):
         raise UserError(f"test_file: {config.test_file} is among the train_files; name a file that is not trained on")
-    test = test_questions(config)
+    test = _evaluated(test_questions(config), config.test_file)
     roots, untouched = (config.vqa_root, config.vg_root), eval_transform(config.image_size, config.text_only)
     augmented = train_transform(config.image_size, config.augment, config.text_only)
     calibration = VqaDataset(train, *roots, untouched, "likeliest")
@@ -226,7 +238,35 @@ def _place(image: str) -> float:
 
 
 def _read(file: Path, datasets: tuple[str, ...] = ("vqa",), answered: bool = True) -> list[Entry]:
-    return read_entries(file, partial(_problem, datasets=datasets, answered=answered))
+    return read_entries(file, partial(_problem, datasets=datasets, answered=answered), _tidy)
+
+
+def _evaluated(entries: list[Entry], source: str) -> list[Entry]:
+    """Checks the entries to evaluate, whose predictions are kept by question id; logs questions with few answers.
+
+    Raises:
+        UserError: when a question id is not the only one.
+    """
+    seen: dict[str, int] = {}  # ids as text, as they are keys of the file of predictions
+    for index, entry in enumerate(entries):
+        if (first := seen.setdefault(str(entry["question_id"]), index)) != index:
+            raise UserError(
+                f"{source}: the questions {first} and {index} share the question_id {entry['question_id']!r}; give each its own"
+            )
+    if few := sum(0 < len(entry.get("answer") or ()) < ANNOTATORS for entry in entries):
+        logger.info(
+            "%s: %d of %d questions have fewer than %d answers; docs/data.md says how they are scored",
+            source, few, len(entries), ANNOTATORS,
+        )  # fmt: skip
+    return entries
+
+
+def _tidy(entry: Entry) -> Entry:
+    """Returns the entry with its data set, `vqa` where it names none, slashes in its path, and its answers as texts."""
+    entry = {"dataset": "vqa", **entry, "image": with_slashes(entry.get("image"))}
+    if isinstance(answers := entry.get("answer"), list):
+        entry["answer"] = [answer.get("answer") if isinstance(answer, dict) else answer for answer in answers]
+    return entry
 
 
 def _problem(entry: Entry, datasets: tuple[str, ...], answered: bool) -> str | None:

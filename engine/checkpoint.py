@@ -37,9 +37,20 @@ def set_rng_state(state: dict) -> None:
 
 
 def save_atomic(content: dict, path: Path) -> None:
+    """Saves a checkpoint whole or not at all: if it fails, an earlier file of this name stays, and nothing else.
+
+    Raises:
+        UserError: when it cannot be written, for example because the disk is full.
+    """
     temporary = path.with_name(path.name + ".tmp")
-    torch.save(content, temporary)
-    os.replace(temporary, path)
+    try:
+        torch.save(content, temporary)
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # PyTorch's writer has only its own errors
+        reason = (error.strerror if isinstance(error, OSError) else None) or "not written whole; is the disk full?"
+        raise UserError(f"{path}: {reason}; make room and go on with --resume, or give another --output_dir") from None
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def save_run(path: Path, trainer: Trainer, model: torch.nn.Module, state: dict, run: Run) -> None:
@@ -66,7 +77,7 @@ def read_run(path: Path, run: Run) -> dict:
     if not path.is_file():
         raise UserError(f"{path}: no such checkpoint to resume from; leave --resume out to start a new run")
     saved = read_checkpoint(path)
-    if "optimizer" not in saved:
+    if not {"optimizer", "scaler", "step", "rng"} <= saved.keys():
         raise UserError(f"{path}: holds weights, not a run to resume; give it as --pretrained instead")
     if len(saved["rng"]) != run.world_size:
         raise UserError(f"{path}: a run of {len(saved['rng'])} processes cannot go on with {run.world_size}; start the same number")

@@ -135,9 +135,12 @@ def _meteor(truth: Texts, said: Texts) -> float:
         return meteor.compute_score(truth, said)[0]
     except (OSError, ValueError):  # the Java process ended before it answered
         raise _NotComputed("its Java program failed; it needs 2 GB of memory") from None
-    finally:  # its destructor would wait for the lock, which a failure leaves held, and complain about the pipe
-        with suppress(OSError):
-            meteor.meteor_p.stdin.close()
+    finally:  # its destructor would wait for the lock, which a failure leaves held, and complain about the pipes
+        meteor.meteor_p.kill()
+        meteor.meteor_p.wait()
+        for pipe in (meteor.meteor_p.stdin, meteor.meteor_p.stdout, meteor.meteor_p.stderr):
+            with suppress(OSError):
+                pipe.close()
         if meteor.lock.locked():
             meteor.lock.release()
 

@@ -4,6 +4,10 @@ This is the current official evaluation of VQA v2 (visualqa.org/evaluation.html;
 annotators of a question give different answers, their answers and the prediction are normalised. If they all give the same
 answer, the prediction must equal it exactly, including capitals, so that text read in an image stays as it is. An older version
 always normalises the prediction, but only the punctuation of the answers: no prediction then agrees with ten answers "two".
+
+The official accuracy is defined for ten answers. Here fewer are scored by the same formula, except that with one, two or three of
+them as many have to agree as are left when one is left out, and that a single answer is not left out: answers that are all the
+same are then fully right, as they are with ten.
 """
 
 import re
@@ -49,13 +53,19 @@ def accuracy(predictions: Mapping[int | str, str], answers: Mapping[int | str, S
 
 
 def agreement(prediction: str, answers: Sequence[str]) -> float:
-    """Scores a prediction from 0 to 1: min(matching annotators / 3, 1), averaged over leaving out each annotator in turn."""
+    """Scores a prediction from 0 to 1: min(matching annotators / 3, 1), averaged over leaving out each annotator in turn.
+
+    With n < 4 annotators, n - 1 stands for 3. A single answer is right or wrong.
+    """
     prediction, *answers = (re.sub(r"[\n\t]", " ", text).strip() for text in (prediction, *answers))
     if len(set(answers)) > 1:
         prediction, *answers = map(normalise, (prediction, *answers))
     same = answers.count(prediction)
+    if len(answers) == 1:
+        return float(same)
+    enough = min(ENOUGH, len(answers) - 1)
     # Leaving out a matching annotator leaves same - 1 matches; leaving out any other leaves `same`.
-    one_of_them_left_out, another_left_out = min((same - 1) / ENOUGH, 1), min(same / ENOUGH, 1)
+    one_of_them_left_out, another_left_out = min((same - 1) / enough, 1), min(same / enough, 1)
     return (same * one_of_them_left_out + (len(answers) - same) * another_left_out) / len(answers)
 
 

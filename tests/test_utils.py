@@ -1,12 +1,16 @@
 """Devices that are asked for, and numbers on a command line."""
 
 import argparse
+import errno
+import os
+from pathlib import Path
 
 import pytest
 import torch
 
 import utils
-from utils import UserError, at_least_one, init_run
+from tests.runs import refusal
+from utils import UserError, at_least_one, init_run, run_main, user_path
 
 
 @pytest.mark.parametrize(
@@ -47,3 +51,28 @@ def test_a_count_is_at_least_one():
     assert at_least_one("3") == 3
     with pytest.raises(argparse.ArgumentTypeError, match="must be at least 1, got 0"):
         at_least_one("0")
+
+
+def test_a_tilde_in_a_tools_path_is_the_home_folder(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert user_path("~/out") == tmp_path / "out" and user_path("a~/b") == Path("a~/b")
+    assert user_path("~nobody-of-this-name/x") == Path("~nobody-of-this-name/x")
+
+
+@pytest.mark.parametrize(
+    ("number", "said"),
+    [(errno.ENOSPC, "No space left on device; make room"), (errno.EACCES, "Permission denied; change what is allowed there")],
+)
+def test_a_file_that_the_system_refuses_is_the_users_to_mend(capsys, number, said):
+    def write():
+        raise OSError(number, os.strerror(number), "log.txt")
+
+    assert f"error: log.txt: {said}" in refusal(capsys, write)
+
+
+def test_other_errors_of_the_system_keep_their_traceback():
+    def receive():
+        raise ConnectionResetError(errno.ECONNRESET, "reset")
+
+    with pytest.raises(ConnectionResetError):
+        run_main(receive)

@@ -50,7 +50,7 @@ from engine.train import Precision
 from tools.benchmarks.contenders import PRUNED, TASKS, build_methods, random_inputs
 from tools.benchmarks.sparse_shapes import shapes_table, time_shapes
 from tools.benchmarks.workloads import Forward
-from utils import at_least_one, init_run, run_main
+from utils import at_least_one, home_expanded, init_run, run_main, user_path
 
 MIB = 2**20
 
@@ -80,8 +80,8 @@ class Row:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--task", choices=TASKS, default="nlvr")
-    parser.add_argument("--config", type=Path, help="model sizes; default: published, or small for rerank and rank_answers")
-    parser.add_argument("--pretrained", help="weights to load")
+    parser.add_argument("--config", type=user_path, help="model sizes; default: published, or small for rerank and rank_answers")
+    parser.add_argument("--pretrained", type=home_expanded, help="weights to load")
     parser.add_argument("--p", type=numbers(float), default=PRUNED, help="shares of the GFLOPs to remove, such as 0.5,0.8")
     parser.add_argument("--keep-schedule", type=numbers(float), help="share of tokens that each block keeps, separated by commas")
     parser.add_argument("--temperature", type=float, help="prune at this temperature, instead of --p")
@@ -96,8 +96,8 @@ def main() -> None:
     parser.add_argument("--amp", action="store_true", help="bf16 under autocast")
     parser.add_argument("--rounds", type=at_least_one, default=7)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", type=Path, help="write the rows here")
-    parser.add_argument("--out", type=Path, help="folder for a CSV file and a plot, named by task, device and PyTorch version")
+    parser.add_argument("--json", type=user_path, help="write the rows here")
+    parser.add_argument("--out", type=user_path, help="folder for a CSV file and a plot, named by task, device and PyTorch version")
     args = parser.parse_args()
     args.config = args.config or TASKS[args.task].path
     init_run(args.device, args.seed)

@@ -106,7 +106,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=WORK, metavar="DIR", help="folder for all output")
     parser.add_argument("--jobs", type=int, default=2, metavar="N", help="number of runs at a time")
     args = parser.parse_args()
-    tasks, work = args.tasks.split(","), args.work.resolve()
+    tasks, work = args.tasks.split(","), args.work.expanduser().resolve()
     if not set(tasks) <= set(TASKS):
         parser.error(f"--tasks: some of {', '.join(TASKS)}")
     try:

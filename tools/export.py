@@ -27,7 +27,7 @@ from madtp.sparsity.masks import Pattern
 from models.weights.reading import is_read, read_checkpoint
 from models.weights.safetensors import save_exported
 from tasks.registry import TASKS, load_any_config
-from utils import UserError, run_main
+from utils import UserError, run_main, user_path
 
 MIB = 2**20
 
@@ -129,10 +129,10 @@ def write_config(config: Config, path: Path) -> None:
 @torch.no_grad()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", type=Path, required=True, metavar="FILE", help="checkpoint that a run saved")
-    parser.add_argument("--config", type=Path, metavar="FILE", help="config.yaml of the run, if not next to the checkpoint")
+    parser.add_argument("--checkpoint", type=user_path, required=True, metavar="FILE", help="checkpoint that a run saved")
+    parser.add_argument("--config", type=user_path, metavar="FILE", help="config.yaml of the run, if not next to the checkpoint")
     parser.add_argument("--task", choices=TASKS, help="the task, if the config has no key 'task'")
-    parser.add_argument("--out", type=Path, required=True, help="a folder, or a .safetensors file")
+    parser.add_argument("--out", type=user_path, required=True, help="a folder, or a .safetensors file")
     parser.add_argument("--packed", action="store_true", help="store only the kept values of sparse weights, and their positions")
     parser.add_argument("--half", action="store_true", help="round to float16")
     args = parser.parse_args()

@@ -17,7 +17,6 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from functools import partial
-from pathlib import Path
 
 import torch
 
@@ -31,14 +30,14 @@ from madtp.sparsity.masks import SparseWeights
 from models.weights.reading import read_checkpoint
 from tasks.registry import TASKS, load_any_config
 from tasks.task import Inputs
-from utils import UserError, run_main
+from utils import UserError, home_expanded, run_main, user_path
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", required=True, type=Path)
+    parser.add_argument("--config", required=True, type=user_path)
     parser.add_argument("--task", choices=TASKS, help="the task, if the config has no key 'task'")
-    parser.add_argument("--pretrained", help="weights to load")
+    parser.add_argument("--pretrained", type=home_expanded, help="weights to load")
     strength = parser.add_mutually_exclusive_group()
     strength.add_argument("--temperature", type=float, help="prune at this temperature")
     strength.add_argument("--p", type=float, help="prune at the temperature that removes this share of the GFLOPs")

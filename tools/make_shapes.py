@@ -14,7 +14,7 @@ from tqdm import tqdm
 from data.shapes.search import FULL, Level
 from data.shapes.write import TASKS, check, make_shapes
 from engine.results import write_json
-from utils import UserError, at_least_one, run_main
+from utils import UserError, at_least_one, run_main, user_path
 
 GENERATOR = Path(__file__).resolve().parents[1] / "data" / "shapes"
 WRITTEN = {"nlvr": "nlvr_*.json", "retrieval": "flickr30k_*.json", "caption": "coco_karpathy_*.json", "vqa": "vqa_*.json"}
@@ -27,7 +27,7 @@ def show_progress(results: Iterable, total: int, label: str) -> Iterable:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, required=True, help="folder of the data set")
+    parser.add_argument("--out", type=user_path, required=True, help="folder of the data set")
     parser.add_argument("--seed", type=int, required=True)
     parser.add_argument("--size", type=int, required=True, help="number of training pairs, and of training pictures")
     parser.add_argument("--tasks", default=",".join(TASKS), help="some of " + ",".join(TASKS))

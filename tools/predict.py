@@ -25,7 +25,7 @@ from engine.sparse_inference import sparse_kernels
 from engine.train import Precision
 from tasks.registry import TASKS, open_checkpoint
 from tools.visualize import write_drawings
-from utils import UserError, run_main
+from utils import UserError, home_expanded, run_main, user_path
 
 
 def check_inputs(images: Sequence[str], texts: Sequence[str], explain: Path | None) -> None:
@@ -48,13 +48,18 @@ def check_inputs(images: Sequence[str], texts: Sequence[str], explain: Path | No
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--checkpoint", required=True, metavar="FILE", help="checkpoint of a run, or weights of a dense model"
+        "--checkpoint",
+        type=home_expanded,
+        required=True,
+        metavar="FILE",
+        help="checkpoint of a run, or weights of a dense model",
     )
-    parser.add_argument("--config", metavar="FILE", help="config.yaml of the run, if not next to the checkpoint")
+    parser.add_argument("--config", type=home_expanded, metavar="FILE", help="config.yaml of the run, if not beside it")
     parser.add_argument("--task", choices=TASKS, help="the task, if the config has no key 'task'")
-    parser.add_argument("--image", action="append", default=[], metavar="FILE", help="an image; may be repeated")
-    parser.add_argument("--text", action="append", default=[], metavar="TEXT", help="a sentence or a question; may be repeated")
-    parser.add_argument("--explain", type=Path, metavar="PNG", help="draw the tokens kept in each block")
+    shared = {"action": "append", "default": []}
+    parser.add_argument("--image", type=home_expanded, metavar="FILE", help="an image; may be repeated", **shared)
+    parser.add_argument("--text", metavar="TEXT", help="a sentence or a question; may be repeated", **shared)
+    parser.add_argument("--explain", type=user_path, metavar="PNG", help="draw the tokens kept in each block")
     parser.add_argument("--device", help="cpu, cuda or cuda:N; default: cuda if available")
     parser.add_argument("--json", action="store_true", help="print a JSON object instead of lines")
     args = parser.parse_args()

@@ -40,7 +40,7 @@ from data.shapes.tasks import vocabulary
 from models.weights.reading import read_checkpoint
 from tasks.registry import TASKS
 from tools.stages.common import Recipe
-from utils import UserError, run_main, seed_everything
+from utils import UserError, run_main, seed_everything, user_path
 
 ROOT = Path(__file__).resolve().parents[1]
 PRETRAINED = ROOT / "pretrained/shapes"
@@ -50,7 +50,7 @@ SHARED = ("common",)  # modules of tools/stages that belong to no task
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--task", required=True, choices=recipes())
-    parser.add_argument("--work", type=Path, required=True, help="folder for data and checkpoints")
+    parser.add_argument("--work", type=user_path, required=True, help="folder for data and checkpoints")
     parser.add_argument("--seed", type=int, default=1)
     args = parser.parse_args()
     work, out = args.work / args.task, PRETRAINED / f"{args.task}.safetensors"

@@ -19,7 +19,7 @@ from engine.restore import saved_rule
 from models.weights.reading import read_checkpoint
 from tasks.registry import TASKS, load_any_config, open_view
 from tasks.view import Sample, spread
-from utils import UserError, run_main
+from utils import UserError, home_expanded, run_main, user_path
 
 # Sizes (in inches), font sizes (in points) and colours of a drawing.
 CELL, COUNT, MARGIN, LABEL, LINE, HEAD = 1.1, 0.13, 0.08, 0.75, 0.17, 0.28
@@ -59,7 +59,7 @@ def _draw_sample(figure: Figure, sample: Sample, width: float, top: float) -> No
 
     def write(x: float, y: float, text: str, **style) -> None:
         style = {"fontsize": FONT, "color": BLACK, "va": "center", **style}
-        figure.text(x / page[0], y / page[1], text, **style)
+        figure.text(x / page[0], y / page[1], text, parse_math=False, **style)  # $ in a sentence is a dollar
 
     write(MARGIN, top - HEAD / 2, sample.heading, fontweight="bold")
     y = top - HEAD - LINE
@@ -127,14 +127,14 @@ def write_drawings(samples: Sequence[Sample], out: Path) -> list[Path]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", required=True, metavar="FILE", help="config.yaml of the run")
-    parser.add_argument("--checkpoint", required=True, metavar="FILE", help="checkpoint of the run")
+    parser.add_argument("--config", type=home_expanded, required=True, metavar="FILE", help="config.yaml of the run")
+    parser.add_argument("--checkpoint", type=home_expanded, required=True, metavar="FILE", help="checkpoint of the run")
     parser.add_argument("--task", choices=TASKS, help="the task, if the config has no key 'task'")
     parser.add_argument("--temperature", type=float, help="prune at this temperature instead of the checkpoint's")
     chosen = parser.add_mutually_exclusive_group()
     chosen.add_argument("--samples", type=int, default=6, metavar="N", help="draw N test samples, evenly spaced")
     chosen.add_argument("--ids", nargs="+", metavar="ID", help="draw these test samples; retrieval: the paths of their images")
-    parser.add_argument("--out", type=Path, default=Path("output/visualize"), help="a folder, or a .png file for one sheet")
+    parser.add_argument("--out", type=user_path, default=Path("output/visualize"), help="a folder, or a .png file for one sheet")
     parser.add_argument("--device", help="cpu, cuda or cuda:N; default: cuda if available")
     args = parser.parse_args()
     if args.samples < 1:

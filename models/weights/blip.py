@@ -67,10 +67,12 @@ def _blip_name(name: str) -> str:
 def load_decoder_weights(model: nn.Module, weights: StateDict, source: str) -> list[str]:
     """Loads BLIP weights into a `BlipCaption` or a `BlipVqa`; position embeddings are interpolated.
 
+    They are those that BLIP published, or of transformers' BlipForConditionalGeneration or BlipForQuestionAnswering.
+
     Raises:
         UserError: naming weights that do not fit, are missing, or are not known.
     """
-    weights = {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in weights.items()}
+    weights = {_blip_name(name): tensor.float() if tensor.is_floating_point() else tensor for name, tensor in weights.items()}
     position = "visual_encoder.pos_embed"
     if position in weights:
         weights[position] = interpolate_position_embedding(weights[position], model.state_dict()[position].shape[1])

@@ -1,14 +1,18 @@
 """Loading CLIP's weights with the names of OpenAI, of the authors' compressed checkpoints, or of transformers' CLIPModel."""
 
 import re
+from pathlib import Path
 
 import torch
-from torch import nn
 
+from clip.model import ACTIVATIONS, OPENAIS, Clip
+from models.weights.clip_config import Unseen, read_beside
 from models.weights.reading import StateDict, load_pair_weights
+from models.weights.safetensors import is_exported
+from utils import UserError, logger
 
-# Entries of OpenAI's archives beside the weights.
-MAY_IGNORE = ("input_resolution", "context_length", "vocab_size", "position_ids")
+# Entries of OpenAI's archives beside the weights, and constants of others.
+MAY_IGNORE = ("input_resolution", "context_length", "vocab_size", "position_ids", "attn_mask")
 POSITIONS = ("visual.positional_embedding", "visual_m.positional_embedding")
 PRUNER = ("query_model.q_map.0.", "pruner.alignment.projection.")  # the published name of a block's map W, and ours
 
@@ -31,18 +35,85 @@ PARTS = {
 TRANSPOSED = {"visual_projection.weight": "visual.proj", "text_projection.weight": "text_projection"}
 
 
-def load_clip_weights(model: nn.Module, weights: StateDict, source: str) -> list[str]:
+VOCABULARY = 49408  # of OpenAI, and of all who publish weights for its tokenizer
+OPENAIS_HEAD = 64  # channels of a head in all of OpenAI's models
+
+
+def load_clip_weights(model: Clip, weights: StateDict, source: str) -> list[str]:
     """Loads weights into a `ClipRetrieval`. Position embeddings are interpolated; missing momentum weights copy the online ones.
+
+    The model takes over the activation and the heads that belong to the weights, and the width of their MLPs.
 
     Returns the names of weights that `weights` lacks.
 
     Raises:
-        UserError: naming weights that do not fit, are missing, or are not known.
+        UserError: naming weights that do not fit, are missing, or are not known; when nothing tells their activation.
     """
-    if any(name.startswith("vision_model.") for name in weights):
+    theirs = any(name.startswith("vision_model.") for name in weights)
+    if theirs:
         weights = from_transformers(weights)
     weights = {name.replace(*PRUNER): value.float() if value.is_floating_point() else value for name, value in weights.items()}
+    unseen = _unseen(model, weights, source, theirs)
+    if unseen != _unseen_of(model):
+        logger.info("%s: %s, %d heads in the image tower and %d in the text tower", source, *unseen)
+    if unseen != _unseen_of(model) or "unseen" in weights:
+        model.adopt(*unseen)
+    weights |= {name: tensor for name, tensor in model.state_dict().items() if name == "unseen"}
+    _fit_mlps(model, weights)
     return load_pair_weights(model, weights, source, POSITIONS, MAY_IGNORE)
+
+
+def _unseen(model: Clip, weights: StateDict, source: str, theirs: bool) -> Unseen:
+    """Finds the activation and heads of weights; those of the model where they have always been.
+
+    OpenAI's archives, and the checkpoints of this project and of the authors, need no file beside them.
+
+    Raises:
+        UserError: when neither the weights, nor a file beside them, nor the config tells.
+    """
+    if "unseen" in weights:
+        activation, *heads = weights["unseen"].tolist()
+        return Unseen(list(ACTIVATIONS)[activation], *heads)
+    if "input_resolution" in weights:
+        ours, size = _unseen_of(model), model.size
+        vision_heads, text_heads = size.vision_width // OPENAIS_HEAD, size.text_width // OPENAIS_HEAD
+        return Unseen(OPENAIS, vision_heads or ours.vision_heads, text_heads or ours.text_heads)
+    if _is_trained_here(weights) or is_exported(Path(source)):
+        return _unseen_of(model)._replace(activation=OPENAIS)
+    if found := read_beside(Path(source), theirs):
+        for width, heads in ((model.size.vision_width, found.vision_heads), (model.size.text_width, found.text_heads)):
+            if heads < 1 or width % heads:
+                raise UserError(
+                    f"{source}: the config beside it has {heads} heads, which do not divide {width} channels; is it another's?"
+                )
+        return found
+    if model.size.activation is None and model.size.vocab_size == VOCABULARY:
+        raise UserError(
+            f"{source}: does not show its activation and heads; put its open_clip_config.json or config.json beside it, or set"
+            " clip.activation (OpenAI: quick_gelu; LAION, DataComp: gelu), clip.vision_heads and clip.text_heads"
+        )
+    return _unseen_of(model)
+
+
+def _is_trained_here(weights: StateDict) -> bool:
+    """Tells whether weights come from a training run of this project or of the authors, which add to what they start from."""
+    return any(name.split(".")[0].endswith("_m") or name in ("space_dict", "image_queue") for name in weights)
+
+
+def _unseen_of(model: Clip) -> Unseen:
+    blocks = model.visual.transformer.resblocks[0], model.transformer.resblocks[0]
+    activation = next(name for name, kind in ACTIVATIONS.items() if isinstance(blocks[0].mlp.gelu, kind))
+    return Unseen(activation, *(block.attn.num_heads for block in blocks))
+
+
+def _fit_mlps(model: Clip, weights: StateDict) -> None:
+    """Gives the model the MLPs of the weights, where only their inner width differs."""
+    expected = model.state_dict()
+    names = [f"{tower}transformer.resblocks.0.mlp.c_fc.weight" for tower in ("visual.", "")]
+    if all(name in weights and weights[name].shape[1:] == expected[name].shape[1:] for name in names):
+        hidden = [len(weights[name]) for name in names]
+        if hidden != [len(expected[name]) for name in names]:
+            model.fit_mlps(*hidden)
 
 
 def from_transformers(weights: StateDict) -> StateDict:

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.weights.pickles import load_plain, unwrapped
 from models.weights.safetensors import read_safetensors
 from utils import UserError, logger
 
@@ -33,13 +34,16 @@ def read_checkpoint(path: str | Path) -> dict:
     """Reads a checkpoint, .safetensors or .pth, without running code from it; returns a dict with at least "model", a state dict.
 
     Raises:
-        UserError: when the file is missing, not a checkpoint, or a pickle that wants to run code.
+        UserError: when the file is missing, not a checkpoint, a pickle that wants to run code, or has values that are not finite.
     """
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path}: no such checkpoint; set the key 'pretrained' (or --pretrained) to the file")
-    with open(path, "rb") as file:
-        head = file.read(len(LFS_POINTER))
+    try:
+        with open(path, "rb") as file:
+            head = file.read(len(LFS_POINTER))
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror or error}; make the file readable, or give another") from None
     if head == LFS_POINTER:
         raise UserError(f"{path}: a Git LFS pointer, not the weights themselves; fetch them with 'git lfs pull'")
     if path.suffix != ".safetensors" and not head.startswith(CHECKPOINT_HEADS):
@@ -50,19 +54,23 @@ def read_checkpoint(path: str | Path) -> dict:
         elif _is_torchscript(path):
             content = _read_torchscript(path)
         else:
-            content = torch.load(path, map_location="cpu", weights_only=True)
+            content = load_plain(path)
     except pickle.UnpicklingError:
         raise UserError(
             f"{path}: not plain weights: it holds Python objects whose loading could run code; save its state dict alone"
         ) from None
-    except Exception as error:  # broken bytes can lead the two readers anywhere
-        reason = str(error).strip().split("\n")[0]
-        raise UserError(f"{path}: not a readable checkpoint ({reason}); is it cut off? Fetch it again") from None
+    except Exception:  # broken bytes can lead the two readers anywhere, and their words speak of their own insides
+        size = path.stat().st_size
+        raise UserError(f"{path}: not a readable checkpoint ({size} bytes of it); is it cut off? Fetch it again") from None
     if not isinstance(content, dict):
         raise UserError(f"{path}: holds a {type(content).__name__}, not a state dict; save the model's state dict")
-    checkpoint = content if isinstance(content.get("model"), dict) else {"model": content}
+    checkpoint = unwrapped(content)
     if not checkpoint["model"] or not all(isinstance(value, Tensor) for value in checkpoint["model"].values()):
         raise UserError(f"{path}: its weights are not all tensors; save the model's state dict alone")
+    for name, tensor in checkpoint["model"].items():
+        is_checked = tensor.is_floating_point() and tensor.element_size() > 1 and not name.endswith("attn_mask")  # of -inf
+        if is_checked and not tensor.isfinite().all():
+            raise UserError(f"{path}: {name} has values that are not finite numbers (NaN, inf); give another checkpoint")
     return checkpoint
 
 

@@ -331,3 +331,40 @@ def test_a_prompt_ends_before_the_next_word(prompt, joined) -> None:
 def test_a_caption_has_room_behind_its_prompt_and_fits_the_decoder(key, value) -> None:
     with pytest.raises(ValueError, match=f"{key} must be more than 5, for the prompt, and at most"):
         CaptionConfig(**{key: value})
+
+
+def test_a_tilde_is_the_home_folder_in_every_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "x.yaml").write_text("image_root: ~/images\npretrained: ~/a.pth\ntokenizer: ~/words\nprompt: ~/ \n")
+    flags = "--config ~/x.yaml --output_dir=~/out --set coco_gt_root=~/gt --set teacher=~/b.pth --resume=~/c.pth"
+    config = parse_command_line("test", CaptionConfig, flags.split())
+    paths = (config.image_root, config.tokenizer, config.output_dir, config.coco_gt_root, config.resume_path)
+    assert paths == tuple(tmp_path / name for name in ("images", "words", "out", "gt", "c.pth"))
+    assert (config.pretrained, config.teacher) == (f"{tmp_path}/a.pth", f"{tmp_path}/b.pth")
+    assert config.annotation_file("~/a") == tmp_path / "a.json"
+    assert config.prompt == "~/ "  # no path
+
+
+def test_a_file_with_a_byte_order_mark_is_read(tmp_path: Path) -> None:
+    (tmp_path / "x.yaml").write_text("p: 0.25\n", encoding="utf-8-sig")
+    assert load_config(NlvrConfig, tmp_path / "x.yaml").p == 0.25
+
+
+@pytest.mark.parametrize(
+    ("text", "flags", "ramp", "shortened"),
+    [
+        ("ramp_epochs: 2", ["--epoch", "1"], 1, True),
+        ("ramp_epochs: 3\nalign_epochs: 1", ["--epoch", "3"], 2, True),
+        ("ramp_epochs: 2", ["--epoch", "2"], 2, False),
+        ("ramp_epochs: 2", ["--set", "max_epoch=1"], 2, False),  # not by the flag: the engine refuses it
+        ("", ["--epoch", "1", "--set", "ramp_epochs=2"], 2, False),
+        ("ramp_epochs: 2\nsparsity_type: '2:4'", ["--epoch", "1"], 2, False),
+    ],
+)
+def test_fewer_epochs_than_the_file_shorten_its_ramp_and_the_log_says_so(
+    text: str, flags: list[str], ramp: int, shortened: bool, tmp_path: Path
+) -> None:
+    (tmp_path / "x.yaml").write_text(text)
+    config = parse_command_line("test", NlvrConfig, ["--config", str(tmp_path / "x.yaml"), *flags])
+    assert config.ramp_epochs == ramp
+    assert any("the ramp is shortened from ramp_epochs" in note for note in config.command_line.notes) == shortened

@@ -94,6 +94,27 @@ def test_an_evaluation_file_becomes_pictures_and_captions(world: Path) -> None:
     assert texts.image_of_text == [0, 0, 1]
 
 
+def test_entries_of_one_picture_are_grouped_and_the_log_says_so(world: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "madtp")
+    single = [{"image": entry["image"], "caption": [caption]} for entry in TEST for caption in entry["caption"]]
+    (world / "val.json").write_text(json.dumps([single[0], single[2], single[1]]))
+    assert read_captioned(world / "val.json") == TEST
+    assert caplog.messages == [f"{world}/val.json: 3 entries of 2 images, grouped by image"]
+    assert read_captioned(world / "test.json") == TEST and len(caplog.messages) == 1
+
+
+def test_one_id_for_two_pictures_is_named_also_across_files(world: Path) -> None:
+    (world / "more.json").write_text(json.dumps([MORE[0], {**MORE[1], "image_id": "coco_7"}]))
+    said = f"entry 1 has the image_id 'coco_7' of another image, {PICTURES[0]}; give each image its own"
+    with pytest.raises(UserError, match=rf"\A{world}/more.json: {said}\Z"):
+        pairs_of(world, "train", "more")
+
+
+def test_a_picture_under_two_ids_is_no_negative_of_itself(world: Path) -> None:
+    (world / "more.json").write_text(json.dumps([MORE[0], {**MORE[1], "image_id": 11}]))
+    assert pairs_of(world, "train", "more").image_ids == [0, 1, 0, 2, 1]
+
+
 def test_batches_have_the_documented_shapes(world: Path) -> None:
     tokenizer, pairs = load_tokenizer(world), pairs_of(world, "train", "more")
     batch = PairCollate(tokenizer, 35)([pairs[0], pairs[3]])

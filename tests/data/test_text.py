@@ -37,6 +37,12 @@ def test_the_two_first_tokens_follow_the_vocabulary(vocabulary: Path) -> None:
         assert tokenizer("A DOGS cat").input_ids == [2, 5, 6, 7, 1, 3]
 
 
+def test_a_vocabulary_with_a_byte_order_mark_is_read(vocabulary: Path) -> None:
+    plain = load_tokenizer(vocabulary)("a dog")["input_ids"]
+    vocabulary.write_text("\n".join(WORDS) + "\n", encoding="utf-8-sig")
+    assert load_tokenizer(vocabulary)("a dog")["input_ids"] == plain
+
+
 def test_tokens_that_the_vocabulary_has_are_not_added_again(tmp_path: Path) -> None:
     (tmp_path / "vocab.txt").write_text("\n".join([*WORDS, "[ENC]", "[DEC]"]))
     tokenizer = load_tokenizer(tmp_path)

@@ -221,6 +221,30 @@ def test_a_foreign_entry_is_named(world: Path, file: str, change: dict, message:
         build_datasets(config_of(world))
 
 
+def test_an_entry_may_leave_out_its_data_set_and_give_answers_as_objects(world: Path) -> None:
+    official = {**ASKED, "image": "a.png", "answer": [{"answer": text, "answer_id": place} for place, text in enumerate(TEN)]}
+    del official["dataset"]
+    (world / "val.json").write_text(json.dumps([official]))
+    assert build_datasets(config_of(world))["val"].entries == [ASKED]
+
+
+@pytest.mark.parametrize("file", ["val", "test"])
+@pytest.mark.parametrize("again", [7, "7"])
+def test_a_question_id_that_is_not_the_only_one_is_named(world: Path, file: str, again: int | str) -> None:
+    (world / f"{file}.json").write_text(json.dumps([ASKED, {**ASKED, "question_id": 8}, {**ASKED, "question_id": again}]))
+    with pytest.raises(UserError, match=rf"\A{file}: the questions 0 and 2 share the question_id {again!r}; give each its own\Z"):
+        build_datasets(config_of(world))
+
+
+def test_questions_with_few_answers_are_counted_in_the_log(world: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "madtp")
+    build_datasets(config_of(world))
+    assert not caplog.messages
+    (world / "val.json").write_text(json.dumps([{**ASKED, "answer": ["red"]}, {**ASKED, "question_id": 8}]))
+    build_datasets(config_of(world))
+    assert caplog.messages == ["val: 1 of 2 questions have fewer than 10 answers; docs/data.md says how they are scored"]
+
+
 def test_the_answer_list_is_read_and_a_foreign_one_named(world: Path) -> None:
     assert read_answer_list(config_of(world)) == ["red", "a dog"]
     for content in ("{}", "[]", '["red", 5]', '["red", ""]'):

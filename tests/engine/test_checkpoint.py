@@ -1,6 +1,10 @@
 """A run that is saved and loaded goes on as if nothing had happened."""
 
+import errno
+import os
 import random
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -9,6 +13,7 @@ from torch import nn
 
 from engine.checkpoint import load_run, read_run, rng_state, save_atomic, save_run, set_rng_state
 from engine.train import CosineSchedule, Trainer
+from tests.runs import ROOT, refusal
 from utils import Run, UserError
 
 ONE = Run(torch.device("cpu"))
@@ -76,6 +81,51 @@ def test_a_run_that_dies_while_writing_leaves_the_last_good_file(tmp_path, monke
     with pytest.raises(KeyboardInterrupt):
         save_atomic({"epoch": 2}, path)
     assert torch.load(path) == {"epoch": 1}
+
+
+@pytest.mark.parametrize("place", ["save", "replace"])
+def test_a_full_disk_is_the_users_to_mend_and_the_last_good_file_stays(tmp_path, monkeypatch, capsys, place):
+    path = tmp_path / "last.pth"
+    save_atomic({"epoch": 1}, path)
+
+    def full(content, file):
+        tmp_path.joinpath("last.pth.tmp").write_bytes(b"half")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(*((torch, "save", full) if place == "save" else (os, "replace", full)))
+    said = refusal(capsys, lambda: save_atomic({"epoch": 2}, path))
+    assert f"{path}: No space left on device; make room and go on with --resume" in said
+    assert torch.load(path) == {"epoch": 1} and list(tmp_path.iterdir()) == [path]
+
+
+LIMITED = """
+import resource, signal, sys, torch
+from pathlib import Path
+from engine.checkpoint import save_atomic
+from models.weights.safetensors import save_exported
+from utils import run_main
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
+weights = {"a": torch.zeros(100_000)}
+save = {"pth": lambda path: save_atomic(weights, path), "safetensors": lambda path: save_exported(path, weights, {})}
+run_main(lambda: save[sys.argv[1]](Path(sys.argv[2])))
+"""
+
+
+@pytest.mark.parametrize("kind", ["pth", "safetensors"])
+def test_a_file_that_the_system_does_not_take_whole_leaves_nothing(tmp_path, kind):
+    """The writers of PyTorch and safetensors have errors of their own, which no patch shows."""
+    path = tmp_path / f"last.{kind}"
+    command = [sys.executable, "-c", LIMITED, kind, str(path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 2 and done.stderr.startswith(f"error: {path}: not written whole; ") and done.stderr.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_run_of_another_program_is_not_resumed(tmp_path):
+    torch.save({"state_dict": {"a": torch.ones(1)}, "optimizer": {}, "epoch": 3}, tmp_path / "epoch_3.pt")
+    with pytest.raises(UserError, match="epoch_3.pt: holds weights, not a run to resume"):
+        read_run(tmp_path / "epoch_3.pt", ONE)
 
 
 def test_other_ranks_write_nothing(tmp_path):

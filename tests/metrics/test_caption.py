@@ -1,8 +1,10 @@
 """Caption metrics against figures made by hand, with Java and without."""
 
+import gc
 import json
 import shutil
 import sys
+import warnings
 from math import exp, log, sqrt
 from pathlib import Path
 
@@ -110,6 +112,15 @@ def test_a_java_that_fails_is_named_and_waited_for_no_longer(monkeypatch, tmp_pa
     assert found.tokenizer == "words" and found.scores.keys() == WITHOUT_JAVA
     assert "its Java program failed" in found.not_computed["METEOR"]
     assert capfd.readouterr() == ("", "")
+
+
+def test_no_pipe_of_java_stays_open(monkeypatch, tmp_path):
+    java_that(monkeypatch, tmp_path, "import sys; sys.exit('-version' not in sys.argv)")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", ResourceWarning)
+        score(["a dog"], [["a dog"]])
+        gc.collect()
+    assert [str(warning.message) for warning in caught] == []
 
 
 def spice_that_says(monkeypatch, folder: Path, scores: list) -> None:

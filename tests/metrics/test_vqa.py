@@ -30,6 +30,24 @@ def test_agreement_by_hand(annotators, expected):
     assert agreement("red", ten(red=annotators)) == pytest.approx(expected)
 
 
+@pytest.mark.parametrize(
+    ("answers", "expected"),
+    [
+        (["red"], 1),
+        (["blue"], 0),
+        (["red", "red"], 1),
+        (["red", "blue"], 0.5),  # (0 + 1) / 2
+        (["red", "red", "red"], 1),
+        (["red", "red", "blue"], 2 / 3),  # (1/2 + 1/2 + 1) / 3
+        (["red", "blue", "blue"], 1 / 3),  # (0 + 1/2 + 1/2) / 3
+        (["red"] * 4, 1),
+        (["red", "blue", "blue", "blue"], 0.25),  # the official formula: 3 * 1/3 / 4
+    ],
+)
+def test_few_answers_that_agree_are_fully_right(answers, expected):
+    assert agreement("red", answers) == pytest.approx(expected)
+
+
 @given(st.lists(st.sampled_from(["red", "blue", "green"]), min_size=10, max_size=10))
 @settings(max_examples=100, deadline=None)
 def test_agreement_is_the_mean_over_all_choices_of_nine(answers):

@@ -1,6 +1,7 @@
 """The report: what its table says, and that it stands alone."""
 
 import html
+from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
@@ -43,3 +44,32 @@ def test_the_report_needs_nothing_beside_it(tmp_path: Path) -> None:
     assert page.count("<img ") == page.count('src="data:image/') == 3
     for text in ("Title & more", "p = 0.8", "81.25", "a note", "a < b", "python x.py --p 0.5"):
         assert html.escape(text) in page
+
+
+class Shown(HTMLParser):
+    """Collects the texts of a page, the names of its elements, and the names and values of their attributes."""
+
+    def __init__(self, page: str):
+        super().__init__()
+        self.texts: list[str] = []
+        self.elements: set[str] = set()
+        self.attributes: dict[str, list[str | None]] = {}
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attrs: list) -> None:
+        self.elements.add(tag)
+        for name, value in attrs:
+            self.attributes.setdefault(name, []).append(value)
+
+    def handle_data(self, data: str) -> None:
+        self.texts.append(data)
+
+
+def test_markup_in_a_caption_or_a_note_shows_as_text(tmp_path: Path) -> None:
+    evil = """a <script>alert(1)</script> "><i onclick='x'> &amp; dog"""
+    path = tmp_path / "report.html"
+    write_report(path, evil, [fake_run(0), fake_run(0.5, 2)], [evil], 2, [Picture(evil, b"png")], [f"python x.py --text '{evil}'"])
+    shown = Shown(path.read_text())
+    assert not {"script", "i"} & shown.elements and "onclick" not in shown.attributes
+    assert shown.texts.count(evil) == 4 and evil in shown.attributes["alt"]  # title, heading, note, caption; and the picture's
+    assert f"python x.py --text '{evil}'" in shown.texts

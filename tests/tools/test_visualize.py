@@ -38,6 +38,15 @@ def test_samples_of_any_number_of_pictures_and_texts_fit_on_a_sheet() -> None:
     assert heights[0] < heights[1]
 
 
+def test_a_sentence_with_markup_is_drawn_as_it_is(tmp_path: Path) -> None:
+    """To matplotlib, text between dollars is a formula."""
+    words = ["$\\nosuch{", "<b>", "$5"]
+    sample = Sample("a", "$\\frac$", [], [(words, np.ones((1, 3), dtype=bool))], [("prediction", "$x^$ &amp;")])
+    sheet = draw([sample])
+    sheet.savefig(tmp_path / "a.png", dpi=30)
+    assert {*words, "$\\frac$", "$x^$ &amp;"} <= {text.get_text() for text in sheet.texts}
+
+
 @pytest.fixture
 def world(tmp_path: Path) -> Path:
     return write_run(tmp_path, "nlvr")

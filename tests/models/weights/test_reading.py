@@ -1,8 +1,11 @@
 """Weights of others: read safely, translated, and refused by name when they do not fit."""
 
+import argparse
 import os
 import pickle
+from pathlib import Path, PureWindowsPath
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -178,3 +181,70 @@ def test_what_a_download_left_instead_of_weights_is_named(tmp_path, content, sai
     (tmp_path / "model.pth").write_text(content)
     with pytest.raises(UserError, match=said):
         read_checkpoint(tmp_path / "model.pth")
+
+
+@pytest.mark.parametrize("wrapper", ["model", "state_dict", "model_state_dict", None])
+@pytest.mark.parametrize("front", ["", "module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module.", "model."])
+def test_weights_are_found_wherever_other_programs_put_them(tmp_path, wrapper, front):
+    named = {front + name: tensor for name, tensor in WEIGHTS.items()}
+    content = {wrapper: named, "optimizer": {"lr": 0.1}, "epoch": 3} if wrapper else named
+    torch.save(content, tmp_path / "epoch_3.pt")
+    read = read_checkpoint(tmp_path / "epoch_3.pt")
+    assert read["model"].keys() == WEIGHTS.keys() and torch.equal(read["model"]["a.bias"], WEIGHTS["a.bias"])
+    assert read.get("epoch") == (3 if wrapper == "model" else None)
+
+
+def test_an_entry_model_that_holds_no_weights_does_not_hide_them(tmp_path):
+    torch.save({"model": {"name": "ViT-B-32"}, "state_dict": WEIGHTS}, tmp_path / "x.pt")
+    assert read_checkpoint(tmp_path / "x.pt")["model"].keys() == WEIGHTS.keys()
+
+
+def test_a_part_that_was_compiled_alone_keeps_its_names(tmp_path):
+    torch.save({"a._orig_mod.weight": WEIGHTS["a.weight"], "a.bias": WEIGHTS["a.bias"]}, tmp_path / "x.pth")
+    assert read_checkpoint(tmp_path / "x.pth")["model"].keys() == WEIGHTS.keys()
+
+
+BESIDE = {
+    "args": argparse.Namespace(lr=0.1, name="run", out=Path("out")),
+    "path": Path("a/b"),
+    "windows": PureWindowsPath("a/b"),
+    "float64": np.float64(1.5),
+    "float32": np.float32(2.5),
+    "int64": np.int64(7),
+    "bool": np.bool_(True),
+}
+
+
+@pytest.mark.parametrize("kind", BESIDE)
+@pytest.mark.parametrize("zipped", [True, False])
+def test_plain_values_beside_the_weights_do_no_harm(tmp_path, kind, zipped):
+    torch.save({"model": WEIGHTS, "x": BESIDE[kind]}, tmp_path / "x.pth", _use_new_zipfile_serialization=zipped)
+    read = read_checkpoint(tmp_path / "x.pth")
+    assert read["model"].keys() == WEIGHTS.keys() and str(read["x"]).replace("PurePosix", "Posix") == str(BESIDE[kind])
+
+
+@pytest.mark.parametrize("wrap", [lambda code: argparse.Namespace(x=code), lambda code: {"state_dict": WEIGHTS, "x": [code]}])
+def test_code_within_a_plain_value_is_refused_and_does_not_run(tmp_path, wrap):
+    torch.save({"model": WEIGHTS, "x": wrap(Code(tmp_path / "ran"))}, tmp_path / "evil.pth")
+    assert "could run code" in refusal(tmp_path / "evil.pth")
+    assert not (tmp_path / "ran").exists()
+    torch.load(tmp_path / "evil.pth", weights_only=False)  # that it would have
+    assert (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("kind", ["pth", "safetensors"])
+def test_weights_that_are_no_numbers_are_refused_by_name(tmp_path, value, kind):
+    weights = {**WEIGHTS, "a.bias": torch.tensor([1.0, value])}
+    torch.save(weights, tmp_path / "x.pth")
+    save_file(weights, tmp_path / "x.safetensors")
+    assert "a.bias has values that are not finite numbers (NaN, inf)" in refusal(tmp_path / f"x.{kind}")
+
+
+@pytest.mark.parametrize("name", ["bare.pth", "legacy.pth", "x.safetensors"])
+def test_of_a_file_that_is_cut_off_the_size_is_told_and_nothing_of_the_readers_insides(files, name):
+    path = files / name
+    path.write_bytes(path.read_bytes()[:-40])
+    said = refusal(path)
+    assert f"({path.stat().st_size} bytes of it); is it cut off? Fetch it again" in said
+    assert not any(word in said for word in ("miniz", "Stream", "central directory", "Error", "header"))
