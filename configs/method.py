@@ -29,6 +29,11 @@ class MethodKeys(Section):
     mag: bool = Field(
         True, description="guide by learnable tokens; off: no S_token and no L_sim, and a threshold from the importance alone"
     )
+    causal_scores: Literal["plain", "relative", "skip"] = Field(
+        "plain",
+        description="CLIP's causal text encoder, whose start token sees itself alone and therefore has the largest S_self: plain"
+        " leaves it so, relative weighs a query by the number of tokens it sees, skip leaves such queries out",
+    )
     merge: bool = Field(True, description="merge the pruned tokens into one, instead of dropping them")
     mag_projection: Literal["auto", "on", "off"] = Field(
         "auto", description="map tokens to sd_dim before alignment; auto: only if the widths differ"

@@ -9,13 +9,17 @@ from madtp.pruning import OFF, PruneSetting
 from madtp.sparsity.masks import Pattern, SparseWeights, most_in_a_group
 from utils import UserError
 
-RULE = ("method", "variant", "keep", "p", "sparsity_type", "sparse_layers", "tis", "mag", "merge", "guide", "image_size")
+RULE = (
+    "method", "variant", "keep", "p", "sparsity_type", "sparse_layers", "tis", "mag", "causal_scores", "merge", "guide",
+    "image_size",
+)  # fmt: skip
 # The rule of checkpoints from before a key existed. Their image size is not known: it counts as the config's.
 BEFORE = {
     "sparsity_type": "",
     "sparse_layers": "all",
     "tis": ["cls", "self", "token"],
     "mag": True,
+    "causal_scores": "plain",
     "merge": True,
     "guide": "shared",
 }

@@ -23,6 +23,7 @@ VARIANTS = ("paper", "released")
 KEEP_RULES = ("max", "mean", "instance")
 TERMS = ("cls", "self", "token")
 GRADIENTS = ("none", "merge", "decision")
+CAUSAL_SCORES = ("plain", "relative", "skip")
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,9 @@ class PruningRule:
         the weights of the merged token, as in the authors' code; "decision", also through the decisions, by a straight-through
         estimate (see `decision_gate`). S_cls and S_self are constants in each, except for "merge" of variant "released", as in the
         authors' code.
+    causal_scores: S_self in a causal attention, where the first token sees itself alone and so always has the largest attention.
+        "plain" is Eq. 5 as written, "relative" weighs a query by the number of tokens that it sees, "skip" leaves out queries that
+        see themselves alone
     """
 
     method: str = "dtp"
@@ -57,9 +61,11 @@ class PruningRule:
     share: float | None = None
     num_prefix_tokens: int = 1
     gradient: str = "none"
+    causal_scores: str = "plain"
 
     def __post_init__(self):
-        for name, allowed in (("method", METHODS), ("variant", VARIANTS), ("keep", KEEP_RULES), ("gradient", GRADIENTS)):
+        known = {"method": METHODS, "variant": VARIANTS, "keep": KEEP_RULES, "gradient": GRADIENTS, "causal_scores": CAUSAL_SCORES}
+        for name, allowed in known.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
         if not self.terms or not set(self.terms) <= set(TERMS):

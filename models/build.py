@@ -23,6 +23,7 @@ def pruner_factory(config: Config) -> Callable[..., TokenPruner | None]:
             mag=config.mag,
             merge=config.merge,
             gradient=config.gradient,
+            causal_scores=config.causal_scores,
         )
     except ValueError as error:
         raise _bad_rule(error) from None

@@ -114,9 +114,10 @@ def _attend_padded(
         sizes = sizes if valid is None else sizes.masked_fill(~valid, 0.0)  # log 0 masks padding
         return _attend_weighted(query, key, value, sizes, dropout), None
     mask = None if valid is None else valid[:, None, None, :]
+    visible = None
     if causal is not None:
         allowed = causal_mask(query.shape[2], causal, query.device)
-        mask = allowed if mask is None else mask & allowed
+        mask, visible = allowed if mask is None else mask & allowed, allowed.sum(dim=1)
     # Fused attention keeps no map. Its backward pass in bf16 on a CPU takes several times as long as the plain products.
     fused = rule is None and not (training and query.device.type == "cpu")
     if fused:
@@ -126,7 +127,7 @@ def _attend_padded(
         scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
     attention = scores.softmax(dim=-1)
     out = F.dropout(attention, dropout).to(value.dtype) @ value
-    return out, None if rule is None else map_statistics(attention, out, valid, rule)
+    return out, None if rule is None else map_statistics(attention, out, valid, rule, visible)
 
 
 def _attend_weighted(query: Tensor, key: Tensor, value: Tensor, sizes: Tensor, dropout: float) -> Tensor:

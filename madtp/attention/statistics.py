@@ -13,23 +13,33 @@ from madtp.packing import Packed, Valid
 from madtp.pruning import PruningRule
 
 
-def map_statistics(attention: Tensor, head_outputs: Tensor, valid: Valid, rule: PruningRule) -> AttentionStatistics:
+def map_statistics(
+    attention: Tensor, head_outputs: Tensor, valid: Valid, rule: PruningRule, visible: Tensor | None = None
+) -> AttentionStatistics:
     """Reads the statistics off an attention map. They are constants, but for a rule with `traces_attention`.
 
     Args:
         attention: (B, H, N, N) probabilities.
         head_outputs: (B, H, N, D).
         valid: (B, N).
+        visible: (N,) number of tokens that each query sees in a causal attention, itself included.
     """
     prefix = rule.num_prefix_tokens
     with torch.set_grad_enabled(torch.is_grad_enabled() and rule.traces_attention):
         tokens = attention[:, :, prefix:, prefix:]
+        if visible is not None and rule.causal_scores != "plain":
+            tokens = tokens * _query_weights(visible[prefix:], rule.causal_scores).unsqueeze(1)
         if rule.variant == "released":
             columns = released.released_columns(tokens)
         else:
             columns = paper_columns(tokens, None if valid is None else valid[:, prefix:])
         importance = class_attention(attention[:, :, 0, prefix:], head_outputs[:, :, prefix:]) if prefix else None
         return AttentionStatistics(importance, columns)
+
+
+def _query_weights(visible: Tensor, causal_scores: str) -> Tensor:
+    """Returns the weights (N,) of queries that see `visible` (N,) tokens, see `PruningRule`."""
+    return (visible > 1).float() if causal_scores == "skip" else visible.float() / visible.max()
 
 
 @torch.no_grad()

@@ -8,7 +8,8 @@ from clip.model import Clip, ClipSize, end_first
 from madtp.attention.attend import causal_mask
 from madtp.attention.statistics import map_statistics
 from madtp.blocks import Guidance
-from madtp.pruning import OFF, PruneSetting, PruningRule, TokenPruner
+from madtp.packing import pack
+from madtp.pruning import CAUSAL_SCORES, OFF, PruneSetting, PruningRule, TokenPruner
 from models.clip_retrieval import ClipRetrieval
 from models.weights.clip import load_clip_weights
 from tests.tiny import ended_text, with_lively_weights
@@ -18,8 +19,8 @@ LARGER = ClipSize(48, 8, 32, 3, 4, 24, 4, 3, 16, 50, 28)
 LEARNABLE = (5, 20, 1.0)
 
 
-def pruned() -> Clip:
-    rule = PruningRule(keep="instance")
+def pruned(causal_scores: str = "plain") -> Clip:
+    rule = PruningRule(keep="instance", causal_scores=causal_scores)
     model = Clip(SMALL, lambda dim: TokenPruner(dim, *LEARNABLE[:2], rule, "on"), LEARNABLE)
     return with_lively_weights(model).eval()
 
@@ -102,6 +103,31 @@ def test_whatever_is_pruned_the_end_of_text_token_is_read_and_sees_the_merged_on
         x = x + block.mlp(block.ln_2(x))
     expected = model.ln_final(x)[:, -1] @ model.text_projection
     torch.testing.assert_close(encoded.feature, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@torch.no_grad()
+def test_the_start_token_has_the_largest_self_attention_unless_queries_are_weighed(packed):
+    """S_self of every word by a loop over the queries that see it."""
+    words, width = 9, SMALL.text_width
+    x = torch.randn(1, words, width)  # the end of text first, then the start
+    found = {}
+    for choice in CAUSAL_SCORES:
+        block = pruned(choice).transformer.resblocks[0]
+        found[choice] = block.attend(*(pack(x, None) if packed else (x, None)), block.pruner.rule)[1].columns[0].tolist()
+    heads = block.attn.num_heads
+    q, k, _ = torch.nn.functional.linear(block.ln_1(x), block.attn.in_proj_weight, block.attn.in_proj_bias).chunk(3, -1)
+    q, k = (part[0, 1:].reshape(words - 1, heads, width // heads) for part in (q, k))
+    weights = {"plain": lambda seen: 1.0, "relative": lambda seen: seen / (words - 1), "skip": lambda seen: float(seen > 1)}
+    for choice, weight in weights.items():
+        for token in range(words - 1):
+            shares = [
+                weight(query + 1) * float((k[: query + 1, head] @ q[query, head] / (width // heads) ** 0.5).softmax(0)[token])
+                for query in range(token, words - 1)
+                for head in range(heads)
+            ]
+            assert found[choice][token] == pytest.approx(max(shares), abs=1e-5)
+    assert found["plain"][0] == 1.0 == max(found["plain"]) and max(found["relative"][0], found["skip"][0]) < 1
 
 
 @torch.no_grad()
