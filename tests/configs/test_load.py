@@ -52,7 +52,7 @@ sd_dim: 768
 """
 
 
-FILES = sorted(map(str, Path("configs").rglob("*.yaml")))
+FILES = sorted(str(path) for path in Path("configs").rglob("*.yaml") if path.name != "tables.yaml")
 
 
 def test_clip_has_a_head_for_every_64_channels_unless_told_otherwise():

@@ -4,6 +4,8 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+
 from configs.schema import Config
 from tasks.registry import TASKS
 from tools.tables.plan import Job, config_of
@@ -34,7 +36,8 @@ def files_of(config: Config) -> list[str]:
 
 def checkpoint_bytes(config: Config) -> int:
     """Returns the size of a run's checkpoints: the best weights, and the last with two moments each of AdamW."""
-    model, _ = TASKS[config.task].reference_case(config)
+    with torch.device("meta"):  # sizes without memory
+        model, _ = TASKS[config.task].reference_case(config)
     trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
     whole = sum(value.numel() * value.element_size() for value in model.state_dict().values())
     return 2 * whole + 2 * trained

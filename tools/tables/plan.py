@@ -4,6 +4,7 @@ import re
 import shlex
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -180,6 +181,7 @@ def _slug(arguments: str) -> str:
     return re.sub(r"[^A-Za-z0-9._,-]", "", plain) or "default"
 
 
+@cache
 def task_of(config: Path) -> type[Task]:
     """Returns the task that a YAML file names."""
     return TASKS[load_any_config(config).task]
