@@ -141,7 +141,7 @@ class VisionTower(nn.Module):
     def embed(self, images: Tensor) -> Tensor:
         """Maps images (B, 3, H, W) to the input of the blocks, the class token first, (B, N, C)."""
         patches = self.conv1(images).flatten(2).transpose(1, 2)
-        x = torch.cat([self.class_embedding.to(patches.dtype).expand(len(images), 1, -1), patches], dim=1)
+        x = torch.cat([self.class_embedding.to(patches.dtype).expand(images.shape[0], 1, -1), patches], dim=1)
         return self.ln_pre(x + self.positional_embedding)  # float32 from here on, whatever the convolution returns
 
     def encode(self, x: Tensor, layout: Layout, guidance: Guidance = UNPRUNED) -> Encoded:

@@ -19,8 +19,10 @@ class MethodKeys(Section):
     )
     p: float = Field(0.5, ge=0, lt=1, description="share of the GFLOPs to remove; 0 trains or evaluates uncompressed")
     variant: Literal["paper", "released"] = Field("paper", description="released: the formulas of the authors' published code")
-    keep: Literal["max", "mean", "instance"] = Field(
-        "max", description="tokens kept per sample: the largest or mean need in its batch, or its own (instance)"
+    keep: Literal["max", "mean", "instance", "fixed"] = Field(
+        "max",
+        description="tokens kept per sample: the largest or mean need in its batch, or its own (instance); fixed, for --evaluate:"
+        " the same for all, from what the calibration subset keeps by itself, as an exported model does",
     )
     prune_from: int = Field(0, ge=0, description="index of the first block that prunes; higher keeps more tokens")
     tis: list[Literal["cls", "self", "token"]] = Field(
@@ -131,6 +133,11 @@ class MethodKeys(Section):
         return self.p == 0 or self.method == "none"
 
     @property
+    def keep_rule(self) -> str:
+        """The keep rule by which the temperature is found: fixed numbers come from those that samples keep by themselves."""
+        return "instance" if self.keep == "fixed" else self.keep
+
+    @property
     def aligns(self) -> bool:
         """Tells whether the model has learnable tokens, which L_sim trains."""
         return self.mag and not self.uncompressed and self.method != "tome"
@@ -138,7 +145,7 @@ class MethodKeys(Section):
     @property
     def packed(self) -> bool:
         """Tells whether batches run without padding. The authors' code needs padding: its masks do not follow their tokens."""
-        return self.variant == "paper"
+        return self.variant == "paper" and self.keep != "fixed"
 
     @property
     def text_guides(self) -> bool:

@@ -116,6 +116,9 @@ class Config(MethodKeys):
             inside = self.evaluate or low <= self.p <= high
             require(self, inside, f"p = {self.p:g} must lie in the range of train_budget, {low:g} to {high:g}")
             require(self, self.pattern is None, "train_budget is for pruned tokens alone; leave sparsity_type empty")
+        if self.keep == "fixed":
+            require(self, self.evaluate, "keep: fixed is for --evaluate; train with instance")
+            require(self, self.method == "dtp" and self.variant == "paper", "keep: fixed is for method: dtp, variant: paper")
         shared = self.guide == "shared"
         require(self, shared or self.text_with_image, "guide: text is for NLVR2 and VQA, where each text belongs to its image")
         require(

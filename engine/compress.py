@@ -16,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from configs.load import save_config
 from configs.schema import Config
 from engine.checkpoint import load_run, read_run, save_atomic, save_run
+from engine.deployment import fix_tokens
 from engine.diagnostics import AlignmentWatch
 from engine.elastic import Budgets
 from engine.experiment import Evaluation, Experiment
@@ -65,6 +66,8 @@ def run_experiment(experiment: Experiment) -> dict:
     logger.info("uncompressed: %.4f GFLOPs per sample; target at p = %g: %.4f", dense, config.p, dense * (1 - config.p))
     if config.evaluate:
         setting, epoch, p = _evaluated_setting(experiment, dense)
+        if config.keep == "fixed":
+            fix_tokens(experiment, setting, dense * (1 - p))
         _prepare(config, run)
     else:
         (setting, epoch), p = compress(experiment, dense), config.p
@@ -358,7 +361,7 @@ def _setting_of_checkpoint(experiment: Experiment, target: float) -> PruneSettin
     """Returns the setting saved with the loaded weights if it was made for this rule and p, else calibrates one for `target`."""
     config, saved = experiment.config, experiment.checkpoint
     setting = saved_setting(config, saved)
-    same_batch = config.keep == "instance" or saved.get("batch_size") == config.batch_size_test
+    same_batch = config.keep_rule == "instance" or saved.get("batch_size") == config.batch_size_test
     same = same_batch and other_rule(config, saved) is None and not config.sd_redraw
     if setting is not None and (config.uncompressed or authors_setting(config, saved) is not None or same):
         return setting

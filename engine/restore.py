@@ -28,7 +28,7 @@ SAVED = (*RULE, "batch_size", "temperature", "prune_from", "epoch", "masked")  #
 
 def rule_of(config: Config) -> dict:
     """Returns the pruning rule of a config: the keys that a temperature depends on."""
-    return {key: getattr(config, key) for key in RULE}
+    return {**{key: getattr(config, key) for key in RULE}, "keep": config.keep_rule}
 
 
 def other_rule(config: Config, saved: dict) -> str | None:

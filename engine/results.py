@@ -109,7 +109,7 @@ def warn_of_small_slice(config: Config, run: Run) -> None:
     Under `keep: max` or `mean` the cost of a sample depends on its batch, so smaller calibration batches give other GFLOPs.
     """
     wanted = config.batch_size_test * run.world_size
-    if config.keep != "instance" and not config.uncompressed and config.calibration_size < wanted:
+    if config.keep_rule != "instance" and not config.uncompressed and config.calibration_size < wanted:
         logger.info(
             "calibration_size %d does not fill a batch of %d on each of %d processes: under keep: %s its smaller batches cost other"
             " GFLOPs than those of the evaluation; set calibration_size to %d or more",

@@ -16,7 +16,15 @@ from madtp.alignment import Alignment, aligned_features, token_attention
 from madtp.importance import AttentionStatistics, token_importance
 from madtp.merging import matching_flops, merge_pairs, most_similar_pairs
 from madtp.packing import Layout, Packed, Valid, pack
-from madtp.selection import best_tokens, decision_gate, gather_and_merge, keep_counts, packed_gather_and_merge, threshold
+from madtp.selection import (
+    best_tokens,
+    decision_gate,
+    fixed_gather_and_merge,
+    gather_and_merge,
+    keep_counts,
+    packed_gather_and_merge,
+    threshold,
+)
 
 METHODS = ("dtp", "stp", "tome", "random")
 VARIANTS = ("paper", "released")
@@ -189,6 +197,7 @@ class TokenPruner(nn.Module):
         self.alignment = Alignment(dim, token_dim, projection) if rule.mag and not rule.needs_keys else None
         self.rule, self.dim, self.num_learnable, self.token_dim = rule, dim, num_learnable, token_dim
         self.mask_follows, self.min_keep = mask_follows, min_keep
+        self.fixed: int | None = None  # tokens to keep of every sample, instead of those above a threshold (see deploy.py)
 
     def align(
         self, inputs: Tensor, layout: Layout, learnable_tokens: Tensor | None, features: bool
@@ -301,6 +310,8 @@ class TokenPruner(nn.Module):
         with torch.autocast(x.device.type, enabled=False):
             if self.rule.needs_keys:
                 return self._merge_similar(x, layout, statistics, removed)
+            if self.fixed is not None:
+                return self._prune_fixed(x, layout, scores, statistics, self.fixed)
             if self.rule.variant == "released" and not isinstance(layout, Packed):
                 return self._prune_released(x, layout, scores, statistics, temperature)
             prefix = self.rule.num_prefix_tokens
@@ -317,6 +328,20 @@ class TokenPruner(nn.Module):
                 tokens = tokens * choice.gate.unsqueeze(2).to(x.dtype)
             tokens, stay = gather_and_merge(tokens, valid[:, prefix:], choice.importance, choice.kept, self.rule.merge)
             return torch.cat([x[:, :prefix], tokens], dim=1), torch.cat([valid[:, :prefix], stay], dim=1), choice.kept
+
+    def _prune_fixed(
+        self, x: Tensor, layout: Layout, attention: Tensor | None, statistics: AttentionStatistics | None, count: int
+    ) -> tuple[Tensor, Layout, Tensor]:
+        if isinstance(layout, Packed) or statistics is None:
+            raise ValueError("a fixed number of tokens needs a padded batch and the scores of its tokens")
+        prefix, tokens = self.rule.num_prefix_tokens, x[:, self.rule.num_prefix_tokens :]
+        valid = None if layout is None else layout[:, prefix:]
+        if tokens.shape[1] <= count:
+            return x, layout, torch.ones(tokens.shape[:2], dtype=torch.bool, device=x.device) if valid is None else valid
+        importance = token_importance(statistics, attention, self.rule.scores, valid)
+        tokens, stay, kept = fixed_gather_and_merge(tokens, valid, importance, count, self.rule.merge)
+        mask = None if layout is None or stay is None else torch.cat([layout[:, :prefix], stay], dim=1)
+        return torch.cat([x[:, :prefix], tokens], dim=1), mask, kept
 
     def _merge_similar(
         self, x: Tensor, layout: Layout, statistics: AttentionStatistics | None, removed: Tensor | None

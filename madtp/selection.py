@@ -161,6 +161,34 @@ def gather_and_merge(x: Tensor, valid: Valid, importance: Tensor, kept: Tensor, 
     return out, inside
 
 
+def fixed_gather_and_merge(
+    x: Tensor, valid: Valid, importance: Tensor, count: int, merge: bool
+) -> tuple[Tensor, Valid, Tensor]:
+    """Keeps the `count` best tokens of each sample in their order, then the merged token: shapes do not depend on values.
+
+    It is made of sorting, gathering and products, for exported models. Samples with fewer tokens than `count` keep all of them,
+    with padding.
+
+    Args:
+        x: (B, N, C).
+        valid: (B, N); None where nothing is padded.
+        count: below N.
+    Returns:
+        (B, count + 1, C), or `count` tokens without merging; the mask, None where there was none; kept (B, N) bool.
+    """
+    scores = importance if valid is None else importance.masked_fill(~valid, -1.0)
+    order = scores.topk(count, dim=1).indices.sort(dim=1).values
+    out = x.gather(1, order.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
+    kept = (order.unsqueeze(2) == torch.arange(x.shape[1], device=x.device)).any(dim=1)
+    stay = None if valid is None else valid.gather(1, order)
+    if merge:
+        pruned = ~kept if valid is None else valid & ~kept
+        token = merge_weights(importance, pruned).to(x.dtype).unsqueeze(1) @ x
+        out = torch.cat([out, token], dim=1)
+        stay = None if stay is None else torch.cat([stay, pruned.any(dim=1, keepdim=True)], dim=1)
+    return out, stay, kept if valid is None else kept & valid
+
+
 def packed_gather_and_merge(
     x: Tensor, layout: Packed, importance: Tensor, kept: Tensor, merge: bool, num_prefix_tokens: int = 1
 ) -> tuple[Tensor, Packed]:

@@ -18,7 +18,7 @@ def pruner_factory(config: Config) -> Callable[..., TokenPruner | None]:
         rule = PruningRule(
             method=config.method,
             variant=config.variant,
-            keep=config.keep,
+            keep=config.keep_rule,
             terms=tuple(config.tis),
             mag=config.mag,
             merge=config.merge,

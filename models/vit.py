@@ -102,7 +102,7 @@ class VisionTransformer(nn.Module):
     def forward(self, images: Tensor, guidance: Guidance = UNPRUNED) -> tuple[Tensor, Layout, TowerRecord]:
         """Encodes images (B, 3, H, W) into tokens, padded or packed, with their layout and the record of all blocks."""
         x = self.patch_embed(images)
-        x = torch.cat([self.cls_token.expand(len(x), -1, -1).to(x.dtype), x], dim=1) + self.pos_embed
+        x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1).to(x.dtype), x], dim=1) + self.pos_embed
         x, layout = pack(x, None) if guidance.packed else (x, None)
         again = recomputes_scores(x, layout, self.blocks[0].attn.num_heads)
         x, layout, record = run_blocks(self.blocks, x, layout, guidance, recomputes_scores=again)

@@ -131,6 +131,16 @@ def test_one_checkpoint_serves_every_budget_of_its_range_without_training(world,
     assert len(set(temperatures)) == 3
 
 
+def test_the_deployment_form_is_evaluated_at_the_same_gflops(trained, world, tmp_path):
+    checkpoint = ["--evaluate", "--pretrained", str(trained / "checkpoint_best.pth")]
+    run_here(flags(world, tmp_path, *checkpoint, keep="fixed"))
+    fixed, result = read(tmp_path, "result.json"), read(trained, "result.json")
+    assert fixed["temperature"] == result["temperature"] and fixed["keep"] == "fixed"
+    assert fixed["gflops"]["measured"] == pytest.approx(result["gflops"]["target"], rel=0.05)
+    tokens = {row["tokens_kept"] for row in read(tmp_path, "predictions_test.json").values()}
+    assert len(tokens) < len({row["tokens_kept"] for row in read(trained, "predictions_test.json").values()})
+
+
 def test_words_that_guide_are_trained_saved_and_not_taken_for_another_rule(world, tmp_path):
     out = tmp_path / "run"
     run_here(flags(world, out, "--epoch", "1", guide="text", token_gradient="decision", ramp_epochs=0))

@@ -1,0 +1,135 @@
+"""The deployment form: the same number of tokens of every sample, by a slow loop, exported, and solved for a budget."""
+
+import pytest
+import torch
+from torch import nn
+
+from madtp.blocks import Guidance
+from madtp.deploy import WHOLE, KeptTokens, fix_counts, recording, solve_counts
+from madtp.importance import token_importance
+from madtp.pruning import PruneSetting, PruningRule, TokenPruner
+from madtp.selection import fixed_gather_and_merge
+from models.vit import VisionTransformer
+from tests.tiny import with_lively_weights
+
+IMAGE, PATCH, WIDTH, DEPTH, HEADS, DIM = 40, 8, 12, 3, 3, 8  # 25 patches
+ON = PruneSetting(0.0)
+
+
+class Tower(nn.Module):
+    """An image encoder with its learnable tokens, images (B, 3, H, W) -> class tokens (B, C)."""
+
+    def __init__(self, merge: bool = True):
+        super().__init__()
+        rule = PruningRule(keep="instance", merge=merge)
+        vision = VisionTransformer(
+            IMAGE, PATCH, WIDTH, DEPTH, HEADS, 2.0, make_pruner=lambda dim: TokenPruner(dim, 5, DIM, rule)
+        )
+        self.vision = with_lively_weights(vision)
+        self.learnable = nn.Parameter(torch.randn(5, DIM, generator=torch.Generator().manual_seed(2)))
+        self.eval()
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.vision(images, Guidance(ON, learnable_tokens=self.learnable))[0][:, 0]
+
+    @property
+    def branches(self) -> dict[str, nn.ModuleList]:
+        return {"vision": self.vision.blocks}
+
+
+def pictures(number: int = 3) -> torch.Tensor:
+    return torch.randn(number, 3, IMAGE, IMAGE, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("merge", [True, False])
+@torch.no_grad()
+def test_the_best_tokens_stay_in_their_order_and_the_others_are_merged(merge):
+    x, importance = torch.randn(2, 6, 4), torch.tensor([[0.1, 0.3, 0.05, 0.2, 0.25, 0.1], [0.4, 0.3, 0.2, 0.1, 0.0, 0.0]])
+    valid = torch.tensor([[True] * 6, [True] * 4 + [False] * 2])
+    out, stay, kept = fixed_gather_and_merge(x, valid, importance, 3, merge)
+    assert kept.tolist() == [[False, True, False, True, True, False], [True, True, True, False, False, False]]
+    for sample, rest in ((0, [0, 2, 5]), (1, [3])):
+        torch.testing.assert_close(out[sample, :3], x[sample, kept[sample]])
+        weights = importance[sample, rest]
+        if merge:
+            torch.testing.assert_close(out[sample, 3], (weights[:, None] * x[sample, rest]).sum(0) / weights.sum())
+    assert stay.all() and out.shape == (2, 3 + merge, 4)
+
+
+@torch.no_grad()
+def test_samples_with_fewer_tokens_keep_them_all():
+    x, importance = torch.randn(2, 5, 4), torch.tensor([[0.2] * 5, [0.5, 0.5, 0.0, 0.0, 0.0]])
+    valid = torch.tensor([[True] * 5, [True] * 2 + [False] * 3])
+    out, stay, kept = fixed_gather_and_merge(x, valid, importance, 3, True)
+    assert kept[1].tolist() == [True, True, False, False, False] and stay[1].tolist() == [True, True, False, False]
+    torch.testing.assert_close(out[1, :2], x[1, :2])
+
+
+@torch.no_grad()
+def test_a_tower_with_fixed_numbers_is_a_loop_over_its_blocks():
+    model, images = Tower(), pictures()
+    fix_counts(model.branches, {"vision": [14, WHOLE, 6]})
+    expected = []
+    for image in images.split(1):
+        x = torch.cat([model.vision.cls_token, model.vision.patch_embed(image)], dim=1) + model.vision.pos_embed
+        for block, count in zip(model.vision.blocks, (14, None, 6), strict=True):
+            aligned, _ = block.pruner.align(x, None, model.learnable, False)
+            x, statistics = block.attend(x, None, block.pruner.rule)
+            if count is not None:
+                importance = token_importance(statistics, aligned, block.pruner.rule.scores)[0]
+                best = sorted(sorted(range(len(importance)), key=lambda i, of=importance: -of[i])[:count])
+                rest = [i for i in range(len(importance)) if i not in best]
+                merged = (importance[rest, None] * x[0, 1:][rest]).sum(0) / importance[rest].sum()
+                x = torch.cat([x[:, :1], x[:, 1:][:, best], merged[None, None]], dim=1)
+            x = block.transform(x, None)
+        expected.append(model.vision.norm(x)[:, 0])
+    torch.testing.assert_close(model(images), torch.cat(expected), atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_it_is_exported_with_a_batch_of_any_size():
+    model = Tower()
+    fix_counts(model.branches, {"vision": [14, WHOLE, 6]})
+    batch = torch.export.Dim("batch", min=1, max=64)
+    program = torch.export.export(model, (pictures(3),), dynamic_shapes=({0: batch},))
+    for number in (1, 2, 7):
+        torch.testing.assert_close(program.module()(pictures(number)), model(pictures(number)), atol=1e-5, rtol=1e-5)
+    names = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
+    assert not any(word in name for name in names for word in ("scatter", "nonzero", "_local_scalar")), names
+
+
+@torch.no_grad()
+def test_the_numbers_are_a_quantile_of_what_samples_keep_and_meet_the_budget():
+    model, images = Tower(), pictures(12)
+    setting = PruneSetting(8.0)
+    guidance = Guidance(setting, learnable_tokens=model.learnable)
+    with recording(model.branches) as kept:
+        record = model.vision(images, guidance)[2]
+    target = float(model.vision.flops(record).double().mean())
+    by_block = [each.sum(dim=1) for each in record.kept]
+    assert kept["vision"].quantile(1.0) == [int(each.max()) for each in by_block]
+    assert kept["vision"].quantile(0.0) == [int(each.min()) for each in by_block]
+
+    def measure(counts) -> float:
+        fix_counts(model.branches, counts)
+        return float(model.vision.flops(model.vision(images, Guidance(ON, learnable_tokens=model.learnable))[2]).double().mean())
+
+    counts, cost = solve_counts(kept, measure, target)
+    assert cost == pytest.approx(target, rel=0.05)  # with so few tokens a step is large
+    assert measure(counts) == cost and all(low <= n <= high for low, n, high in zip(
+        kept["vision"].quantile(0.0), counts["vision"], kept["vision"].quantile(1.0), strict=True))  # fmt: skip
+
+
+def test_blocks_that_never_prune_keep_all():
+    kept = KeptTokens(2)
+    whole, fewer = torch.ones(3, 5, dtype=torch.bool), torch.tensor([[True] * 2 + [False] * 3] * 3)
+    kept.add(0, whole, torch.tensor([6] * 3), torch.tensor([6] * 3))
+    kept.add(1, fewer, torch.tensor([6] * 3), torch.tensor([4] * 3))
+    assert kept.quantile(0.5) == [WHOLE, 2]
+
+
+def test_packed_batches_have_no_fixed_numbers():
+    model = Tower()
+    fix_counts(model.branches, {"vision": [14, 9, 6]})
+    with pytest.raises(ValueError, match="a fixed number of tokens needs a padded batch"):
+        model.vision(pictures(), Guidance(ON, packed=True, learnable_tokens=model.learnable))
