@@ -251,7 +251,8 @@ def build_loaders(
     shared = {"run": run, "num_workers": config.num_workers, "seed": config.seed}
     evaluation = {"batch_size": config.batch_size_test, "train": False, **shared}
     datasets = build_datasets(config, prompt)
-    loaders = {"calibration": build_loader(datasets["calibration"], collate=pair_collate, **evaluation)}
+    skips = config.skips_bad("calibration")
+    loaders = {"calibration": build_loader(datasets["calibration"], collate=pair_collate, replace_bad=skips, **evaluation)}
     if not config.evaluate:
         loaders["train"] = build_loader(
             datasets["train"],
@@ -259,6 +260,7 @@ def build_loaders(
             train=True,
             collate=pair_collate,
             epoch_steps=config.epoch_steps,
+            replace_bad=config.skips_bad("train"),
             **shared,
         )
     for split in ("val", "test"):

@@ -159,6 +159,7 @@ def build_loaders(config: NlvrConfig, run: Run, tokenizer: PreTrainedTokenizerBa
             seed=config.seed,
             collate=collate,
             epoch_steps=config.epoch_steps if split == "train" else None,
+            replace_bad=config.skips_bad(split),
         )
         for split, dataset in build_datasets(config).items()
         if not (config.evaluate and split == "train")

@@ -192,11 +192,20 @@ def build_loaders(config: VqaConfig, run: Run, tokenizer: PreTrainedTokenizerBas
         if split == "train":
             if not config.evaluate:
                 loaders[split] = build_loader(
-                    dataset, config.batch_size_train, train=True, collate=answered, epoch_steps=config.epoch_steps, **shared
+                    dataset,
+                    config.batch_size_train,
+                    train=True,
+                    collate=answered,
+                    epoch_steps=config.epoch_steps,
+                    replace_bad=config.skips_bad(split),
+                    **shared,
                 )
         else:
             collate = answered if split == "calibration" else asked
-            loaders[split] = build_loader(dataset, config.batch_size_test, train=False, collate=collate, **shared)
+            skips = config.skips_bad(split)
+            loaders[split] = build_loader(
+                dataset, config.batch_size_test, train=False, collate=collate, replace_bad=skips, **shared
+            )
     return loaders
 
 

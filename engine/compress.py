@@ -35,6 +35,7 @@ from engine.results import (
     write_json,
 )
 from engine.schedule import ROUNDING, WeightPlan, check_reach
+from engine.skipped import skipped_in_run, skipped_samples
 from engine.train import CosineSchedule, Trainer, move, parameter_groups, train_epoch
 from madtp.budget import WITHIN_BUDGET, UnreachableTarget, calibrate, within
 from madtp.pruning import OFF, PruneSetting
@@ -71,7 +72,7 @@ def run_experiment(experiment: Experiment) -> dict:
     with experiment.sparse_kernels(setting) as kernels:
         val, test = (experiment.evaluated(split, setting) for split in ("val", "test"))
     result = _result(experiment, setting, epoch, p, dense, val, test)
-    result |= {"sparse_kernels": kernels, "versions": versions}
+    result |= {"sparse_kernels": kernels, **skipped_in_run(config, experiment.loaders["calibration"]), "versions": versions}
     if p == config.p:
         warn_if_off_target(config, result["gflops"], setting)
     if run.is_main:
@@ -145,6 +146,7 @@ def compress(experiment: Experiment, dense: float) -> tuple[PruneSetting, int]:
             "epoch": epoch, "loss": losses, "lr": trainer.schedule.rate(trainer.step - 1), **asdict(setting),
             "gflops": {"target": target, "measured": measured, "val": val.gflops}, "val": val.metrics,
             "alignment": watch.report(setting),
+            **skipped_samples(config, experiment.loaders["train"]),
             "selected": selected, "seconds": {"train": train_seconds, "all": time.time() - started},
         }  # fmt: skip
         log.write(entry)
