@@ -24,6 +24,14 @@ class BadPicture(UserError):
     """A picture that is missing or cannot be read."""
 
 
+class Annotated(NamedTuple):
+    """The content of an annotation file: the number of samples, and the distinct pictures, each of which `read` reads."""
+
+    samples: int
+    pictures: list[Any]
+    read: Callable[[Any], Image.Image]
+
+
 def read_json(path: str | Path, key: str = "ann_root") -> Any:
     """Reads a JSON file, in any Unicode encoding. `key` is the config key of its folder, for the error message.
 

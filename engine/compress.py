@@ -65,7 +65,7 @@ def run_experiment(experiment: Experiment) -> dict:
         logger.info("one sample by fvcore, uncompressed:\n%s", flop_table(experiment.model, experiment.inputs(first)))
     logger.info("uncompressed: %.4f GFLOPs per sample; target at p = %g: %.4f", dense, config.p, dense * (1 - config.p))
     if config.evaluate:
-        setting, epoch, p = _evaluated_setting(experiment, dense)
+        setting, epoch, p = evaluated_setting(experiment, dense)
         _prepare(config, run)
     else:
         (setting, epoch), p = compress(experiment, dense), config.p
@@ -108,10 +108,10 @@ def compress(experiment: Experiment, dense: float) -> tuple[PruneSetting, int]:
     each epoch at the full p, because training changes the GFLOPs and the epoch may be selected.
     """
     config, run, folder = experiment.config, experiment.run, Path(experiment.config.output_dir)
-    _check_sources(config, folder)
+    check_sources(config, folder)
     plan = WeightPlan(config, experiment.sparse, experiment.measure, experiment.mask, dense)
-    trainer, watch, budgets = _trainer(experiment), AlignmentWatch(experiment), Budgets(config)
-    setting, best_score, first_epoch = _resume(experiment, trainer, watch) if config.resume else (OFF, float("-inf"), 0)
+    trainer, watch, budgets = build_trainer(experiment), AlignmentWatch(experiment), Budgets(config)
+    setting, best_score, first_epoch = resume_run(experiment, trainer, watch) if config.resume else (OFF, float("-inf"), 0)
     _prepare(config, run)
     log = _open_log(config, run, folder, first_epoch)
     for epoch in range(first_epoch, config.max_epoch):
@@ -158,7 +158,7 @@ def compress(experiment: Experiment, dense: float) -> tuple[PruneSetting, int]:
     return _selected(experiment, folder)
 
 
-def _resume(experiment: Experiment, trainer: Trainer, watch: AlignmentWatch) -> tuple[PruneSetting, float, int]:
+def resume_run(experiment: Experiment, trainer: Trainer, watch: AlignmentWatch) -> tuple[PruneSetting, float, int]:
     """Restores an interrupted run. Returns its prune setting, its best score so far and the next epoch.
 
     Raises:
@@ -226,7 +226,7 @@ def _prepare(config: Config, run: Run) -> None:
     barrier()
 
 
-def _check_sources(config: Config, folder: Path) -> None:
+def check_sources(config: Config, folder: Path) -> None:
     """Refuses to start from a checkpoint that the new run would remove, because it lies in the same folder."""
     for source in filter(None, () if config.resume else (config.pretrained, config.teacher)):
         if Path(source).resolve() in [(folder / name).resolve() for name in CHECKPOINTS]:
@@ -300,7 +300,8 @@ def meet(
         ) from None
 
 
-def _trainer(experiment: Experiment) -> Trainer:
+def build_trainer(experiment: Experiment) -> Trainer:
+    """Builds the optimizer and the schedule of a run, and seeds its training."""
     config, run = experiment.config, experiment.run
     model = experiment.model
     if run.world_size > 1:
@@ -339,7 +340,7 @@ def _selected(experiment: Experiment, folder: Path) -> tuple[PruneSetting, int]:
     return PruneSetting(saved["temperature"], saved["prune_from"]), saved["epoch"]
 
 
-def _evaluated_setting(experiment: Experiment, dense: float) -> tuple[PruneSetting, int, float]:
+def evaluated_setting(experiment: Experiment, dense: float) -> tuple[PruneSetting, int, float]:
     """Returns the setting to evaluate at, the epoch that the checkpoint is of, and p.
 
     A checkpoint of the authors' code has its own temperature; p is what that removes, whatever the config has.

@@ -64,9 +64,7 @@ def test_a_resumed_run_knows_what_was_skipped_before(alone, world, tmp_path):
 
 def test_the_processes_add_up_what_they_skipped(alone, world, tmp_path):
     out = tmp_path / "two"
-    runs.run_in_two_processes(
-        tmp_path, [["compress_nlvr_dtp", *flags(world, out, "--set num_workers=0 --set batch_size_train=1")]]
-    )
+    runs.run_in_two_processes(tmp_path, [["compress_nlvr_dtp", *flags(world, out, "--set num_workers=0 --set batch_size_train=1")]])
     assert read(out, "result.json")["skipped_samples"] == read(alone, "result.json")["skipped_samples"]
 
 
