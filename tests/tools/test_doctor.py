@@ -119,7 +119,14 @@ def test_all_problems_are_found_at_once(world, examined):
     )  # fmt: skip
     assert code == 2 and len(of("problem", lines)) == len(said) + 1
     assert [part for part in said if not any(part in line for line in of("problem", lines))] == []
-    assert "1 cannot be read" in the("pictures of validation and test", lines)
+    assert "1 of all 4 cannot be read" in the("pictures of validation and test", lines)
+
+
+def test_all_keys_that_are_wrong_are_named(worlds, examined):
+    code, lines = examined(worlds["nlvr"], "--p 2 --set init_lr=abc --set bach_size=3")
+    assert code == 2 and len(of("problem", lines)) == 3
+    for said in ("key 'p' must be below 1", "key 'init_lr' must be a number", "unknown key 'bach_size'"):
+        assert any(said in line for line in of("problem", lines)), said
 
 
 def test_weights_and_teacher_are_both_at_fault(world, examined):
@@ -148,7 +155,7 @@ def test_broken_pictures_are_counted_and_the_first_are_listed(world, examined):
     folder = world("nlvr")
     with_late_pictures(folder, 30)
     code, lines = examined(folder, f"{TRAINING} --all")
-    assert code == 2 and "30 cannot be read (all 30)" in the("pictures of training", lines)
+    assert code == 2 and "30 of all 30 cannot be read" in the("pictures of training", lines)
     assert len([line for line in lines if "late" in line and line.startswith("  ")]) == 20
     assert "           and 10 more" in lines
 
@@ -157,7 +164,9 @@ def test_by_default_some_pictures_are_read_and_it_says_how_many(world, examined)
     folder = world("nlvr")
     with_late_pictures(folder, 5)
     _, lines = examined(folder, f"{TRAINING} --pictures 2")
-    assert "2 cannot be read (2 of 5, spread evenly" in the("pictures of training", lines)
+    assert "2 of 2 that were tried, spread evenly over 5 (--all reads every one) cannot be read" in the(
+        "pictures of training", lines
+    )
 
 
 def test_pictures_that_training_skips_are_no_problem(world, examined):

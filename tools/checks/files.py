@@ -107,12 +107,13 @@ def check_pictures(name: str, pictures: dict[Any, Read], number: int | None, fin
     all_of_them = list(pictures.values())
     shown = spread(all_of_them, number)
     errors = broken(shown, name)
-    some = f"{len(shown):,} of {len(all_of_them):,}, spread evenly; --all reads every one"
-    which = f"all {len(shown):,}" if len(shown) == len(all_of_them) else some
+    whole = len(shown) == len(all_of_them)
+    read = f"of all {len(shown):,}" if whole else f"of {len(shown):,} that were tried"
+    more = "" if whole else f", spread evenly over {len(all_of_them):,} (--all reads every one)"
     if not errors:
-        findings.ok(name, f"{which} can be read")
+        findings.ok(name, f"{read.removeprefix('of ')}{more} can be read")
         return
-    said = f"{len(errors):,} cannot be read ({which})"
+    said = f"{len(errors):,} {read}{more} cannot be read"
     if skipped:
         findings.warning(name, f"{said}; training skips them", errors)
     else:

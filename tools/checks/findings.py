@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
+from configs.load import ConfigError
 from utils import UserError
 
 T = TypeVar("T")
@@ -36,7 +37,8 @@ class Findings:
         try:
             return check()
         except UserError as error:
-            self.problem(name, str(error))
+            for said in (str(error), *(error.others if isinstance(error, ConfigError) else ())):
+                self.problem(name, said)
         except Exception as error:  # an error that nobody foresaw must not hide what the other checks find
             reason = (str(error).splitlines() or [""])[0]
             self.problem(name, f"{type(error).__name__}: {reason}; the entry script shows where it comes from")

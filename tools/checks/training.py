@@ -31,6 +31,7 @@ from utils import Run, UserError
 
 GIB = 2**30
 UNITS = {"days": 86400, "hours": 3600, "minutes": 60}
+LONG_STEP = 60  # seconds
 NEARLY_FULL = 0.9  # share of the memory in use above which a longer text may be too much
 SMALLER = "lower 'batch_size_train', or set vit_grad_ckpt: true with vit_ckpt_layer"
 
@@ -173,8 +174,8 @@ def check_step(
 def measured_step(experiment: Experiment, trainer: Trainer) -> Step:
     """Takes a step on the first batch of the run, without pruning: none needs more memory or time.
 
-    On a GPU the second of two steps is timed, since the first one also chooses kernels. The first includes the gradients of the
-    diagnostics, which the first step of an epoch computes.
+    The first step also chooses kernels, so a second one is timed, unless the first took longer than LONG_STEP. The first includes
+    the gradients of the diagnostics, which the first step of an epoch computes.
 
     Raises:
         UserError: when the batch does not fit, or the loss is not finite.
@@ -203,7 +204,7 @@ def measured_step(experiment: Experiment, trainer: Trainer) -> Step:
 
     try:
         seconds = take(look=True)
-        if run.device.type == "cuda":
+        if seconds < LONG_STEP:
             seconds = take(look=False)
     except RuntimeError as error:
         if isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error):
