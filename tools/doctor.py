@@ -18,6 +18,7 @@ was found that would stop the run.
 import argparse
 import sys
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ from torch import nn
 from configs.load import parse_command_line, read_yaml
 from configs.schema import Config
 from engine.compress import build_trainer
+from madtp.pruning import OFF
 from metrics.caption import not_computable
 from tasks.registry import TASKS
 from tasks.task import Task
@@ -113,10 +115,10 @@ def rehearse(
     if own.quick:
         findings.tried("calibration", lambda: experiment.calibration_batches)
         findings.warning("p", "not checked, with --quick")
-    else:
-        findings.tried("p", lambda: check_p(experiment, findings))
+    setting = None if own.quick else findings.tried("p", lambda: check_p(experiment, findings))
     if trainer is not None:
-        findings.tried("training step", lambda: check_step(config, experiment, trainer, first, own.processes, findings))
+        step = partial(check_step, config, experiment, trainer, setting or OFF, first, own.processes, findings)
+        findings.tried("training step", step)
 
 
 if __name__ == "__main__":

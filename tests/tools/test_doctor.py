@@ -85,6 +85,7 @@ def test_a_run_that_is_well_passes(task, worlds, examined):
     assert lines[-1].endswith("nothing was found that would stop the run")
     steps = 3 * (4 // 2)
     assert f" {steps} steps on 1 process" in the("length", lines) and "of 2 takes" in the("training step", lines)
+    assert " s at p" in the("training step", lines) and " at p, and " in the("length", lines)
 
 
 def test_nothing_on_the_disk_changes(worlds, examined):
@@ -290,6 +291,14 @@ def test_a_loss_that_is_no_number_is_a_problem(worlds, examined, monkeypatch):
     monkeypatch.setattr(training, "train_epoch", lambda *args: {"total": float("nan")})
     code, lines = examined(worlds["nlvr"])
     assert code == 2 and "the loss is nan at the first step" in the("training step", lines)
+
+
+def test_a_long_step_is_not_repeated(worlds, examined, monkeypatch):
+    taken = []
+    monkeypatch.setattr(training, "train_epoch", lambda *args: taken.append(args) or {"total": 1.0})
+    monkeypatch.setattr(training, "LONG_STEP", 0)
+    _, lines = examined(worlds["nlvr"])
+    assert len(taken) == 1 and "at p" not in the("length", lines)
 
 
 def test_an_error_that_nobody_foresaw_hides_nothing(worlds, examined, monkeypatch):

@@ -95,15 +95,19 @@ def check_resume(config: Config, experiment: Experiment | None, trainer: Trainer
     return first
 
 
-def check_p(experiment: Experiment, findings: Findings) -> None:
-    """Searches the setting for p on the calibration subset, as a run does."""
+def check_p(experiment: Experiment, findings: Findings) -> PruneSetting:
+    """Searches the setting for p on the calibration subset, as a run does. Returns it; OFF where training has to widen the range.
+
+    Raises:
+        UserError: when p is out of reach and the run would stop at once.
+    """
     config = experiment.config
     initialise_tokens(experiment)
     dense = experiment.measure(OFF)
     if config.evaluate:
         setting, _, p = evaluated_setting(experiment, dense)
         findings.ok("p", f"{p:g}, {_temperature(setting)}: {experiment.measure(setting):.4f} of {dense:.4f} GFLOPs per sample")
-        return
+        return setting
     plan, target = WeightPlan(config, experiment.sparse, experiment.measure, experiment.mask, dense), dense * (1 - config.p)
     try:
         with experiment.sparse.counted(experiment.sparse.weights) if experiment.sparse else nullcontext():
@@ -113,8 +117,9 @@ def check_p(experiment: Experiment, findings: Findings) -> None:
             raise
         reached = next(epoch for epoch in range(config.max_epoch) if plan.removal(epoch) >= config.p)
         findings.warning("p", f"{error}, unless training widens it by epoch {reached + 1}, where the run would stop")
-    else:
-        findings.ok("p", f"{config.p:g} can be reached, {_temperature(setting)}: {gflops:.4f} of {dense:.4f} GFLOPs per sample")
+        return OFF
+    findings.ok("p", f"{config.p:g} can be reached, {_temperature(setting)}: {gflops:.4f} of {dense:.4f} GFLOPs per sample")
+    return setting
 
 
 def _temperature(setting: PruneSetting) -> str:
@@ -132,24 +137,31 @@ class Step:
     """A measured step of training.
 
     reading: seconds to read its batch in one process
-    seconds: of the step itself
+    whole: seconds of the step itself with all tokens kept
+    pruned: the same at p; None where that was not measured
     peak, memory: bytes in use at most, and bytes of the device
     """
 
     reading: float
-    seconds: float
+    whole: float
+    pruned: float | None
     peak: int
     memory: int
 
 
 def check_step(
-    config: Config, experiment: Experiment, trainer: Trainer, first_epoch: int, processes: int, findings: Findings
+    config: Config, experiment: Experiment, trainer: Trainer, setting: PruneSetting, first: int, processes: int, findings: Findings
 ) -> None:
-    """Takes a real step of training, and estimates from it the memory and the length of the run."""
-    step = measured_step(experiment, trainer)
+    """Takes real steps of training, and estimates from them the memory and the length of the run.
+
+    setting: that of p; OFF where it is not known
+    first: epoch that the run starts with
+    """
+    step = measured_step(experiment, trainer, setting)
     device = torch.cuda.get_device_name(experiment.run.device) if experiment.run.device.type == "cuda" else "CPU"
+    fewer = "" if step.pruned is None else f", {step.pruned:.2f} s at p"
     said = (
-        f"a batch of {config.batch_size_train} takes {step.seconds:.2f} s on {device}, and {step.reading:.2f} s to read;"
+        f"a batch of {config.batch_size_train} takes {step.whole:.2f} s on {device}{fewer}, and {step.reading:.2f} s to read;"
         f" memory {step.peak / GIB:.2f} of {step.memory / GIB:.1f} GiB at most"
     )
     if step.peak > NEARLY_FULL * step.memory:
@@ -160,22 +172,20 @@ def check_step(
         experiment.loaders["train"].dataset, config.batch_size_train, train=True, run=Run(experiment.run.device, 0, processes),
         num_workers=0, seed=config.seed, collate=list, epoch_steps=config.epoch_steps,
     )  # fmt: skip
-    steps = len(loader) * max(0, config.max_epoch - first_epoch)
-    workers = max(1, min(config.num_workers, os.cpu_count() or 1))
-    slower = "reading" if step.reading / workers > step.seconds else "computing"
-    seconds = steps * max(step.seconds, step.reading / workers)
-    findings.ok(
-        "length",
-        f"an estimate: {steps:,} steps on {processes} process{'es' if processes > 1 else ''} take {duration(seconds)}, where"
-        f" {slower} is slower, with all tokens kept and without evaluations",
-    )
+    steps = len(loader) * max(0, config.max_epoch - first)
+    reading = step.reading / max(1, min(config.num_workers, os.cpu_count() or 1))
+    longest = f"{duration(steps * max(step.whole, reading))} with all tokens kept"
+    shortest = "" if step.pruned is None else f"{duration(steps * max(step.pruned, reading))} at p, and "
+    slower = ", where reading the data is slower than computing: raise 'num_workers'" if reading > step.whole else ""
+    on = f"{processes} process{'es' if processes > 1 else ''}"
+    findings.ok("length", f"an estimate: {steps:,} steps on {on} take {shortest}{longest}, without evaluations{slower}")
 
 
-def measured_step(experiment: Experiment, trainer: Trainer) -> Step:
-    """Takes a step on the first batch of the run, without pruning: none needs more memory or time.
+def measured_step(experiment: Experiment, trainer: Trainer, setting: PruneSetting) -> Step:
+    """Takes steps on the first batch of the run: with all tokens kept, and at the setting of p.
 
-    The first step also chooses kernels, so a second one is timed, unless the first took longer than LONG_STEP. The first includes
-    the gradients of the diagnostics, which the first step of an epoch computes.
+    The first step also chooses kernels, so others are timed, unless it took longer than LONG_STEP. It includes the gradients of
+    the diagnostics, which the first step of an epoch computes.
 
     Raises:
         UserError: when the batch does not fit, or the loss is not finite.
@@ -192,10 +202,10 @@ def measured_step(experiment: Experiment, trainer: Trainer) -> Step:
         watch.see_losses(losses)
         looking[0] = time.time() - begun
 
-    def take(look: bool) -> float:
+    def take(setting: PruneSetting, look: bool = False) -> float:
         looking[0], begun = 0.0, time.time()
         losses = train_epoch(
-            trainer, [batch], experiment.losses, experiment.loss_weights, lambda step: OFF, experiment.precision, run,
+            trainer, [batch], experiment.losses, experiment.loss_weights, lambda step: setting, experiment.precision, run,
             "training step", inspect if look else None,
         )  # fmt: skip
         if not math.isfinite(losses["total"]):
@@ -203,14 +213,15 @@ def measured_step(experiment: Experiment, trainer: Trainer) -> Step:
         return time.time() - begun - looking[0]
 
     try:
-        seconds = take(look=True)
-        if seconds < LONG_STEP:
-            seconds = take(look=False)
+        whole, pruned = take(OFF, look=True), None
+        if whole < LONG_STEP:
+            whole = take(OFF)
+            pruned = None if setting == OFF else take(setting)
     except RuntimeError as error:
         if isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error):
             raise UserError(f"a batch of {loader.batch_size} does not fit into the memory of {run.device}; {SMALLER}") from None
         raise
-    return Step(reading, seconds, *_memory(run.device))
+    return Step(reading, whole, pruned, *_memory(run.device))
 
 
 def _memory(device: torch.device) -> tuple[int, int]:
