@@ -31,7 +31,8 @@ def load_config(cls: type[ConfigT], path: str | Path, overrides: dict[str, Any] 
     """Reads the YAML file `path`, applies `overrides`, and checks the result. A dotted key overrides a key of a mapping.
 
     Raises:
-        UserError: when the file is missing or invalid, a key is unknown, or a value has the wrong type or range.
+        UserError: when the file is missing or invalid.
+        ConfigError: when keys are unknown, or values have the wrong type or range.
     """
     values = read_yaml(Path(path))
     for key, value in (overrides or {}).items():
@@ -39,7 +40,7 @@ def load_config(cls: type[ConfigT], path: str | Path, overrides: dict[str, Any] 
     try:
         return cls(**values)
     except ValidationError as error:
-        raise UserError(_explain(cls, error, Path(path), overrides or {})) from None
+        raise ConfigError(*_explain(cls, error, Path(path), overrides or {})) from None
 
 
 def save_config(config: Config, path: str | Path) -> None:
@@ -82,6 +83,14 @@ def parse_command_line(description: str, cls: type[ConfigT], argv: list[str] | N
         notes.append(f"--weight-sparse-pattern {pattern} is sparsity_type {config.sparsity_type}")
     config._command_line = CommandLine(frozenset(overrides), tuple(notes))
     return config
+
+
+class ConfigError(UserError):
+    """One or several invalid keys. The message is on the first; `others` holds those on the rest."""
+
+    def __init__(self, message: str, *others: str) -> None:
+        super().__init__(message)
+        self.others = others
 
 
 class _WithoutEffect(argparse.Action):
@@ -189,9 +198,13 @@ def _key_of(location: tuple[int | str, ...]) -> str:
     return ".".join(str(part) for part in location if not str(part).startswith("<"))
 
 
-def _explain(cls: type[Config], error: ValidationError, path: Path, overrides: dict[str, Any]) -> str:
-    """Describes the first error in one line. An unknown key comes before others, because it often explains them."""
-    problem = min(error.errors(), key=lambda problem: problem["type"] != "extra_forbidden")
+def _explain(cls: type[Config], error: ValidationError, path: Path, overrides: dict[str, Any]) -> list[str]:
+    """Describes each error in one line. Unknown keys come before others, because they often explain them."""
+    problems = sorted(error.errors(), key=lambda problem: problem["type"] != "extra_forbidden")
+    return [_explain_one(cls, problem, path, overrides) for problem in problems]
+
+
+def _explain_one(cls: type[Config], problem: Any, path: Path, overrides: dict[str, Any]) -> str:
     key, kind = _key_of(problem["loc"]), problem["type"]
     where = "command line" if any(key == name or name.startswith(f"{key}.") for name in overrides) else str(path)
     if kind == "extra_forbidden":

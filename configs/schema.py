@@ -60,6 +60,11 @@ class Config(MethodKeys):
     image_size: int = Field(384, ge=1, description="pixels along one side; higher shows more detail, GFLOPs grow with its square")
     augment: Augment = Field(Augment(), description="augmentation of training images")
     text_only: bool = Field(False, description="ablation: blank all images")
+    on_bad_sample: Literal["stop", "skip"] = Field(
+        "stop",
+        description="a training picture that cannot be read: stop the run, or skip it, with another sample in its place and a note"
+        " in log.txt and result.json; evaluation always stops",
+    )
     num_workers: int = Field(4, ge=0, description="processes that load data; does not change results")
 
     # model
@@ -153,6 +158,10 @@ class Config(MethodKeys):
         if self.resume == "last":
             return self.output_dir / "checkpoint_last.pth"
         return Path(self.resume) if self.resume else None
+
+    def skips_bad(self, split: str) -> bool:
+        """Tells whether samples of a split are skipped if they cannot be read; metrics are always those of a whole split."""
+        return self.on_bad_sample == "skip" and split in ("train", "calibration")
 
     def annotation_file(self, name: str) -> Path:
         """Returns the path of the annotation file `name`, given with or without .json."""

@@ -3,15 +3,18 @@
 import re
 from collections.abc import Mapping, Sequence
 from copy import copy
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 import torch
+from PIL import Image
 from torch.utils.data import Dataset
 
 from configs.schema import CaptionConfig, Config, RetrievalConfig
 from data.loading import (
     CHECKED,
+    Annotated,
     Loader,
     build_loader,
     calibration_subset,
@@ -251,7 +254,8 @@ def build_loaders(
     shared = {"run": run, "num_workers": config.num_workers, "seed": config.seed}
     evaluation = {"batch_size": config.batch_size_test, "train": False, **shared}
     datasets = build_datasets(config, prompt)
-    loaders = {"calibration": build_loader(datasets["calibration"], collate=pair_collate, **evaluation)}
+    skips = config.skips_bad("calibration")
+    loaders = {"calibration": build_loader(datasets["calibration"], collate=pair_collate, replace_bad=skips, **evaluation)}
     if not config.evaluate:
         loaders["train"] = build_loader(
             datasets["train"],
@@ -259,6 +263,7 @@ def build_loaders(
             train=True,
             collate=pair_collate,
             epoch_steps=config.epoch_steps,
+            replace_bad=config.skips_bad("train"),
             **shared,
         )
     for split in ("val", "test"):
@@ -275,6 +280,22 @@ def build_loaders(
             split == "test",
         )
     return loaders
+
+
+def annotated(config: RetrievalConfig | CaptionConfig, split: str, name: str) -> Annotated:
+    """Reads the annotation file `name` of a split. Its samples are pairs in training, and images in evaluation.
+
+    Raises:
+        UserError: when the file has another format.
+    """
+    file = config.annotation_file(name)
+    entries = _read_pairs([file]) if split == "train" else read_captioned(file)
+    pictures = dict.fromkeys(entry["image"] for entry in entries)
+    return Annotated(len(entries), list(pictures), partial(_read_picture, config.image_root))
+
+
+def _read_picture(image_root: Path, name: str) -> Image.Image:
+    return load_image(image_root / name)
 
 
 def coco_results(captions: Mapping[str, str]) -> list[dict[str, Any]]:

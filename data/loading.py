@@ -6,7 +6,7 @@ import random
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -14,9 +14,22 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset, Sampler, Subset
 
 from data.formats import CONVERT, foreign_entry, foreign_format, is_json_lines
-from utils import Run, UserError
+from utils import Run, UserError, logger
 
 CHECKED = 3  # number of entries whose images must exist at start-up
+SUBSTITUTES = 10  # samples tried in place of one whose picture cannot be read, before the run stops: then the disk is at fault
+
+
+class BadPicture(UserError):
+    """A picture that is missing or cannot be read."""
+
+
+class Annotated(NamedTuple):
+    """The content of an annotation file: the number of samples, and the distinct pictures, each of which `read` reads."""
+
+    samples: int
+    pictures: list[Any]
+    read: Callable[[Any], Image.Image]
 
 
 def read_json(path: str | Path, key: str = "ann_root") -> Any:
@@ -81,7 +94,7 @@ def load_image(path: str | Path, key: str = "image_root") -> Image.Image:
     """Reads an image as RGB. `key` is the config key of its folder, for the error message.
 
     Raises:
-        UserError: when the image is missing or unreadable.
+        BadPicture: when the image is missing or unreadable.
     """
     try:
         with Image.open(path) as image:
@@ -89,7 +102,7 @@ def load_image(path: str | Path, key: str = "image_root") -> Image.Image:
     except FileNotFoundError:
         raise no_such_picture(path, key) from None
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # PIL's errors for broken files
-        raise UserError(f"{path}: not a readable picture ({error}); fetch it again") from None
+        raise BadPicture(f"{path}: not a readable picture ({error}); fetch it again") from None
 
 
 def check_images(image_root: Path, names: Iterable[str], key: str = "image_root") -> None:
@@ -98,21 +111,21 @@ def check_images(image_root: Path, names: Iterable[str], key: str = "image_root"
     Called for a few images at start-up, so that a wrong folder stops a run before it begins.
 
     Raises:
-        UserError: when one is missing; names it.
+        BadPicture: when one is missing; names it.
     """
     for name in names:
         if not (image_root / name).exists():
             raise no_such_picture(image_root / name, key)
 
 
-def no_such_picture(path: str | Path, key: str = "image_root") -> UserError:
+def no_such_picture(path: str | Path, key: str = "image_root") -> BadPicture:
     """Returns the error for a picture that is missing; it names one that differs only in upper and lower case."""
     path = Path(path)
     names = sorted(os.listdir(path.parent)) if path.parent.is_dir() else []
     alike = next((name for name in names if name.lower() == path.name.lower()), None)
     if alike is not None:
-        return UserError(f"{path}: no such picture, but {alike} is there; rename the file, or correct the annotations")
-    return UserError(f"{path}: no such picture; set the key '{key}' to the folder that holds it")
+        return BadPicture(f"{path}: no such picture, but {alike} is there; rename the file, or correct the annotations")
+    return BadPicture(f"{path}: no such picture; set the key '{key}' to the folder that holds it")
 
 
 def calibration_subset(dataset: Dataset, size: int) -> Subset:
@@ -127,13 +140,32 @@ def calibration_subset(dataset: Dataset, size: int) -> Subset:
 
 
 class Loader(DataLoader):
-    """A DataLoader that raises the UserErrors of its workers unchanged; torch would wrap a traceback into the message."""
+    """A DataLoader that raises the UserErrors of its workers unchanged; torch would wrap a traceback into the message.
+
+    replaced: the error of each sample that another one took the place of, in the last pass over the data
+    """
+
+    replaced: tuple[str, ...] = ()
 
     def __iter__(self) -> Iterator[Any]:
+        self.replaced = ()
         for batch in super().__iter__():
             if isinstance(batch, UserError):
                 raise UserError(*batch.args)  # raising `batch` itself would make a reference cycle of frame and traceback
+            if isinstance(batch, _Mended):
+                for said in batch.errors:
+                    if said not in self.replaced:
+                        logger.warning("skipped: %s", said)
+                    self.replaced += (said,)
+                batch = batch.content
             yield batch
+
+
+class _Mended(NamedTuple):
+    """A sample, or a batch, with the errors of the samples that it was read in place of."""
+
+    content: Any
+    errors: list[str]
 
 
 def build_loader(
@@ -146,6 +178,7 @@ def build_loader(
     seed: int,
     collate: Callable[[list], Any],
     epoch_steps: int | None = None,
+    replace_bad: bool = False,
 ) -> Loader:
     """Builds a loader of batches of `batch_size` items per process, collated by `collate`.
 
@@ -154,6 +187,7 @@ def build_loader(
     Evaluation: every item comes exactly once over all processes, in order. The last batch may be smaller, and the shares of
     the processes may differ by one item.
     The randomness of a sample depends only on seed, epoch and index, not on workers, processes or resuming.
+    With `replace_bad`, another sample takes the place of one whose picture cannot be read; which one depends on the same three.
 
     Raises:
         UserError: when the data do not fill one training batch. Iterating raises the UserErrors of `dataset`.
@@ -165,7 +199,7 @@ def build_loader(
         )
     workers = min(num_workers, os.cpu_count() or 1)
     return Loader(
-        _Reproducible(dataset, seed),
+        _Reproducible(dataset, seed, SUBSTITUTES if replace_bad else 0),
         batch_size,
         sampler=_Order(len(dataset), train, run, seed, epoch_steps and epoch_steps * batch_size),
         drop_last=train,
@@ -205,23 +239,34 @@ class _Order(Sampler):
 class _Reproducible(Dataset):
     """A dataset wrapper that seeds every sample separately and restores the random state of the process after it.
 
+    Up to `substitutes` other samples are tried in place of one whose picture cannot be read; the item is then _Mended.
     A UserError is returned as the item; Loader raises it in the main process.
     """
 
-    def __init__(self, dataset: Dataset, seed: int) -> None:
-        self.dataset, self.seed = dataset, seed
+    def __init__(self, dataset: Dataset, seed: int, substitutes: int = 0) -> None:
+        self.dataset, self.seed, self.substitutes = dataset, seed, substitutes
 
     def __len__(self) -> int:
         return len(self.dataset)
 
     def __getitem__(self, key: tuple[int, int]) -> Any:
+        item = self._read(key[1], _mix(self.seed, *key))
+        errors: list[UserError] = []
+        while isinstance(item, BadPicture) and len(errors) < self.substitutes:
+            errors.append(item)
+            number = _mix(self.seed, *key, len(errors))
+            item = self._read(number % len(self), number)
+        if not errors:
+            return item
+        return errors[0] if isinstance(item, UserError) else _Mended(item, list(map(str, errors)))
+
+    def _read(self, index: int, sample_seed: int) -> Any:
         state = random.getstate(), np.random.get_state(), torch.default_generator.get_state()
-        sample_seed = _mix(self.seed, *key)
         random.seed(sample_seed)
         np.random.seed(sample_seed % 2**32)
         torch.default_generator.manual_seed(sample_seed)
         try:
-            return self.dataset[key[1]]
+            return self.dataset[index]
         except UserError as error:
             return error
         finally:
@@ -231,8 +276,11 @@ class _Reproducible(Dataset):
 
 
 def _collate_or_error(collate: Callable[[list], Any], items: list) -> Any:
-    errors = [item for item in items if isinstance(item, UserError)]
-    return errors[0] if errors else collate(items)
+    if errors := [item for item in items if isinstance(item, UserError)]:
+        return errors[0]
+    mended = [said for item in items if isinstance(item, _Mended) for said in item.errors]
+    batch = collate([item.content if isinstance(item, _Mended) else item for item in items])
+    return _Mended(batch, mended) if mended else batch
 
 
 def _mix(*numbers: int) -> int:

@@ -1,17 +1,20 @@
 """NLVR2: pairs of images, each with sentences that are true or false."""
 
 import re
+from functools import partial
 from itertools import chain
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 import torch
+from PIL import Image
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from configs.schema import NlvrConfig
 from data.loading import (
     CHECKED,
+    Annotated,
     Loader,
     build_loader,
     calibration_subset,
@@ -98,7 +101,7 @@ class NlvrDataset(Dataset):
         }
 
     def _picture(self, name: str, may_flip: bool) -> torch.Tensor:
-        return self.transform(load_image(find_image(self.image_root, name)), may_flip)
+        return self.transform(_read_picture(self.image_root, name), may_flip)
 
 
 class NlvrCollate:
@@ -159,10 +162,26 @@ def build_loaders(config: NlvrConfig, run: Run, tokenizer: PreTrainedTokenizerBa
             seed=config.seed,
             collate=collate,
             epoch_steps=config.epoch_steps if split == "train" else None,
+            replace_bad=config.skips_bad(split),
         )
         for split, dataset in build_datasets(config).items()
         if not (config.evaluate and split == "train")
     }
+
+
+def annotated(config: NlvrConfig, split: str, name: str) -> Annotated:
+    """Reads the annotation file `name` of a split.
+
+    Raises:
+        UserError: as `read_statements`.
+    """
+    entries = read_statements(config.annotation_file(name))
+    pictures = dict.fromkeys(picture for entry in entries for picture in entry["images"])
+    return Annotated(len(entries), list(pictures), partial(_read_picture, config.image_root))
+
+
+def _read_picture(image_root: Path, name: str) -> Image.Image:
+    return load_image(find_image(image_root, name))
 
 
 def swap_sides(sentence: str) -> str:

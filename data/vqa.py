@@ -9,12 +9,14 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 import torch
+from PIL import Image
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from configs.schema import VqaConfig
 from data.loading import (
     CHECKED,
+    Annotated,
     Loader,
     build_loader,
     calibration_subset,
@@ -81,7 +83,7 @@ class VqaDataset(Dataset):
         question = clean_sentence(entry["question"], "question", MAX_WORDS)
         answers = self._answers(entry)
         may_flip = all(map(keeps_truth, [question, *(answers["answers"] or [])]))
-        image = load_image(self.roots[entry["dataset"]] / entry["image"], f"{entry['dataset']}_root")
+        image = _read_picture(self.roots, (entry["dataset"], entry["image"]))
         return {"image": self.transform(image, may_flip), "question": question, **answers, "id": entry["question_id"]}
 
     def _answers(self, entry: Entry) -> dict[str, Any]:
@@ -192,17 +194,47 @@ def build_loaders(config: VqaConfig, run: Run, tokenizer: PreTrainedTokenizerBas
         if split == "train":
             if not config.evaluate:
                 loaders[split] = build_loader(
-                    dataset, config.batch_size_train, train=True, collate=answered, epoch_steps=config.epoch_steps, **shared
+                    dataset,
+                    config.batch_size_train,
+                    train=True,
+                    collate=answered,
+                    epoch_steps=config.epoch_steps,
+                    replace_bad=config.skips_bad(split),
+                    **shared,
                 )
         else:
             collate = answered if split == "calibration" else asked
-            loaders[split] = build_loader(dataset, config.batch_size_test, train=False, collate=collate, **shared)
+            skips = config.skips_bad(split)
+            loaders[split] = build_loader(
+                dataset, config.batch_size_test, train=False, collate=collate, replace_bad=skips, **shared
+            )
     return loaders
 
 
 def test_questions(config: VqaConfig) -> list[Entry]:
     """Reads the questions of the test split, with their answers where the file has them."""
     return _read(config.annotation_file(config.test_file), answered=False)
+
+
+def annotated(config: VqaConfig, split: str, name: str) -> Annotated:
+    """Reads the annotation file `name` of a split; for "val" without a name, the part of the training files that is held out.
+
+    Raises:
+        UserError: when a file has another format.
+    """
+    if split == "val" and not name:
+        train = (entry for file in config.train_files for entry in _read(config.annotation_file(file), ("vqa", "vg")))
+        entries = [entry for entry in held_out(train)[1] if entry["dataset"] == "vqa"]
+    else:
+        datasets = ("vqa", "vg") if split == "train" else ("vqa",)
+        entries = _read(config.annotation_file(name), datasets, answered=split != "test")
+    pictures = dict.fromkeys((entry["dataset"], entry["image"]) for entry in entries)
+    return Annotated(len(entries), list(pictures), partial(_read_picture, {"vqa": config.vqa_root, "vg": config.vg_root}))
+
+
+def _read_picture(roots: dict[str, Path], picture: tuple[str, str]) -> Image.Image:
+    dataset, name = picture
+    return load_image(roots[dataset] / name, f"{dataset}_root")
 
 
 def read_answer_list(config: VqaConfig) -> list[str]:

@@ -36,6 +36,7 @@ from engine.results import (
     write_json,
 )
 from engine.schedule import ROUNDING, WeightPlan, check_reach
+from engine.skipped import skipped_in_run, skipped_samples
 from engine.train import CosineSchedule, Trainer, move, parameter_groups, train_epoch
 from madtp.budget import WITHIN_BUDGET, UnreachableTarget, calibrate, within
 from madtp.pruning import OFF, PruneSetting
@@ -65,7 +66,7 @@ def run_experiment(experiment: Experiment) -> dict:
         logger.info("one sample by fvcore, uncompressed:\n%s", flop_table(experiment.model, experiment.inputs(first)))
     logger.info("uncompressed: %.4f GFLOPs per sample; target at p = %g: %.4f", dense, config.p, dense * (1 - config.p))
     if config.evaluate:
-        setting, epoch, p = _evaluated_setting(experiment, dense)
+        setting, epoch, p = evaluated_setting(experiment, dense)
         if config.keep == "fixed":
             fix_tokens(experiment, setting, dense * (1 - p))
         _prepare(config, run)
@@ -74,7 +75,7 @@ def run_experiment(experiment: Experiment) -> dict:
     with experiment.sparse_kernels(setting) as kernels:
         val, test = (experiment.evaluated(split, setting) for split in ("val", "test"))
     result = _result(experiment, setting, epoch, p, dense, val, test)
-    result |= {"sparse_kernels": kernels, "versions": versions}
+    result |= {"sparse_kernels": kernels, **skipped_in_run(config, experiment.loaders["calibration"]), "versions": versions}
     if p == config.p:
         warn_if_off_target(config, result["gflops"], setting)
     if run.is_main:
@@ -110,10 +111,10 @@ def compress(experiment: Experiment, dense: float) -> tuple[PruneSetting, int]:
     each epoch at the full p, because training changes the GFLOPs and the epoch may be selected.
     """
     config, run, folder = experiment.config, experiment.run, Path(experiment.config.output_dir)
-    _check_sources(config, folder)
+    check_sources(config, folder)
     plan = WeightPlan(config, experiment.sparse, experiment.measure, experiment.mask, dense)
-    trainer, watch, budgets = _trainer(experiment), AlignmentWatch(experiment), Budgets(config)
-    setting, best_score, first_epoch = _resume(experiment, trainer, watch) if config.resume else (OFF, float("-inf"), 0)
+    trainer, watch, budgets = build_trainer(experiment), AlignmentWatch(experiment), Budgets(config)
+    setting, best_score, first_epoch = resume_run(experiment, trainer, watch) if config.resume else (OFF, float("-inf"), 0)
     _prepare(config, run)
     log = _open_log(config, run, folder, first_epoch)
     for epoch in range(first_epoch, config.max_epoch):
@@ -148,6 +149,7 @@ def compress(experiment: Experiment, dense: float) -> tuple[PruneSetting, int]:
             "epoch": epoch, "loss": losses, "lr": trainer.schedule.rate(trainer.step - 1), **asdict(setting),
             "gflops": {"target": target, "measured": measured, "val": val.gflops}, "val": val.metrics,
             "alignment": watch.report(setting),
+            **skipped_samples(config, experiment.loaders["train"]),
             "selected": selected, "seconds": {"train": train_seconds, "all": time.time() - started},
         }  # fmt: skip
         log.write(entry)
@@ -159,7 +161,7 @@ def compress(experiment: Experiment, dense: float) -> tuple[PruneSetting, int]:
     return _selected(experiment, folder)
 
 
-def _resume(experiment: Experiment, trainer: Trainer, watch: AlignmentWatch) -> tuple[PruneSetting, float, int]:
+def resume_run(experiment: Experiment, trainer: Trainer, watch: AlignmentWatch) -> tuple[PruneSetting, float, int]:
     """Restores an interrupted run. Returns its prune setting, its best score so far and the next epoch.
 
     Raises:
@@ -227,7 +229,7 @@ def _prepare(config: Config, run: Run) -> None:
     barrier()
 
 
-def _check_sources(config: Config, folder: Path) -> None:
+def check_sources(config: Config, folder: Path) -> None:
     """Refuses to start from a checkpoint that the new run would remove, because it lies in the same folder."""
     for source in filter(None, () if config.resume else (config.pretrained, config.teacher)):
         if Path(source).resolve() in [(folder / name).resolve() for name in CHECKPOINTS]:
@@ -301,7 +303,8 @@ def meet(
         ) from None
 
 
-def _trainer(experiment: Experiment) -> Trainer:
+def build_trainer(experiment: Experiment) -> Trainer:
+    """Builds the optimizer and the schedule of a run, and seeds its training."""
     config, run = experiment.config, experiment.run
     model = experiment.model
     if run.world_size > 1:
@@ -340,7 +343,7 @@ def _selected(experiment: Experiment, folder: Path) -> tuple[PruneSetting, int]:
     return PruneSetting(saved["temperature"], saved["prune_from"]), saved["epoch"]
 
 
-def _evaluated_setting(experiment: Experiment, dense: float) -> tuple[PruneSetting, int, float]:
+def evaluated_setting(experiment: Experiment, dense: float) -> tuple[PruneSetting, int, float]:
     """Returns the setting to evaluate at, the epoch that the checkpoint is of, and p.
 
     A checkpoint of the authors' code has its own temperature; p is what that removes, whatever the config has.

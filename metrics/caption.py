@@ -147,8 +147,7 @@ def _meteor(truth: Texts, said: Texts) -> float:
 
 def _spice(truth: Texts, said: Texts) -> float:
     """Runs SPICE's program in a temporary folder. pycocoevalcap's wrapper would download files and write into the package."""
-    if not (_PROGRAMS / "spice" / SPICELIB / f"{JAR}-models.jar").exists():
-        raise _NotComputed("needs Stanford's models: fetch them once with python -m pycocoevalcap.spice.get_stanford_models")
+    _check_spice_models()
     with TemporaryDirectory() as folder:
         asked, answered = Path(folder, "asked.json"), Path(folder, "answered.json")
         entries = [{"image_id": index, "test": said[index][0], "refs": truth[index]} for index in truth]
@@ -160,6 +159,27 @@ def _spice(truth: Texts, said: Texts) -> float:
     if not all(isinstance(value, int | float) and math.isfinite(value) for value in values):
         raise _NotComputed("its Java program gave no number for some image")
     return sum(values) / len(values)
+
+
+def _check_spice_models() -> None:
+    if not (_PROGRAMS / "spice" / SPICELIB / f"{JAR}-models.jar").exists():
+        raise _NotComputed("needs Stanford's models: fetch them once with python -m pycocoevalcap.spice.get_stanford_models")
+
+
+def not_computable() -> dict[str, str]:
+    """Returns what cannot be computed on this machine, of PTB (the tokenizer), METEOR and SPICE, each with the reason.
+
+    Asks Java for its version, and scores nothing.
+    """
+    try:
+        _java("meteor", "-version")
+    except _NotComputed as reason:
+        return dict.fromkeys(("PTB", "METEOR", "SPICE"), str(reason))
+    try:
+        _check_spice_models()
+    except _NotComputed as reason:
+        return {"SPICE": str(reason)}
+    return {}
 
 
 def _java(program: str, *arguments: str, text: str = "") -> str:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from configs.schema import CaptionConfig
-from data.captions import CaptionImages, Split, build_loaders, coco_results
+from data.captions import CaptionImages, Split, annotated, build_loaders, coco_results
 from data.text import Tokenizer, as_texts, dec_token_id, prompt_ids
 from engine.experiment import Evaluation, mean_cost
 from engine.train import progress
@@ -106,6 +106,7 @@ class CaptionTask(Task[CaptionConfig]):
         ),
     )
     load = staticmethod(load_decoder_weights)
+    annotated = staticmethod(annotated)
 
     @cached_property
     def prompt(self) -> list[int]:

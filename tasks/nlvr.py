@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from configs.schema import NlvrConfig
-from data.nlvr import NlvrCollate, NlvrDataset, build_datasets, build_loaders, read_statements
+from data.nlvr import NlvrCollate, NlvrDataset, annotated, build_datasets, build_loaders, read_statements
 from data.text import Tokenizer
 from engine.experiment import Evaluation
 from engine.train import move, progress
@@ -102,6 +102,7 @@ class NlvrTask(Task[NlvrConfig]):
         study_size=40_000,
     )
     load = staticmethod(load_nlvr_weights)
+    annotated = staticmethod(annotated)
 
     def build(self, config: NlvrConfig) -> BlipNlvr:
         return nlvr_from_config(config, len(self.tokenizer))

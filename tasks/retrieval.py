@@ -16,6 +16,7 @@ from data.captions import (
     PairCollate,
     Split,
     TextCollate,
+    annotated,
     build_loaders,
     collate_images,
     read_captioned,
@@ -265,6 +266,7 @@ class RetrievalTask(PairTask):
         notes=(RECALL_NOTE, PAIR_NOTE.format(", three passes of the matching head's encoder", ", and that encoder once")),
     )
     load = staticmethod(load_retrieval_weights)
+    annotated = staticmethod(annotated)
 
     def build(self, config: RetrievalConfig) -> BlipRetrieval:
         return retrieval_from_config(config, len(self.tokenizer), enc_token_id(self.tokenizer))
@@ -287,6 +289,7 @@ class ClipRetrievalTask(PairTask):
         RetrievalTask.demo, title=f"{RetrievalTask.demo.title} (CLIP)", notes=(RECALL_NOTE, PAIR_NOTE.format("", ""))
     )
     load = staticmethod(load_clip_weights)
+    annotated = staticmethod(annotated)
 
     @staticmethod
     def load_tokenizer(config: ClipRetrievalConfig) -> Tokenizer:

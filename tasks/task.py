@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from configs.schema import Config
+from data.loading import Annotated
 from data.text import Tokenizer, load_tokenizer
 from engine.experiment import Evaluation, Experiment
 from madtp.blocks import Guidance
@@ -89,6 +90,11 @@ class Task(Generic[ConfigT]):
         return model.reference_gflops()
 
     # The data
+
+    @staticmethod
+    def annotated(config: Any, split: str, name: str) -> Annotated:
+        """Reads the annotation file `name` of the split "train", "val" or "test"."""
+        raise NotImplementedError
 
     def loaders(self) -> dict[str, Any]:
         """Returns the loaders "train" (not for an evaluation), "calibration", "val" and "test"."""

@@ -12,7 +12,16 @@ from torch import Tensor, nn
 
 from configs.schema import VqaConfig
 from data.text import Tokenizer, as_texts, dec_token_id
-from data.vqa import QuestionCollate, VqaDataset, build_datasets, build_loaders, encode_answers, read_answer_list, test_questions
+from data.vqa import (
+    QuestionCollate,
+    VqaDataset,
+    annotated,
+    build_datasets,
+    build_loaders,
+    encode_answers,
+    read_answer_list,
+    test_questions,
+)
 from engine.experiment import Evaluation
 from engine.train import move, progress
 from madtp.blocks import Guidance, TowerRecord
@@ -136,6 +145,7 @@ class VqaTask(Task[VqaConfig]):
         ),
     )
     load = staticmethod(load_decoder_weights)
+    annotated = staticmethod(annotated)
 
     def build(self, config: VqaConfig) -> BlipVqa:
         words = self.tokenizer

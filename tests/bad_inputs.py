@@ -501,6 +501,7 @@ def page() -> str:
         "A mistake in the input ends a program with one line, `error: what: where; what to do`, and exit code 2.",
         "This page explains the lines that do not say it all; … stands for a number or a name."
         " It is written from `tests/bad_inputs.py`, by `PYTHONPATH=. python -m tests.bad_inputs`.",
+        "`tools/doctor.py` finds such mistakes before a run, all at once: see [Training](training.md#before-a-long-run).",
     ]
     for section, inputs in TABLE.items():
         rows: dict[str, list[str]] = {}

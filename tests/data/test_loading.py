@@ -10,7 +10,7 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from configs.schema import Augment, NlvrConfig
-from data.loading import Loader, build_loader, calibration_subset, load_image, read_json
+from data.loading import BadPicture, Loader, build_loader, calibration_subset, load_image, read_json
 from data.nlvr import NlvrCollate, NlvrDataset, build_datasets, find_image, read_statements, swap_sides
 from data.text import enc_token_id, load_tokenizer
 from transform.images import eval_transform, train_transform
@@ -68,6 +68,15 @@ class Numbers(Dataset):
 class Broken(Numbers):
     def __getitem__(self, index: int) -> tuple[int, float]:
         raise UserError("x.png: no such picture")
+
+
+class Holes(Numbers):
+    """Every third item cannot be read."""
+
+    def __getitem__(self, index: int) -> tuple[int, float]:
+        if index % 3 == 0:
+            raise BadPicture(f"{index}.png: broken")
+        return super().__getitem__(index)
 
 
 def epochs_of(loader: Loader, epochs: list[int]) -> list[list[tuple[int, float]]]:
@@ -210,6 +219,44 @@ def test_loading_leaves_the_random_numbers_of_the_model_alone() -> None:
 def test_a_workers_error_reaches_the_user_in_one_line(workers: int) -> None:
     with pytest.raises(UserError, match=r"\Ax\.png: no such picture\Z"):
         list(loader_of(Broken(8), workers=workers))
+
+
+def test_another_sample_takes_the_place_of_one_that_cannot_be_read_whatever_the_workers() -> None:
+    alone, with_workers = (loader_of(Holes(12), workers, replace_bad=True) for workers in (0, 2))
+    passes = epochs_of(alone, [0, 1])
+    assert [len(items) for items in passes] == [12, 12] and all(index % 3 for items in passes for index, _ in items)
+    assert epochs_of(with_workers, [0, 1]) == passes
+    assert passes[0] != passes[1] and with_workers.replaced == alone.replaced
+    untouched = [items for items, whole in zip(passes[0], epochs_of(loader_of(Numbers(12)), [0])[0], strict=True) if items == whole]
+    assert len(untouched) == 8
+    assert {f"{index}.png: broken" for index in (0, 3, 6, 9)} == set(alone.replaced)
+
+
+def test_the_samples_that_were_replaced_are_those_of_the_last_pass() -> None:
+    loader = loader_of(Holes(12), replace_bad=True)
+    counts = [len(loader.replaced) for _ in epochs_of(loader, [0]) + epochs_of(loader, [0])]
+    assert counts[0] == counts[1] >= 4
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_without_leave_to_replace_it_a_sample_that_cannot_be_read_stops_the_pass(workers: int) -> None:
+    with pytest.raises(UserError, match="png: broken"):
+        list(loader_of(Holes(12), workers, train=False))
+
+
+class Unreadable(Numbers):
+    def __getitem__(self, index: int) -> tuple[int, float]:
+        raise BadPicture(f"{index}.png: broken")
+
+
+def test_where_nothing_can_be_read_the_pass_stops() -> None:
+    with pytest.raises(UserError, match="png: broken"):
+        list(loader_of(Unreadable(8), replace_bad=True))
+
+
+def test_only_pictures_are_replaced() -> None:
+    with pytest.raises(UserError, match="no such picture"):
+        list(loader_of(Broken(8), replace_bad=True))
 
 
 def test_too_few_samples_for_a_batch_are_reported() -> None:

@@ -35,9 +35,14 @@ def files_of(config: Config) -> list[str]:
 
 
 def checkpoint_bytes(config: Config) -> int:
-    """Returns the size of a run's checkpoints: the best weights, and the last with two moments each of AdamW."""
-    with torch.device("meta"):  # sizes without memory
+    """Returns the size of a run's checkpoints."""
+    return sum(checkpoint_sizes(config))
+
+
+def checkpoint_sizes(config: Config) -> tuple[int, int]:
+    """Returns the size in bytes of the best weights, and of the last with two moments each of AdamW."""
+    with torch.device("meta"):  # without memory
         model, _ = TASKS[config.task].reference_case(config)
     trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
     whole = sum(value.numel() * value.element_size() for value in model.state_dict().values())
-    return 2 * whole + 2 * trained
+    return whole, whole + 2 * trained
