@@ -49,7 +49,7 @@ def main() -> None:
     make_data(data)
 
     def write() -> None:
-        ledger.write(ordered)
+        ledger.write(with_parents([job for rows in jobs.values() for job in rows]))
         for name, table in tables.items():
             write_table(name, table, jobs, ledger, args.results / f"{args.scale}_{name.replace(' ', '_')}")
 

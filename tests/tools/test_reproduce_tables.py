@@ -172,6 +172,17 @@ def test_results_of_another_machine_count_as_made(world, monkeypatch, tmp_path):
     assert rows_of(world, "1")["cut"]["test acc"] == "87.50"
 
 
+def test_the_file_of_runs_keeps_those_of_other_tables_and_prefers_what_was_run_here(world, monkeypatch):
+    make(world, monkeypatch, "--rows", "cut", "--seeds", "1", tables="1")
+    make(world, monkeypatch, "--rows", "whole", "--seeds", "1", tables="1")
+    file = world / "results" / "toy.json"
+    entries = json.loads(file.read_text())
+    assert len(entries) == 2
+    file.write_text(json.dumps({command: {**entry, "scores": ""} for command, entry in entries.items()}))
+    make(world, monkeypatch, "--rows", "none", "--known", str(file), tables="1")
+    assert all(entry["scores"] for entry in json.loads(file.read_text()).values())
+
+
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
 def test_it_can_be_killed_and_goes_on_where_it_was(tmp_path, how):
     write_world(tmp_path, sleep=1.0)

@@ -57,26 +57,24 @@ class Ledger:
 
     def __init__(self, path: Path, known: Path | None = None):
         """path: the file that is written; known: an earlier one, whose runs count as completed."""
-        self.path, self.entries = path, {}
-        if known is not None:
-            try:
-                self.entries = json.loads(known.read_text(encoding="utf-8"))
-            except (OSError, ValueError) as error:
-                raise UserError(f"{known}: {error}; give a file that this program has written") from None
+        self.path = path
+        self.known = _read_ledger(known) if known is not None else {}
+        self.own: dict[str, dict[str, Any]] = {}
 
     def entry(self, job: Job) -> dict[str, Any] | None:
-        """Returns the entry of a run; None if it is not complete."""
+        """Returns the entry of a run; None if it is not complete. A run in its folder goes before a known one."""
         command = shlex.join(job.command)
-        if is_complete(job) and (command not in self.entries or "folder" not in self.entries[command]):
-            self.entries[command] = self._read(job)
-        return self.entries.get(command)
+        if command not in self.own and is_complete(job):
+            self.own[command] = self._read(job)
+        return self.own.get(command) or self.known.get(command)
 
     def write(self, jobs: Iterable[Job]) -> None:
         """Writes the entries of the completed ones of these runs, and of all others that the file or `known` held."""
         for job in jobs:
             self.entry(job)
+        before = _read_ledger(self.path) if self.path.is_file() else {}
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(self.entries, self.path)
+        write_json({**before, **self.known, **self.own}, self.path)
 
     def _read(self, job: Job) -> dict[str, Any]:
         result = json.loads((job.folder / "result.json").read_text(encoding="utf-8"))
@@ -84,6 +82,13 @@ class Ledger:
         lines = log.read_text(encoding="utf-8").splitlines() if log.is_file() and not job.evaluates else []
         alignment = json.loads(lines[-1]).get("alignment", {}) if lines else {}
         return {"folder": str(job.folder), "result": {**result, "alignment": alignment}, "scores": scores_of(job)}
+
+
+def _read_ledger(path: Path) -> dict[str, dict[str, Any]]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: {error}; give a file that this program has written") from None
 
 
 def scores_of(job: Job) -> str:
