@@ -172,6 +172,14 @@ def test_results_of_another_machine_count_as_made(world, monkeypatch, tmp_path):
     assert rows_of(world, "1")["cut"]["test acc"] == "87.50"
 
 
+def test_figures_are_drawn_of_what_has_run_and_named_where_the_runs_hold_no_model(world, monkeypatch):
+    make(world, monkeypatch, "--seeds", "2", "--figures", tables="1")
+    page = (world / "results" / "toy.html").read_text()
+    plots = {file.name for file in (world / "results" / "toy_figures").iterdir()}
+    assert plots == {"1_accuracy.svg", "1_differences.svg"} and page.count("<img ") == 2
+    assert page.count("Missing: ") == 5
+
+
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
 def test_it_can_be_killed_and_goes_on_where_it_was(tmp_path, how):
     write_world(tmp_path, sleep=1.0)
