@@ -215,11 +215,11 @@ def write_report(
 
 def _html_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     head = "".join(f"<th>{html.escape(cell)}</th>" for cell in header)
-    body = "".join("<tr>" + "".join(f"<td>{_escaped(cell)}</td>" for cell in row) + "</tr>" for row in rows)
+    body = "".join("<tr>" + "".join(f"<td>{escaped(cell)}</td>" for cell in row) + "</tr>" for row in rows)
     return f"<div class=wide><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
 
 
-def _escaped(text: str) -> str:
+def escaped(text: str) -> str:
     """Returns a text for HTML, in which a number and its % stay on one line."""
     return html.escape(text.replace(" %", f"{NO_BREAK}%"))
 

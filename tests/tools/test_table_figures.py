@@ -8,6 +8,7 @@ from xml.etree import ElementTree
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from data.shapes.write import make_shapes
 from engine.results import write_json
@@ -27,6 +28,7 @@ from tools.tables.figures import (
     measured_points,
     method_of,
     methods_of,
+    new_figure,
     published_points,
     rank_correlation,
 )
@@ -170,6 +172,18 @@ def test_a_sentence_with_markup_is_drawn_as_it_is():
     drawn = side_by_side({EVIL: sample})
     assert any(EVIL in text.get_text() for text in drawn.texts) and f"{EVIL}: 1 of 4" in {text.get_text() for text in drawn.texts}
     drawn.savefig(io.BytesIO(), format="png", dpi=30)
+
+
+def test_a_rare_colour_stays_in_a_drawing():
+    drawn = new_figure((2, 2))
+    drawn.set_layout_engine("none")
+    axes = drawn.add_axes((0, 0, 1, 1))
+    picture = np.random.default_rng(0).uniform(0.3, 0.5, (60, 60, 3))
+    picture[30, 30] = (1.0, 0.85, 0.1)
+    axes.imshow(picture, interpolation="nearest")
+    shown = Image.open(io.BytesIO(measured.as_picture(drawn, 100, "").content)).convert("RGB")
+    error = np.abs(np.asarray(shown).reshape(-1, 3) - np.array([255, 217, 26])).max(axis=1)
+    assert error.min() < 12
 
 
 # The number of things.

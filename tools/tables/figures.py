@@ -9,8 +9,9 @@ from dataclasses import dataclass
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
-from tools.report import BAND, scale_by_factors, style
+from tools.report import BAND, scale_by_factors
 from tools.tables.plan import Row, Table, figure
 from tools.tables.render import Entries, compare
 
@@ -149,7 +150,7 @@ def accuracy(name: str, table: Table, found: Mapping[str, Entries]) -> Illustrat
     )
     if theirs := published_points(table):
         drawn = _plane(table, theirs, "GFLOPs, % of the uncompressed model", "difference to it, points")
-        drawn.axes[0].set_title("published, on other data and models", fontsize=9)
+        drawn.suptitle("published, on other data and models", fontsize=9)
         panels.append(as_panel(drawn, f"{label} against GFLOPs, published"))
         caption += (
             " On axes of their own: the paper's figures, relative to its uncompressed model, on the real data. They are no runs of"
@@ -209,7 +210,10 @@ def forest(name: str, table: Table, found: Mapping[str, Entries]) -> Illustratio
         axes.plot([each.low, each.high], [-place, -place], color=colour, linewidth=1.6, solid_capstyle="butt")
         axes.plot([each.difference], [-place], "o", color=colour, markersize=5)
         words = f"{each.row} against {each.against} ({each.seeds} seed{'s' * (each.seeds > 1)})"
-        axes.annotate(plain(words), (0, -place), (0, 5), xycoords=("axes fraction", "data"), textcoords="offset points", fontsize=7)
+        axes.annotate(
+            plain(words), (0, -place), (0, 5), xycoords=("axes fraction", "data"), textcoords="offset points", fontsize=7,
+            bbox={"facecolor": "white", "alpha": 0.8, "linewidth": 0, "pad": 0.5},
+        )  # fmt: skip
     axes.set(xlabel="difference on the test split, percent points", ylim=(0.4 - len(shown), 0.75), yticks=[])
     axes.spines[["top", "right", "left"]].set_visible(False)
     caption = (
@@ -255,7 +259,7 @@ def by_things(samples: Mapping[str, Sequence[tuple[int, float]]], shown: Mapping
             axes.plot(places, means, markersize=3.5, linewidth=1.3, label=plain(method), **look)
     axes.set(xlabel="things in the sample's pictures", ylabel=ylabel)
     axes.set_ylim(bottom=0)
-    style(axes)
+    finish(axes, whole=True)
     return as_panel(drawn, f"{ylabel} against the number of things")
 
 
@@ -283,7 +287,7 @@ def curves(logs: Mapping[str, Sequence[Mapping]], uncompressed: float) -> list[P
     temperature.set(xlabel="epoch", ylabel="temperature T")
     scale_by_factors(temperature)
     for axes in (gflops, temperature):
-        style(axes)
+        finish(axes, whole=True)
     return [as_panel(cost, "GFLOPs per epoch"), as_panel(heat, "temperature per epoch")]
 
 
@@ -291,7 +295,7 @@ def gflops_by_batch(measured: Mapping[int, float], alone: float) -> Panel:
     """Plots GFLOPs against the batch size under max-keep; `alone` are those where each sample keeps its own tokens."""
     drawn = new_figure()
     axes = drawn.subplots()
-    axes.axhline(alone, color=GREY, linewidth=1.2, label="each sample its own (any batch)")
+    axes.axhline(alone, color=GREY, linewidth=1.2, label="each sample its own")
     axes.plot(list(measured), list(measured.values()), color=COLOURS[0], marker="o", markersize=4.5, label="the most of the batch")
     axes.set_xscale("log", base=2)
     axes.set_xticks(list(measured), [str(size) for size in measured])
@@ -306,11 +310,18 @@ def new_figure(size: tuple[float, float] = SIZE) -> Figure:
     return Figure(figsize=size, layout="constrained", facecolor="white")
 
 
-def finish(axes) -> None:
+def finish(axes, whole: bool = False) -> None:
+    """Gives axes the look of the page, with the legend above, where it hides nothing.
+
+    whole: x counts something
+    """
+    if whole:
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", color="#e5e7eb", linewidth=0.7)
     axes.set_axisbelow(True)
-    axes.legend(frameon=False, fontsize=8)
+    place = {"loc": "lower left", "bbox_to_anchor": (-0.02, 1.0), "ncols": 3}
+    axes.legend(frameon=False, fontsize=8, handlelength=1.6, columnspacing=1.2, borderaxespad=0.2, **place)
 
 
 def plain(text: str) -> str:

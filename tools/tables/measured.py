@@ -34,7 +34,6 @@ from utils import UserError
 
 CHECKPOINT, PREDICTIONS, LOG = "checkpoint_best.pth", "predictions_test.json", "log.txt"
 DRAWN = (0.0, 0.5, 1.0)  # the samples are sorted by tokens kept, and those at these ranks are drawn
-PALETTE = 160  # colours of a drawing: a third of the bytes, and the eye sees no difference
 BATCHED = 256  # samples behind a point of GFLOPs by batch size
 CELL, LINE, GAP = 1.3, 0.13, 0.08  # inches, of pictures side by side
 Found = Mapping[str, Entries]  # row -> entries of its completed runs
@@ -126,7 +125,7 @@ def complexity(table: Table, found: Found) -> tuple[str, list[Panel]]:
 
 def correlation(samples: Sequence[tuple[int, float]]) -> str:
     value = rank_correlation(*zip(*samples, strict=True))
-    return "none (constant)" if value is None else f"{value:+.2f}"
+    return "none (constant)" if value is None else f"{round(value, 2) + 0.0:+.2f}"
 
 
 def epochs(table: Table, found: Found) -> tuple[str, list[Panel]]:
@@ -246,8 +245,9 @@ def side_by_side(samples: Mapping[str, Sample]) -> Figure:
 
 
 def as_picture(drawn: Figure, dpi: int, description: str, wide: bool = False) -> Panel:
-    """Returns a drawing as PNG with a palette."""
+    """Returns a drawing as PNG with a palette: half the bytes. The palette covers rare colours too, such as a yellow star's."""
     buffer, small = io.BytesIO(), io.BytesIO()
     drawn.savefig(buffer, format="png", dpi=dpi)
-    Image.open(buffer).convert("RGB").quantize(PALETTE, dither=Image.Dither.NONE).save(small, format="png", optimize=True)
+    picture = Image.open(buffer).convert("RGB")
+    picture.quantize(256, Image.Quantize.MAXCOVERAGE, kmeans=2, dither=Image.Dither.NONE).save(small, format="png", optimize=True)
     return Panel("png", small.getvalue(), description, wide)

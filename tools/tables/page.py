@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from tools.report import image
+from tools.report import escaped, image
 from tools.tables.figures import Illustration, Panel, accuracy, forest
 from tools.tables.measured import illustrations, pairs_of
 from tools.tables.plan import Table
@@ -82,7 +82,7 @@ def _figure(figure: Illustration, folder: Path, stem: str, room: int) -> tuple[s
             embedded = f"<p class=missing>Left out of this page for its size: {html.escape(f'{folder.name}/{file.name}')}.</p>"
         shown.append(embedded)
         used += len(embedded)
-    caption = f"<figcaption>{html.escape(figure.caption)}</figcaption>"
+    caption = f"<figcaption>{escaped(figure.caption)}</figcaption>"
     return f"<section>{title}<figure><div class=panels>{''.join(shown)}</div>{caption}</figure></section>", used
 
 
