@@ -12,7 +12,7 @@ from PIL import Image
 
 from data.shapes.write import make_shapes
 from engine.results import write_json
-from tasks.registry import load_any_config
+from tasks.registry import TASKS, load_any_config
 from tasks.view import Sample
 from tests.tiny_run import log_of, result_of, write_run
 from tests.tools.test_report import Shown
@@ -164,6 +164,18 @@ def test_larger_batches_cost_more_under_max_keep_and_each_costs_at_least_its_own
     by_batch, alone = gflops_by_batch_size(Path(runs["MADTP 0.8"][0]["folder"]))
     assert list(by_batch) == [1, 2]  # the evaluation's batches have 3
     assert alone <= by_batch[1] < by_batch[2]
+
+
+@pytest.mark.parametrize("task", [name for name in TASKS if name != "nlvr"])
+def test_every_task_has_the_figures_that_need_its_models(task, tmp_path):
+    found = {}
+    for name in ("MADTP 0.8", "STP 0.8"):
+        folder = write_run(tmp_path / name.replace(" ", "_"), task)
+        (folder / "log.txt").write_text("".join(json.dumps(each) + "\n" for each in log_of(result_of(task, 0.8), 3)))
+        write_json({}, folder / "predictions_test.json")
+        found[name] = [entry(42, 80.0, 0.4, folder=folder)]
+    missing = {figure.name: figure.missing for figure in illustrations(TABLE, found) if figure.missing}
+    assert missing == {"complexity": f"task {task}: the number of things is known for NLVR2 on Shapes alone"}
 
 
 def test_a_sentence_with_markup_is_drawn_as_it_is():

@@ -34,7 +34,7 @@ from utils import UserError
 
 CHECKPOINT, PREDICTIONS, LOG = "checkpoint_best.pth", "predictions_test.json", "log.txt"
 DRAWN = (0.0, 0.5, 1.0)  # the samples are sorted by tokens kept, and those at these ranks are drawn
-BATCHED = 256  # samples behind a point of GFLOPs by batch size
+BATCHED = 128  # samples behind a point of GFLOPs by batch size
 CELL, LINE, GAP = 1.3, 0.13, 0.08  # inches, of pictures side by side
 Found = Mapping[str, Entries]  # row -> entries of its completed runs
 
@@ -150,8 +150,8 @@ def batch_size(table: Table, found: Found) -> tuple[str, list[Panel]]:
     measured, alone = gflops_by_batch_size(folder)
     caption = (
         f"{row.name}, one checkpoint at its own temperature, on the first {BATCHED} samples of the test split (or all, if there"
-        " are fewer): under max-keep a batch keeps as many tokens as its neediest sample, so larger batches cost more. No point is"
-        " at p: the temperature was found for samples that each keep their own number of tokens (grey)."
+        " are fewer), GFLOPs in deployment: under max-keep a batch keeps as many tokens as its neediest sample, so larger batches"
+        " cost more. No point is at p: the temperature was found for samples that each keep their own number of tokens (grey)."
     )
     return caption, [gflops_by_batch(measured, alone)]
 
@@ -163,7 +163,7 @@ def gflops_by_batch_size(folder: Path, samples: int = BATCHED) -> tuple[dict[int
     Args:
         samples: at most so many; the largest power of two among them is taken, so that all batches are full.
     Returns:
-        batch size -> GFLOPs per sample, and those where each sample keeps its own number of tokens
+        batch size -> GFLOPs per sample in deployment, and those where each sample keeps its own number of tokens
     """
     found: dict[str, dict[int, float]] = {}
     for keep in ("max", "instance"):
@@ -178,7 +178,7 @@ def gflops_by_batch_size(folder: Path, samples: int = BATCHED) -> tuple[dict[int
             for start in range(0, number, size):
                 batch = move(view.collate(items[start : start + size]), view.run.device)
                 with view.precision.autocast():
-                    costs += view.task.gflops(view.model, batch, view.setting).tolist()
+                    costs += view.gflops(batch, view.compute(batch)).tolist()
             found[keep][size] = sum(costs) / len(costs)
     return found["max"], next(iter(found["instance"].values()))
 
