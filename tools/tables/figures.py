@@ -137,6 +137,8 @@ def published_points(table: Table) -> list[Point]:
 def accuracy(name: str, table: Table, found: Mapping[str, Entries]) -> Illustration:
     """Plots accuracy against GFLOPs, and the paper's figures beside it (the paper's Fig. 1)."""
     title, label = "Accuracy against GFLOPs", main_column(table)
+    if not label or not cost_column(table):
+        return Illustration("accuracy", title, missing=f"Table {name} has no column of the test split, or none of {COST}")
     ours = measured_points(table, found)
     rows = {row.name: row for row in table.rows}
     if not any(rows[point.row].ratio is not None for point in ours):
