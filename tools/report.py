@@ -12,12 +12,13 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, ScalarFormatter
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, ScalarFormatter
 
 from tasks.registry import TASKS
 
 DENSE, COLOURS = "#6b7280", ("#2563a8", "#c2570c", "#2f7d4f", "#8b4a9c")
 BAND = (10, 90)  # percentiles of the shaded range
+NO_BREAK = "\N{NO-BREAK SPACE}"
 
 
 @dataclass(frozen=True)
@@ -112,11 +113,10 @@ def budget_figure(runs: Sequence[ReportedRun]) -> Figure:
         temperature.plot(epochs, strengths, color=colour, marker="o", markersize=4, label=run.label)
     gflops.set(xlabel="epoch", ylabel="GFLOPs per sample")
     gflops.set_ylim(bottom=0)
-    temperature.set(xlabel="epoch", ylabel="temperature T", yscale="log")
-    temperature.yaxis.set_major_formatter(ScalarFormatter())
-    temperature.yaxis.set_minor_formatter(ScalarFormatter())
+    temperature.set(xlabel="epoch", ylabel="temperature T")
+    scale_by_factors(temperature)
     for axes in (gflops, temperature):
-        _style(axes)
+        style(axes)
     return figure
 
 
@@ -133,7 +133,7 @@ def tokens_figure(runs: Sequence[ReportedRun]) -> Figure:
             axes.plot(blocks, tokens.mean(axis=0), color=colour, marker="o", markersize=3.5, label=run.label)
         axes.set(xlabel="block (0: what enters the first)", ylabel="tokens", title=f"{tower} tower")
         axes.set_ylim(bottom=0)
-        _style(axes)
+        style(axes)
     return figure
 
 
@@ -142,7 +142,20 @@ def _coloured(runs: Sequence[ReportedRun]) -> list[tuple[ReportedRun, str]]:
     return [(run, COLOURS[i % len(COLOURS)]) for i, run in enumerate(compressed)]
 
 
-def _style(axes) -> None:
+def scale_by_factors(axes) -> None:
+    """Gives the y axis a logarithmic scale whose labels do not overlap, whether it spans a small factor or decades."""
+    axes.set_yscale("log")
+    low, high = axes.get_ylim()
+    narrow, wide = 5, 100
+    axes.yaxis.set_major_locator(
+        MaxNLocator(5) if high / low < narrow else LogLocator(subs=(1, 2, 5) if high / low < wide else (1,), numticks=6)
+    )
+    axes.yaxis.set_major_formatter(ScalarFormatter())
+    axes.yaxis.set_minor_formatter(NullFormatter())
+
+
+def style(axes) -> None:
+    """Gives axes with a whole number along x the look of the report."""
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", color="#e5e7eb", linewidth=0.7)
@@ -202,33 +215,47 @@ def write_report(
 
 def _html_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     head = "".join(f"<th>{html.escape(cell)}</th>" for cell in header)
-    body = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
+    body = "".join("<tr>" + "".join(f"<td>{escaped(cell)}</td>" for cell in row) + "</tr>" for row in rows)
     return f"<div class=wide><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
 
 
+def escaped(text: str) -> str:
+    """Returns a text for HTML, in which a number and its % stay on one line."""
+    return html.escape(text.replace(" %", f"{NO_BREAK}%"))
+
+
 def _figure(picture: Picture) -> str:
-    shown = _image("png", picture.png, picture.caption)
+    shown = image("png", picture.png, picture.caption)
     return f"<figure><figcaption>{html.escape(picture.caption)}</figcaption>{shown}</figure>"
 
 
 def _svg(figure: Figure, description: str) -> str:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="svg")
-    return _image("svg+xml", buffer.getvalue(), description)
+    return image("svg+xml", buffer.getvalue(), description, "plot")
 
 
-def _image(kind: str, content: bytes, description: str) -> str:
-    return f'<img src="data:image/{kind};base64,{base64.b64encode(content).decode()}" alt="{html.escape(description)}">'
+def image(kind: str, content: bytes, description: str, name: str = "") -> str:
+    """Returns an element of HTML that holds a picture.
+
+    Args:
+        kind: svg+xml or png.
+        description: for those who do not see it.
+        name: of its class, for the style.
+    """
+    shown = f'class="{name}" ' if name else ""
+    return f'<img {shown}src="data:image/{kind};base64,{base64.b64encode(content).decode()}" alt="{html.escape(description)}">'
 
 
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #1a1a1a; background: #fff; }
 body { max-width: 1180px; margin: 2rem auto; padding: 0 1rem; }
 h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2.2rem; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; width: 100%; }
 th, td { padding: .35rem .7rem; text-align: right; border-bottom: 1px solid #e5e7eb; }
+td { white-space: nowrap; }
 th { font-weight: 600; font-size: .85rem; vertical-align: bottom; } th:first-child, td:first-child { text-align: left; }
 .wide { overflow-x: auto; } .notes { color: #4b5563; font-size: .9rem; }
-img { max-width: 100%; } figure { margin: 1.4rem 0; } figcaption { font-weight: 600; margin-bottom: .3rem; }
+img { max-width: 100%; } .plot { width: 100%; } figure { margin: 1.4rem 0; } figcaption { font-weight: 600; margin-bottom: .3rem; }
 pre { background: #f3f4f6; padding: .8rem; overflow-x: auto; font-size: .85rem; }
 """

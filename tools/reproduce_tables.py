@@ -6,6 +6,7 @@
 The tables and their rows are in configs/tables.yaml. Every row is a run of an entry script in a folder of its own below
 output/tables/SCALE. A run that the same command has completed is not repeated, and one that was cut goes on where it was. After
 each run the tables so far are written to results/tables/SCALE_TABLE.md and .csv, and all runs to results/tables/SCALE.json.
+With --figures, results/tables/SCALE.html shows the figures of these tables, and results/tables/SCALE_figures/ has each plot.
 """
 
 import argparse
@@ -19,6 +20,7 @@ from pathlib import Path
 
 from tools.demo import cpu_name
 from tools.tables.needs import needs_of
+from tools.tables.page import parts_of, write_page
 from tools.tables.plan import PLAN, Job, Plan, Table, config_of, distinct, jobs_of, read_plan, tables_of
 from tools.tables.render import as_csv, markdown
 from tools.tables.run import Ledger, data_arguments, make_data, run_all
@@ -57,6 +59,8 @@ def main() -> None:
     write()
     for name in tables:
         print((args.results / f"{args.scale}_{name.replace(' ', '_')}.md").read_text(encoding="utf-8"))
+    if args.figures:
+        print(write_figures(args.scale, tables, jobs, ledger, args.results))
     if failures:
         raise failures[0]
 
@@ -68,6 +72,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--seeds", type=at_least_one, default=3, help="runs of each row")
     parser.add_argument("--jobs", type=at_least_one, default=1, help="runs at a time, which share the CPU cores")
     parser.add_argument("--rows", help="make only the runs of these rows, separated by ';' (none: just write the tables)")
+    parser.add_argument("--figures", action="store_true", help="draw the tables' figures too; some run models on test samples")
     parser.add_argument("--dry-run", action="store_true", help="print the commands and what they need; run nothing")
     parser.add_argument("--known", type=Path, metavar="FILE", help="count the runs in this results file of another machine as made")
     parser.add_argument("--plan", type=Path, default=PLAN, help="YAML file of the tables")
@@ -93,13 +98,39 @@ def with_parents(jobs: Sequence[Job]) -> list[Job]:
 
 def write_table(name: str, table: Table, jobs: Jobs, ledger: Ledger, path: Path) -> None:
     """Writes a table of the completed runs to `path`.md and .csv."""
-    found = {row.name: entries_of(jobs[name, row.name], ledger) for row in table.rows}
+    found = found_of(name, table, jobs, ledger)
     shown = table.model_copy(update={"rows": [row for row in table.rows if row.published or jobs[name, row.name]]})
-    codes = {entry["result"].get("versions", {}).get("code") or "not recorded" for entries in found.values() for entry in entries}
-    versions = [f"Commits: {', '.join(sorted(codes)) or 'none'}.", f"Machine: {cpu_name()}, Python {platform.python_version()}."]
-    command = shlex.join(["python", "tools/reproduce_tables.py", *sys.argv[1:]])
-    Path(f"{path}.md").write_text(markdown(name, shown, found, command, versions), encoding="utf-8")
+    Path(f"{path}.md").write_text(markdown(name, shown, found, command_line(), versions_of([found])), encoding="utf-8")
     Path(f"{path}.csv").write_text(as_csv(shown, found), encoding="utf-8")
+
+
+def write_figures(scale: str, tables: Mapping[str, Table], jobs: Jobs, ledger: Ledger, folder: Path) -> Path:
+    """Writes the page of the tables' figures. Returns its path."""
+    shown = {
+        name: table.model_copy(update={"rows": [row for row in table.rows if row.published or jobs[name, row.name]]})
+        for name, table in tables.items()
+    }
+    found = {name: found_of(name, table, jobs, ledger) for name, table in shown.items()}
+    origin = f"Made by {command_line()}. {' '.join(versions_of(list(found.values())))}"
+    path = folder / f"{scale}.html"
+    write_page(path, f"Figures of the tables, scale {scale}", list(parts_of(shown, found)), origin)
+    return path
+
+
+def found_of(name: str, table: Table, jobs: Jobs, ledger: Ledger) -> dict[str, list[dict]]:
+    """Returns the entries of the completed runs by row."""
+    return {row.name: entries_of(jobs[name, row.name], ledger) for row in table.rows}
+
+
+def command_line() -> str:
+    return shlex.join(["python", "tools/reproduce_tables.py", *sys.argv[1:]])
+
+
+def versions_of(tables: Sequence[Mapping[str, list[dict]]]) -> list[str]:
+    """Describes the code of these runs, and this machine."""
+    entries = [entry for found in tables for row in found.values() for entry in row]
+    codes = {entry["result"].get("versions", {}).get("code") or "not recorded" for entry in entries}
+    return [f"Commits: {', '.join(sorted(codes)) or 'none'}.", f"Machine: {cpu_name()}, Python {platform.python_version()}."]
 
 
 def entries_of(jobs: Sequence[Job], ledger: Ledger) -> list[dict]:

@@ -5,9 +5,12 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
+import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 
 from tests.tiny_run import log_of, result_of
-from tools.report import Picture, ReportedRun, table, text_table, write_report
+from tools.report import Picture, ReportedRun, scale_by_factors, table, text_table, write_report
 
 
 def fake_run(p: float, epochs: int = 0, task: str = "nlvr") -> ReportedRun:
@@ -73,3 +76,25 @@ def test_markup_in_a_caption_or_a_note_shows_as_text(tmp_path: Path) -> None:
     assert not {"script", "i"} & shown.elements and "onclick" not in shown.attributes
     assert shown.texts.count(evil) == 4 and evil in shown.attributes["alt"]  # title, heading, note, caption; and the picture's
     assert f"python x.py --text '{evil}'" in shown.texts
+
+
+@pytest.mark.parametrize(("low", "high"), [(0.74, 0.99), (0.9, 3.1), (6.0, 9.0), (0.02, 3.0), (0.001, 400.0), (3.0, 3.0)])
+def test_the_labels_of_a_temperature_do_not_overlap(low: float, high: float) -> None:
+    figure = Figure(figsize=(4.6, 3.1), layout="constrained")
+    axes = figure.subplots()
+    axes.plot([1, 2], [low, high])
+    scale_by_factors(axes)
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    below, above = axes.get_ylim()
+    shown = [label for label in axes.yaxis.get_ticklabels(which="both") if label.get_text()]
+    boxes = [label.get_window_extent(canvas.get_renderer()) for label in shown if below <= label.get_position()[1] <= above]
+    assert 1 <= len(boxes) < 12
+    assert not any(one.overlaps(other) for place, one in enumerate(boxes) for other in boxes[:place])
+
+
+def test_a_number_and_its_percent_sign_stay_on_one_line(tmp_path: Path) -> None:
+    path = tmp_path / "report.html"
+    write_report(path, "t", [fake_run(0), fake_run(0.5, 2)], [], 2, [], [])
+    cells = [text for text in Shown(path.read_text()).texts if text.endswith("%")]
+    assert "50.0\N{NO-BREAK SPACE}%" in cells and not any(" %" in cell for cell in cells)

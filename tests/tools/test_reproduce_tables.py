@@ -183,6 +183,14 @@ def test_the_file_of_runs_keeps_those_of_other_tables_and_prefers_what_was_run_h
     assert all(entry["scores"] for entry in json.loads(file.read_text()).values())
 
 
+def test_figures_are_drawn_of_what_has_run_and_named_where_the_runs_hold_no_model(world, monkeypatch):
+    make(world, monkeypatch, "--seeds", "2", "--figures", tables="1")
+    page = (world / "results" / "toy.html").read_text()
+    plots = {file.name for file in (world / "results" / "toy_figures").iterdir()}
+    assert plots == {"1_accuracy.svg", "1_differences.svg"} and page.count("<img ") == 2
+    assert page.count("Missing: ") == 5
+
+
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
 def test_it_can_be_killed_and_goes_on_where_it_was(tmp_path, how):
     write_world(tmp_path, sleep=1.0)
