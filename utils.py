@@ -7,6 +7,7 @@ import os
 import random
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -31,6 +32,10 @@ logger = logging.getLogger("madtp")
 
 class UserError(Exception):
     """A mistake that the user can fix. The message says in one line what is wrong, where, and what to do."""
+
+
+class SharedError(UserError):
+    """A UserError that all processes raise alike; the main process tells it."""
 
 
 @dataclass(frozen=True)
@@ -97,6 +102,13 @@ def all_reduce_sum(values: torch.Tensor) -> torch.Tensor:
     return values
 
 
+def all_reduce_max(values: torch.Tensor) -> torch.Tensor:
+    """Replaces `values` by their largest over all processes, in place."""
+    if dist.is_initialized():
+        dist.all_reduce(values, dist.ReduceOp.MAX)
+    return values
+
+
 def broadcast(values: torch.Tensor) -> None:
     """Copies the `values` of the main process to all processes, in place."""
     if dist.is_initialized():
@@ -154,6 +166,23 @@ def gather_padded(values: torch.Tensor) -> torch.Tensor:
     width = torch.tensor(values.shape[1], device=values.device)
     dist.all_reduce(width, dist.ReduceOp.MAX)
     return gather_tensors(F.pad(values, (0, 0) * (values.dim() - 2) + (0, int(width) - values.shape[1])))
+
+
+def put_in_place(temporary: Path, path: Path) -> None:
+    """Renames a file that was written aside. Its content is on the disk before its name is, even if the power fails."""
+    flush(temporary)
+    os.replace(temporary, path)
+    with suppress(OSError):  # some file systems do not flush folders
+        flush(path.parent)
+
+
+def flush(path: Path) -> None:
+    """Waits until a file, or the names in a folder, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def barrier() -> None:

@@ -258,7 +258,7 @@ def build_loaders(
             config.batch_size_train,
             train=True,
             collate=pair_collate,
-            epoch_steps=config.epoch_steps,
+            epoch_steps=config.epoch_batches,
             **shared,
         )
     for split in ("val", "test"):

@@ -158,7 +158,7 @@ def build_loaders(config: NlvrConfig, run: Run, tokenizer: PreTrainedTokenizerBa
             num_workers=config.num_workers,
             seed=config.seed,
             collate=collate,
-            epoch_steps=config.epoch_steps if split == "train" else None,
+            epoch_steps=config.epoch_batches if split == "train" else None,
         )
         for split, dataset in build_datasets(config).items()
         if not (config.evaluate and split == "train")

@@ -192,7 +192,7 @@ def build_loaders(config: VqaConfig, run: Run, tokenizer: PreTrainedTokenizerBas
         if split == "train":
             if not config.evaluate:
                 loaders[split] = build_loader(
-                    dataset, config.batch_size_train, train=True, collate=answered, epoch_steps=config.epoch_steps, **shared
+                    dataset, config.batch_size_train, train=True, collate=answered, epoch_steps=config.epoch_batches, **shared
                 )
         else:
             collate = answered if split == "calibration" else asked
