@@ -10,6 +10,7 @@ from itertools import islice
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import Sampler
 from tqdm import tqdm
 
 from engine.bad_steps import BadSteps
@@ -273,6 +274,19 @@ class _Report:
             self.logged, self.logged_step = time.time(), step
 
 
+class _From(Sampler):
+    """A sampler without its first samples; it has the length of the whole."""
+
+    def __init__(self, whole: Sampler, first: int):
+        self.whole, self.first = whole, first
+
+    def __len__(self) -> int:
+        return len(self.whole)
+
+    def __iter__(self) -> Iterator:
+        return islice(self.whole, self.first, None)
+
+
 @contextmanager
 def starting_at(loader, batches: int) -> Iterator[None]:
     """Context manager in which a pass over `loader` leaves out its first batches without reading their samples."""
@@ -280,7 +294,7 @@ def starting_at(loader, batches: int) -> Iterator[None]:
         yield
         return
     whole = loader.batch_sampler.sampler
-    loader.batch_sampler.sampler = islice(whole, batches * loader.batch_size, None)
+    loader.batch_sampler.sampler = _From(whole, batches * loader.batch_size)
     try:
         yield
     finally:
