@@ -8,8 +8,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from engine import compress
+from engine.train import Trainer
 from utils import run_main
 
 ROOT = Path(__file__).parents[1]
@@ -71,6 +73,25 @@ def interrupt_in_the_second_epoch(run: Callable[[], None]) -> None:
         run()
 
 
+def _fail() -> None:
+    raise Interrupted
+
+
+def cut_at(step: int, run: Callable[[], None], how: Callable[[], None] = _fail) -> int | str | None:
+    """Runs until `how` is called in a step, counted from 0 over the run. Returns the code with which the run leaves."""
+    finish = Trainer.finish
+
+    def finishing(trainer, bad):
+        if trainer.step == step:
+            how()
+        return finish(trainer, bad)
+
+    with pytest.raises((SystemExit, Interrupted)) as left, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Trainer, "finish", finishing)
+        run()
+    return getattr(left.value, "code", None)
+
+
 def refusal(capsys: pytest.CaptureFixture, run: Callable[[], None]) -> str:
     """Returns the message of a run that the user can mend: one line on stderr, with exit code 2."""
     capsys.readouterr()
@@ -96,6 +117,15 @@ def assert_same_run(folder: Path, other: Path) -> None:
     for name in ("predictions_val.json", "predictions_test.json"):
         assert read(folder, name) == read(other, name), name
     assert log_of(folder) == log_of(other)
+
+
+def last(folder: Path) -> dict:
+    return torch.load(folder / "checkpoint_last.pth")
+
+
+def assert_same_weights(folder: Path, other: Path) -> None:
+    ours, theirs = last(folder)["model"], last(other)["model"]
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
 def assert_tokens_weights_and_teacher(folder: Path) -> None:

@@ -19,11 +19,10 @@ import torch
 from data.shapes.write import make_shapes
 from engine.train import Trainer
 from tests import runs
-from tests.runs import ROOT, assert_same_run, log_of, read
+from tests.runs import ROOT, assert_same_run, assert_same_weights, cut_at, last, log_of, read
 from tests.test_compress_nlvr_dtp import flags as plain_flags
-from tests.test_compress_retrieval_dtp import flags as retrieval_flags
 
-KILLS, SEED = int(os.environ.get("MADTP_KILLS", 3)), int(os.environ.get("MADTP_KILLS_SEED", 0))
+KILLS, SEED = int(os.environ.get("MADTP_KILLS", 2)), int(os.environ.get("MADTP_KILLS_SEED", 0))
 EPOCH = 3  # steps of an epoch
 SETTINGS = {"save_steps": 1, "epoch_steps": EPOCH, "drop_path": 0.1}
 OTHERS = {  # what else a run has to remember
@@ -55,38 +54,10 @@ def whole(flags, tmp_path_factory) -> Path:
     return out
 
 
-def cut_at(step: int, how: Callable[[], None], run: Callable[[], None]) -> int | str | None:
-    """Runs until `how` is called in a step, counted from 0; returns the code with which it leaves."""
-    finish = Trainer.finish
-
-    def finishing(trainer, bad):
-        if trainer.step == step:
-            how()
-        return finish(trainer, bad)
-
-    with pytest.raises((SystemExit, runs.Interrupted)) as left, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Trainer, "finish", finishing)
-        run()
-    return getattr(left.value, "code", None)
-
-
-def fail() -> None:
-    raise runs.Interrupted
-
-
-def last(folder: Path) -> dict:
-    return torch.load(folder / "checkpoint_last.pth")
-
-
-def assert_same_weights(folder: Path, other: Path) -> None:
-    ours, theirs = last(folder)["model"], last(other)["model"]
-    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
-
-
 @pytest.mark.parametrize("step", [1, EPOCH + 2])
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_run_that_was_cut_within_an_epoch_goes_on_from_the_step(flags, whole, tmp_path, step, workers):
-    cut_at(step, fail, lambda: run_here(flags(tmp_path, num_workers=workers)))
+    cut_at(step, lambda: run_here(flags(tmp_path, num_workers=workers)))
     saved = last(tmp_path)
     assert saved["step"] == step and saved["epoch"] == step // EPOCH and saved["within"]["ranks"][0]["steps"] == step % EPOCH
     taken = []
@@ -102,7 +73,7 @@ def test_a_run_that_was_cut_within_an_epoch_goes_on_from_the_step(flags, whole, 
 def test_the_batches_that_were_taken_are_not_read_again(flags, tmp_path, monkeypatch):
     from data.nlvr import NlvrDataset
 
-    cut_at(2, fail, lambda: run_here(flags(tmp_path)))
+    cut_at(2, lambda: run_here(flags(tmp_path)))
     read_item, seen = NlvrDataset.__getitem__, []
 
     def reading(dataset, index):
@@ -119,7 +90,7 @@ def test_whatever_a_run_has_to_remember_it_goes_on_to_the_bit(flags, tmp_path, o
     settings = OTHERS[other]
     run_here(flags(tmp_path / "whole", **settings))
     for step in (1, EPOCH + 1):
-        cut_at(step, fail, lambda: run_here(flags(tmp_path / "cut", "--resume", "auto", **settings)))
+        cut_at(step, lambda: run_here(flags(tmp_path / "cut", "--resume", "auto", **settings)))
     run_here(flags(tmp_path / "cut", "--resume", "auto", **settings))
     assert_same_run(tmp_path / "cut", tmp_path / "whole")
     assert_same_weights(tmp_path / "cut", tmp_path / "whole")
@@ -128,8 +99,8 @@ def test_whatever_a_run_has_to_remember_it_goes_on_to_the_bit(flags, tmp_path, o
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_lets_the_step_end_saves_and_leaves_with_its_code(flags, whole, tmp_path, number, code):
     handlers = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
-    cut = partial(cut_at, 1, lambda: os.kill(os.getpid(), number))
-    assert cut(lambda: run_here(flags(tmp_path, save_steps="", save_minutes=0))) == code
+    run = partial(run_here, flags(tmp_path, save_steps="", save_minutes=0))
+    assert cut_at(1, run, how=lambda: os.kill(os.getpid(), number)) == code
     assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == handlers
     assert 2 <= last(tmp_path)["step"] <= EPOCH and not (tmp_path / "log.txt").read_text()
     run_here(flags(tmp_path, "--resume"))
@@ -192,7 +163,7 @@ def test_a_run_that_is_killed_at_any_moment_goes_on_to_the_same_end(flags, whole
 
 
 def test_the_checkpoint_before_is_taken_with_a_warning_if_the_last_is_damaged(flags, whole, tmp_path, caplog):
-    cut_at(EPOCH + 2, fail, lambda: run_here(flags(tmp_path)))
+    cut_at(EPOCH + 2, lambda: run_here(flags(tmp_path)))
     damaged = tmp_path / "checkpoint_last.pth"
     damaged.write_bytes(damaged.read_bytes()[:-100])
     run_here(flags(tmp_path, "--resume"))
@@ -201,7 +172,7 @@ def test_the_checkpoint_before_is_taken_with_a_warning_if_the_last_is_damaged(fl
 
 
 def test_a_run_is_not_cut_within_an_epoch_and_gone_on_with_other_batches(flags, tmp_path, capsys):
-    cut_at(1, fail, lambda: run_here(flags(tmp_path)))
+    cut_at(1, lambda: run_here(flags(tmp_path)))
     for settings, said in (({"batch_size_train": 4}, "batch_size_train 8, and here it is 4"), ({"epoch_steps": 4}, "3 batches")):
         refused = runs.refusal(capsys, lambda settings=settings: run_here(flags(tmp_path, "--resume", **settings)))
         assert "was saved within an epoch with " + said in refused
