@@ -48,10 +48,10 @@ run_main(importlib.import_module(last[0]).main)
 """
 
 
-def run_in_two_processes(folder: Path, command_lines: list[list[str]]) -> None:
-    """Scripts, each with its arguments, one after the other in two processes that are started once."""
+def run_in_two_processes(folder: Path, command_lines: list[list[str]], processes: int = 2) -> None:
+    """Scripts, each with its arguments, one after the other in two processes, or more, that are started once."""
     (folder / "driver.py").write_text(DRIVER.format(root=str(ROOT), command_lines=json.dumps(command_lines)))
-    done = run_script(folder / "driver.py", [], "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+    done = run_script(folder / "driver.py", [], "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes))
     assert done.returncode == 0, done.stderr
 
 

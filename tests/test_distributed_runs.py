@@ -1,4 +1,4 @@
-"""Training in two processes that are killed, or of which one fails."""
+"""Several processes: training that is killed, that fails or is told to end; evaluation of any number of samples."""
 
 import json
 import time
@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from data.shapes.write import make_shapes
-from tests import runs
-from tests.runs import assert_same_run, assert_same_weights
+from tasks.registry import TASKS
+from tests import runs, tiny_run
+from tests.runs import assert_same_run, assert_same_weights, read
 from tests.test_compress_nlvr_dtp import flags
 
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
@@ -80,3 +81,36 @@ def test_a_signal_to_one_process_saves_the_step_of_all(world, tmp_path):
     assert done.returncode and "exitcode  : 143" in done.stderr, done.stderr
     saved = runs.last(tmp_path / "cut")
     assert saved["step"] >= 5 and saved["within"]["ranks"][1]["steps"] == saved["step"] - 3
+
+
+SIZES = (1,)  # two processes have none; tests of each task have uneven shares
+
+
+def evaluation(folder: Path, out: Path, task: str, size: int) -> list[str]:
+    """Writes a split of this size, without equal captions, whose order would be rounding's. Returns the flags to evaluate on it."""
+    tiny_run.write_run(folder, task)
+    for name in ("nlvr_dev", "nlvr_test", "vqa_val", "vqa_test", "flickr30k_val", "flickr30k_test", "coco_karpathy_val"):
+        test = folder / f"{name.split('_')[0]}_test.json"
+        entries = json.loads((folder / "coco_karpathy_test.json" if "coco" in name else test).read_text())[:size]
+        if "flickr" in name:
+            entries = [{**entry, "caption": ["star " * (2 * i + 1), "red " * (i + 2)]} for i, entry in enumerate(entries)]
+        (folder / f"{name}.json").write_text(json.dumps(entries))
+    (folder / "coco_karpathy_test.json").write_text((folder / "coco_karpathy_val.json").read_text())
+    for stem in ("flickr30k", "coco_karpathy"):
+        pairs = [{"image": f"{i}a.jpg", "caption": text, "image_id": i} for i, text in enumerate(tiny_run.SENTENCES)]
+        (folder / f"{stem}_train.json").write_text(json.dumps(pairs))
+    return ["--config", str(folder / "config.yaml"), "--evaluate", "--output_dir", str(out), "--set", "num_workers=0"]
+
+
+def test_three_processes_measure_a_single_sample_as_one_does(tmp_path):
+    cases = {f"{task}_{size}": (task, size) for task in TASKS for size in SIZES}
+    script = {task: Path(TASKS[task].config_class.script).stem for task in TASKS}
+    lines = []
+    for name, (task, size) in cases.items():
+        lines.append([script[task], *evaluation(tmp_path / name, tmp_path / "three" / name, task, size)])
+    runs.run_in_two_processes(tmp_path, lines, processes=3)
+    for name, (task, size) in cases.items():
+        runs.run_here(script[task], evaluation(tmp_path / name, tmp_path / "one" / name, task, size))
+        one, three = (read(tmp_path / folder / name, "result.json") for folder in ("one", "three"))
+        assert three["metrics"] == one["metrics"], name
+        assert three["gflops"] == pytest.approx(one["gflops"], rel=1e-9), name
