@@ -76,6 +76,8 @@ def parse_command_line(description: str, cls: type[ConfigT], argv: list[str] | N
             overrides["sparsity_type"] = pattern or given.get("sparsity_type") or "2:4"
     overrides.update({key: value for key, value in arguments.items() if value is not None})
     config = load_config(cls, path, overrides)
+    if config.resume == "auto":
+        config = config.model_copy(update={"resume": "last" if has_run(config.output_dir) else ""})
     if arguments["max_epoch"] is not None and "ramp_epochs" not in overrides:
         config, shortened = _with_shorter_ramp(config)
         notes += shortened
@@ -115,6 +117,7 @@ def _parser(description: str) -> argparse.ArgumentParser:
     parser.add_argument("--reduce_ratio", "--p", dest="p", metavar="P", help="share of the GFLOPs to remove, 0 <= P < 1")
     parser.add_argument("--amp", help="mixed precision", **switch)
     parser.add_argument("--resume", nargs="?", const="last", metavar="FILE", help="continue from this checkpoint, or the last one")
+    parser.add_argument("--overwrite", action="store_const", const=True, help="replace the results of another run in output_dir")
     parser.add_argument("--enable-sparse-api", action="store_true", help="sparse weights; prune no tokens without --token_reduce")
     parser.add_argument("--weight-sparse-pattern", metavar="PATTERN", help="of sparse weights, 2:4 or m4n2_1d; default: 2:4")
     parser.add_argument("--token_reduce", action="store_true", help="prune tokens, also with --enable-sparse-api")
@@ -123,6 +126,11 @@ def _parser(description: str) -> argparse.ArgumentParser:
         values = 0 if flag in SWITCHES else None
         parser.add_argument(flag, action=_WithoutEffect, nargs=values, dest="without_effect", help=argparse.SUPPRESS)
     return parser
+
+
+def has_run(folder: Path) -> bool:
+    """Tells whether a folder holds a checkpoint to resume from."""
+    return any((folder / name).is_file() for name in ("checkpoint_last.pth", "checkpoint_previous.pth"))
 
 
 def _with_shorter_ramp(config: ConfigT) -> tuple[ConfigT, list[str]]:

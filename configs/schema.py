@@ -76,7 +76,12 @@ class Config(MethodKeys):
     drop_path: float = Field(0.0, ge=0, lt=1, description="stochastic depth, rising from 0 to this; higher regularises more")
 
     # optimisation
-    batch_size_train: int = Field(16, ge=1, description="samples per process and step")
+    batch_size_train: int = Field(16, ge=1, description="samples per process and batch")
+    accumulate: int = Field(
+        1,
+        ge=1,
+        description="batches per step, whose gradients are averaged: fewer GPUs take the step of more",
+    )
     batch_size_test: int = Field(32, ge=1, description="samples per process and step in evaluation")
     init_lr: float = Field(1e-5, gt=0, description="learning rate of the first epoch; higher learns faster, but may diverge")
     min_lr: float = Field(0.0, ge=0, description="learning rate at the end of the cosine schedule")
@@ -90,13 +95,23 @@ class Config(MethodKeys):
     clip_grad: float = Field(0.0, ge=0, description="largest gradient norm; lower steadies training from scratch; 0: no limit")
     label_smoothing: float = Field(0.0, ge=0, lt=1, description="share of the target on wrong answers; higher regularises more")
     amp: bool = Field(False, description="mixed precision: faster on a GPU, less exact")
+    max_bad_steps: int = Field(
+        10, ge=1, description="steps in a row whose loss or gradient may be infinite or NaN before the run stops; they are skipped"
+    )
 
     # the run
     seed: int = Field(42, ge=0, description="random seed of initial weights, data order and augmentation")
     device: str | None = Field(None, pattern=r"^(cpu|cuda(:\d+)?)$", description="cpu, cuda or cuda:N; none: cuda if available")
     output_dir: Path = Field(Path("output"), description="folder that the run writes to")
     evaluate: bool = Field(False, description="evaluate the pretrained weights, do not train")
-    resume: Text = Field("", description="checkpoint of the run to continue; 'last': output_dir/checkpoint_last.pth")
+    resume: Text = Field(
+        "", description="checkpoint of the run to continue; 'last': output_dir/checkpoint_last.pth; 'auto': that, if it is there"
+    )
+    overwrite: bool = Field(False, description="replace the results of another run in output_dir")
+    save_minutes: float = Field(
+        15.0, ge=0, description="minutes after which checkpoint_last.pth is saved within an epoch; 0: only after its last step"
+    )
+    save_steps: int | None = Field(None, ge=1, description="save checkpoint_last.pth also at each multiple of so many steps")
 
     @field_validator("train_files", mode="before")
     @classmethod
@@ -151,6 +166,11 @@ class Config(MethodKeys):
     @property
     def bert_sizes(self) -> BertSizes:
         return BERT_SIZES[self.bert] if isinstance(self.bert, str) else self.bert
+
+    @property
+    def epoch_batches(self) -> int | None:
+        """The largest number of batches per epoch and process; None for all."""
+        return self.epoch_steps and self.epoch_steps * self.accumulate
 
     @property
     def resume_path(self) -> Path | None:

@@ -262,7 +262,7 @@ def build_loaders(
             config.batch_size_train,
             train=True,
             collate=pair_collate,
-            epoch_steps=config.epoch_steps,
+            epoch_steps=config.epoch_batches,
             replace_bad=config.skips_bad("train"),
             **shared,
         )

@@ -161,7 +161,7 @@ def build_loaders(config: NlvrConfig, run: Run, tokenizer: PreTrainedTokenizerBa
             num_workers=config.num_workers,
             seed=config.seed,
             collate=collate,
-            epoch_steps=config.epoch_steps if split == "train" else None,
+            epoch_steps=config.epoch_batches if split == "train" else None,
             replace_bad=config.skips_bad(split),
         )
         for split, dataset in build_datasets(config).items()

@@ -198,7 +198,7 @@ def build_loaders(config: VqaConfig, run: Run, tokenizer: PreTrainedTokenizerBas
                     config.batch_size_train,
                     train=True,
                     collate=answered,
-                    epoch_steps=config.epoch_steps,
+                    epoch_steps=config.epoch_batches,
                     replace_bad=config.skips_bad(split),
                     **shared,
                 )

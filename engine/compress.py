@@ -4,8 +4,6 @@ An Experiment provides the losses, metrics and GFLOPs of a task. `compress` adju
 GFLOPs target, and selects the best epoch on the validation split. `run_experiment` is the entry point of the scripts.
 """
 
-import os
-import shutil
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -13,44 +11,46 @@ from pathlib import Path
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from configs.load import save_config
-from configs.schema import Config
-from engine.checkpoint import load_run, read_run, save_atomic, save_run
+from engine.bad_steps import BadSteps
 from engine.deployment import fix_tokens
 from engine.diagnostics import AlignmentWatch
 from engine.elastic import Budgets
 from engine.experiment import Evaluation, Experiment
 from engine.flop_table import flop_table
 from engine.initial import initialise_tokens
-from engine.restore import authors_setting, check_pattern, check_variant, mask_as_saved, other_rule, rule_of, saved_setting
+from engine.restore import authors_setting, check_pattern, check_variant, mask_as_saved, other_rule, saved_setting
 from engine.results import (
     RunLog,
     code_version,
     count_parameters,
-    log_changed_settings,
-    settings_of,
     warn_if_off_target,
     warn_of_missed_target,
     warn_of_slower_attention,
     warn_of_small_slice,
     write_json,
 )
+from engine.resume import Keeper, Standing
+from engine.run_folder import RunFolder
 from engine.schedule import ROUNDING, WeightPlan, check_reach
 from engine.skipped import skipped_in_run, skipped_samples
-from engine.train import CosineSchedule, Trainer, move, parameter_groups, train_epoch
+from engine.train import CosineSchedule, EpochSums, Trainer, move, parameter_groups, train_epoch
 from madtp.budget import WITHIN_BUDGET, UnreachableTarget, calibrate, within
 from madtp.pruning import OFF, PruneSetting
 from madtp.sparsity.masks import counted_dense
-from utils import Run, UserError, barrier, logger, seed_everything
-
-CHECKPOINTS = ("checkpoint_best.pth", "checkpoint_last.pth")
-PLAN = ("order", "mask_schedule", "sparse_unit", "refit_weights")  # a resumed run must keep these
+from utils import SharedError, UserError, barrier, gather_objects, logger, seed_everything
 
 
 def run_experiment(experiment: Experiment) -> dict:
     """Trains or evaluates, as set in the config, and writes the files of the run. Returns the content of result.json."""
-    config, run = experiment.config, experiment.run
-    folder = Path(config.output_dir)
+    used = RunFolder(experiment.config, experiment.run)
+    with used.used():
+        return _run(experiment, used)
+
+
+def _run(experiment: Experiment, used: RunFolder) -> dict:
+    config, run, folder = experiment.config, experiment.run, used.path
+    if len(set(gather_objects(config.resume))) > 1:
+        raise SharedError(f"{folder}: the processes see different files there; all machines must see the same folder")
     for note in config.command_line.notes:
         logger.info(note)
     if config.evaluate:
@@ -66,16 +66,19 @@ def run_experiment(experiment: Experiment) -> dict:
         logger.info("one sample by fvcore, uncompressed:\n%s", flop_table(experiment.model, experiment.inputs(first)))
     logger.info("uncompressed: %.4f GFLOPs per sample; target at p = %g: %.4f", dense, config.p, dense * (1 - config.p))
     if config.evaluate:
-        setting, epoch, p = evaluated_setting(experiment, dense)
+        (setting, epoch, p), bad = evaluated_setting(experiment, dense), 0
         if config.keep == "fixed":
             fix_tokens(experiment, setting, dense * (1 - p))
-        _prepare(config, run)
+        used.prepare()
     else:
-        (setting, epoch), p = compress(experiment, dense), config.p
+        (setting, epoch, bad), p = compress(experiment, dense, used), config.p
     with experiment.sparse_kernels(setting) as kernels:
         val, test = (experiment.evaluated(split, setting) for split in ("val", "test"))
     result = _result(experiment, setting, epoch, p, dense, val, test)
-    result |= {"sparse_kernels": kernels, **skipped_in_run(config, experiment.loaders["calibration"]), "versions": versions}
+    result |= {
+        "sparse_kernels": kernels, **skipped_in_run(config, experiment.loaders["calibration"]), "versions": versions,
+        **({"bad_steps": bad} if bad else {}),
+    }  # fmt: skip
     if p == config.p:
         warn_if_off_target(config, result["gflops"], setting)
     if run.is_main:
@@ -104,97 +107,93 @@ def run_experiment(experiment: Experiment) -> dict:
     return result
 
 
-def compress(experiment: Experiment, dense: float) -> tuple[PruneSetting, int]:
-    """Runs all epochs. The model ends with the weights of the selected epoch; returns their prune setting and the epoch.
+def compress(experiment: Experiment, dense: float, used: RunFolder) -> tuple[PruneSetting, int, int]:
+    """Runs all epochs. The model ends with the weights of the selected epoch.
+
+    Returns:
+        their prune setting, the epoch, and the number of steps of the run that were skipped.
 
     The temperature is calibrated before each epoch that lowers the target, to train at that target. It is calibrated again after
     each epoch at the full p, because training changes the GFLOPs and the epoch may be selected.
     """
-    config, run, folder = experiment.config, experiment.run, Path(experiment.config.output_dir)
-    check_sources(config, folder)
+    config = experiment.config
     plan = WeightPlan(config, experiment.sparse, experiment.measure, experiment.mask, dense)
-    trainer, watch, budgets = build_trainer(experiment), AlignmentWatch(experiment), Budgets(config)
-    setting, best_score, first_epoch = resume_run(experiment, trainer, watch) if config.resume else (OFF, float("-inf"), 0)
-    _prepare(config, run)
-    log = _open_log(config, run, folder, first_epoch)
-    for epoch in range(first_epoch, config.max_epoch):
-        started = time.time()
+    training = _Training(experiment, plan, dense, used)
+    keeper = training.keeper
+    if config.resume:
+        keeper.restore()
+    used.prepare()
+    log = used.open_log(keeper.now.epoch)
+    first = keeper.now.epoch
+    with keeper.interruption:
+        for epoch in range(first, config.max_epoch):
+            training.run_epoch(epoch, log, first=epoch == first)
+    return *_selected(experiment, used.path), int(training.trainer.bad.total)
+
+
+class _Training:
+    """The epochs of a training run."""
+
+    def __init__(self, experiment: Experiment, plan: WeightPlan, dense: float, used: RunFolder):
+        self.experiment, self.plan, self.dense = experiment, plan, dense
+        self.trainer, self.watch, self.budgets = build_trainer(experiment), AlignmentWatch(experiment), Budgets(experiment.config)
+        self.keeper = Keeper(experiment, self.trainer, self.watch, self.budgets, used)
+
+    def run_epoch(self, epoch: int, log: RunLog, first: bool) -> None:
+        """Trains and validates an epoch, selects it if it is the best one yet, and saves the run."""
+        experiment, keeper, plan, dense = self.experiment, self.keeper, self.plan, self.dense
+        config, started = experiment.config, time.time()
         target, ramping = dense * (1 - plan.removal(epoch)), plan.removal(epoch) < config.p
-        setting = _enter_epoch(experiment, plan, epoch, target, setting)
-        budgets.enter(
-            setting, plan.removal(epoch) / config.p if config.p else 0.0, dense,
-            lambda wanted, start: meet(experiment, wanted, start, ramping=True, moved=True)[0],
-        )  # fmt: skip
-        experiment.loaders["train"].sampler.set_epoch(epoch)
-        train_started = time.time()
-        losses = train_epoch(
-            trainer, experiment.loaders["train"], experiment.losses, experiment.loss_weights, budgets.at,
-            experiment.precision, run, f"epoch {epoch + 1}/{config.max_epoch}", watch.see_losses,
-        )  # fmt: skip
-        train_seconds = time.time() - train_started
+        losses = self._train(epoch, target)
         with plan.counting(epoch):
+            setting = keeper.now.setting
             setting, measured = (setting, experiment.measure(setting)) if ramping else meet(experiment, target, setting)
-            if not ramping and (epoch == first_epoch or plan.removal(epoch - 1) < config.p):
+            if not ramping and (first or plan.removal(epoch - 1) < config.p):
                 warn_of_missed_target(config, epoch, measured, dense, setting)
             val = experiment.evaluated("val", setting)
         selectable = plan.settled(epoch) and within(measured, dense * (1 - config.p), setting)
         score = val.metrics[experiment.score] if selectable else float("-inf")
-        selected, best_score = score > best_score, max(score, best_score)
-        state = _run_state(experiment, setting, epoch, best_score)
-        if selected and run.is_main:
-            save_atomic({"model": experiment.model.state_dict(), **state}, folder / "checkpoint_best.pth")
-        state |= {"config": settings_of(config), **watch.state()}
-        save_run(folder / "checkpoint_last.pth", trainer, experiment.model, state, run)
+        selected, bad = score > keeper.now.best_score, int(self.trainer.bad.total)
         entry = {
-            "epoch": epoch, "loss": losses, "lr": trainer.schedule.rate(trainer.step - 1), **asdict(setting),
+            "epoch": epoch, "loss": losses, "lr": self.trainer.schedule.rate(self.trainer.step - 1), **asdict(setting),
             "gflops": {"target": target, "measured": measured, "val": val.gflops}, "val": val.metrics,
-            "alignment": watch.report(setting),
+            "alignment": self.watch.report(setting), "selected": selected, "bad_steps": bad,
             **skipped_samples(config, experiment.loaders["train"]),
-            "selected": selected, "seconds": {"train": train_seconds, "all": time.time() - started},
+            "seconds": {"train": keeper.now.sums.seconds, "all": time.time() - started},
         }  # fmt: skip
-        log.write(entry)
+        keeper.now = Standing(setting, max(score, keeper.now.best_score), epoch)
+        with keeper.interruption.held():
+            if selected:
+                keeper.save_best()
+            log.write(entry)  # before the checkpoint: a run that is killed between the two trains the epoch again and logs it anew
+            keeper.save_epoch()
         logger.info(
-            "epoch %d: loss %.4f, val %s %.2f at %.4f GFLOPs (target %.4f), temperature %s, %.0f s",
+            "epoch %d: loss %.4f, val %s %.2f at %.4f GFLOPs (target %.4f), temperature %s, %.0f s%s",
             epoch + 1, losses["total"], experiment.score, val.metrics[experiment.score], measured, target,
             "off" if setting.temperature is None else f"{setting.temperature:.4g}", entry["seconds"]["all"],
+            f"; {bad} steps skipped so far, as not finite" if bad else "",
         )  # fmt: skip
-    return _selected(experiment, folder)
 
-
-def resume_run(experiment: Experiment, trainer: Trainer, watch: AlignmentWatch) -> tuple[PruneSetting, float, int]:
-    """Restores an interrupted run. Returns its prune setting, its best score so far and the next epoch.
-
-    Raises:
-        UserError: when the run had another pruning rule, or another plan for sparse weights.
-    """
-    config, run = experiment.config, experiment.run
-    saved = read_run(config.resume_path, run)
-    if key := other_rule(config, saved) or _other_plan(config, saved):
-        raise UserError(
-            f"{config.resume_path}: a run with {key} {saved.get(key)!r} cannot go on with {getattr(config, key)!r}; resume it"
-            " with its own config.yaml, or start a new run in another --output_dir"
-        )
-    load_run(saved, config.resume_path, trainer, experiment.model, run)
-    log_changed_settings(config, saved)
-    watch.resume(saved)
-    return PruneSetting(saved["temperature"], saved["prune_from"]), saved["best_score"], saved["epoch"] + 1
-
-
-def _open_log(config: Config, run: Run, folder: Path, first_epoch: int) -> RunLog:
-    """Opens the log of a run and removes the checkpoints of other runs from its folder.
-
-    A run that is resumed in another folder copies its best checkpoint and its log there.
-    """
-    best = config.resume_path.with_name("checkpoint_best.pth") if config.resume else None
-    if run.is_main and (best is None or best.parent.resolve() != folder.resolve()):
-        for name in CHECKPOINTS:  # a checkpoint of an earlier run must not be mistaken for one of this run
-            (folder / name).unlink(missing_ok=True)
-        if best is not None and best.is_file():
-            shutil.copy(best, folder)
-    begun_in = config.resume_path.parent if config.resume else None
-    if begun_in is not None and not (begun_in / "log.txt").is_file():
-        begun_in = folder  # the checkpoint was moved, the log stayed
-    return RunLog(folder if run.is_main else None, begun_in, first_epoch)
+    def _train(self, epoch: int, target: float) -> dict[str, float]:
+        """Trains an epoch, or what is left of it in a run that was cut. Returns the mean losses."""
+        experiment, keeper, config = self.experiment, self.keeper, self.experiment.config
+        if keeper.now.sums is None:
+            share = self.plan.removal(epoch) / config.p if config.p else 0.0
+            setting = _enter_epoch(experiment, self.plan, epoch, target, keeper.now.setting)
+            self.budgets.enter(
+                setting, share, self.dense,
+                lambda wanted, start: meet(experiment, wanted, start, ramping=True, moved=True)[0],
+            )  # fmt: skip
+            keeper.now = Standing(setting, keeper.now.best_score, epoch, EpochSums())
+        loader, sums, name = experiment.loaders["train"], keeper.now.sums, f"epoch {epoch + 1}/{config.max_epoch}"
+        loader.sampler.set_epoch(epoch)
+        with keeper.interruption.held():
+            losses = train_epoch(
+                self.trainer, loader, experiment.losses, experiment.loss_weights, self.budgets.at, experiment.precision,
+                experiment.run, name, None if sums.steps else self.watch.see_losses, sums, keeper,
+            )  # fmt: skip
+            keeper.save_within()  # so that a run that ends during the validation has its epoch
+        return losses
 
 
 def _enter_epoch(experiment: Experiment, plan: WeightPlan, epoch: int, target: float, setting: PruneSetting) -> PruneSetting:
@@ -208,37 +207,6 @@ def _enter_epoch(experiment: Experiment, plan: WeightPlan, epoch: int, target: f
         if epoch == 0 or plan.removal(epoch - 1) < plan.removal(epoch) or masked:
             return meet(experiment, target, setting, plan.removal(epoch) < experiment.config.p, moved=True)[0]
     return setting
-
-
-def _prepare(config: Config, run: Run) -> None:
-    """Creates the folder of the run and writes config.yaml. An evaluation does not overwrite the config.yaml of a training run.
-
-    Called only after all checks that are possible before training: the folder may hold an earlier run, which a bad config
-    must not overwrite.
-    """
-    folder, advice = Path(config.output_dir), "give another folder with --output_dir"
-    if run.is_main:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            if not (config.evaluate and (folder / "checkpoint_last.pth").is_file()):
-                save_config(config.model_copy(update={"resume": ""}), folder / "config.yaml")
-        except OSError as error:
-            raise UserError(f"{folder}: {error.strerror or error}; {advice}") from None
-        if not os.access(folder, os.W_OK):
-            raise UserError(f"{folder}: may not be written to; {advice}")
-    barrier()
-
-
-def check_sources(config: Config, folder: Path) -> None:
-    """Refuses to start from a checkpoint that the new run would remove, because it lies in the same folder."""
-    for source in filter(None, () if config.resume else (config.pretrained, config.teacher)):
-        if Path(source).resolve() in [(folder / name).resolve() for name in CHECKPOINTS]:
-            raise UserError(f"{source}: a new run in {folder} would remove it; give another folder with --output_dir")
-
-
-def _other_plan(config: Config, saved: dict) -> str | None:
-    """Returns the first key of PLAN that a run was saved with another value of; None if all agree or no weights are sparse."""
-    return next((key for key in PLAN if key in saved and saved[key] != getattr(config, key)), None) if config.pattern else None
 
 
 def _mask_for_evaluation(experiment: Experiment) -> None:
@@ -314,18 +282,17 @@ def build_trainer(experiment: Experiment) -> Trainer:
     seed_everything(config.seed + run.rank)
     groups = parameter_groups(experiment.model, config.align_lr_scale)
     optimizer = torch.optim.AdamW(groups, lr=config.init_lr, weight_decay=config.weight_decay, fused=True)
-    steps = len(experiment.loaders["train"])
+    batches = len(experiment.loaders["train"])
+    steps = batches // config.accumulate
+    if not steps:
+        raise UserError(f"accumulate: {config.accumulate} batches make a step, and an epoch has {batches}; lower 'accumulate'")
     schedule = CosineSchedule(
         config.init_lr, config.min_lr, config.max_epoch, steps, config.warmup_steps, config.lr_schedule == "step"
     )
-    return Trainer(model, optimizer, experiment.precision.scaler(), schedule, config.clip_grad, sparse=experiment.sparse)
-
-
-def _run_state(experiment: Experiment, setting: PruneSetting, epoch: int, best_score: float) -> dict:
-    """Returns the entries of a checkpoint besides the weights."""
-    config, masked = experiment.config, sorted(experiment.sparse.masks) if experiment.sparse else None
-    rule = {**rule_of(config), "batch_size": config.batch_size_test, **{key: getattr(config, key) for key in PLAN}}
-    return {**asdict(setting), "epoch": epoch, "best_score": best_score, "masked": masked, **rule}
+    return Trainer(
+        model, optimizer, experiment.precision.scaler(), schedule, config.clip_grad, sparse=experiment.sparse,
+        accumulate=config.accumulate, bad=BadSteps(config.max_bad_steps),
+    )  # fmt: skip
 
 
 def _selected(experiment: Experiment, folder: Path) -> tuple[PruneSetting, int]:

@@ -13,17 +13,17 @@ from configs.schema import Config
 from madtp.attention import varlen
 from madtp.budget import WITHIN_BUDGET, within
 from madtp.pruning import PruneSetting
-from utils import Run, logger
+from utils import Run, logger, put_in_place
 
 OTHER_SPLITS = 0.03  # relative distance of the val and test GFLOPs from the target above which the log warns
-ELSEWHERE = ("output_dir", "resume", "device", "num_workers")  # keys that do not change the results of a run
+ELSEWHERE = ("output_dir", "resume", "overwrite", "save_minutes", "save_steps", "device", "num_workers")  # do not change results
 
 
 def write_json(content: object, path: Path) -> None:
     """Writes a JSON file under a temporary name and renames it, so that readers never see an incomplete file."""
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(json.dumps(content, indent=1), encoding="utf-8")
-    os.replace(temporary, path)
+    put_in_place(temporary, path)
 
 
 def code_version() -> str:
@@ -57,7 +57,9 @@ class RunLog:
             from torch.utils.tensorboard import SummaryWriter
 
             kept = "".join(_lines_before(before / "log.txt", first_epoch)) if before else ""
-            (folder / "log.txt").write_text(kept, encoding="utf-8")
+            aside = folder / "log.txt.tmp"  # the log may be that of this folder, and must not be lost if the run is killed here
+            aside.write_text(kept, encoding="utf-8")
+            put_in_place(aside, folder / "log.txt")
             self._board = SummaryWriter(str(folder / "tensorboard"))
 
     def write(self, entry: Mapping[str, object]) -> None:
@@ -66,6 +68,8 @@ class RunLog:
             return
         with (self.folder / "log.txt").open("a", encoding="utf-8") as file:
             file.write(json.dumps(entry) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
         for name, value in _scalars(entry):
             self._board.add_scalar(name, value, entry["epoch"])
         self._board.flush()

@@ -15,7 +15,7 @@ from utils import UserError
 ConfigT = TypeVar("ConfigT", bound=Config)
 Build = Callable[[ConfigT], nn.Module]
 Load = Callable[[nn.Module, Mapping[str, Tensor], str], list[str]]  # model, weights, their source -> names of missing weights
-TRAINING = {"optimizer", "scaler", "sparse", "rng"}  # entries of checkpoint_last.pth that only resuming needs
+TRAINING = {"optimizer", "scaler", "sparse", "rng", "within"}  # entries of checkpoint_last.pth that only resuming needs
 UNCOMPRESSED = {"p": 0.0, "drop_path": 0.0}
 
 

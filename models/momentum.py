@@ -81,14 +81,17 @@ class MomentumModel(AlignedModel):
 
     @torch.no_grad()
     def enqueue(self, passes: PairPasses, image_ids: Tensor) -> None:
-        """Replaces the oldest queue entries by the momentum features of all processes. image_ids: (B,)"""
+        """Replaces the oldest queue entries by the momentum features of all processes. image_ids: (B,)
+
+        A pair with features that are not finite leaves the entry as it was: its step is skipped, but the queue would keep them.
+        """
         batch = passes.image_momentum.feature, passes.text_momentum.feature, image_ids
         size = self.image_queue.shape[1]
         image, text, ids = (gather_tensors(part)[-size:] for part in batch)  # of more than fit, keep the last
         places = (self.ptr_queue + torch.arange(len(ids), device=ids.device)) % size
-        self.image_queue[:, places] = image.t()
-        self.text_queue[:, places] = text.t()
-        self.idx_queue[0, places] = ids
+        finite = image.isfinite().all(dim=1) & text.isfinite().all(dim=1)
+        for queue, entries in ((self.image_queue, image.t()), (self.text_queue, text.t()), (self.idx_queue, ids)):
+            queue[:, places] = torch.where(finite, entries, queue[:, places])
         self.ptr_queue.copy_((self.ptr_queue + len(ids)) % size)
 
     def passes(

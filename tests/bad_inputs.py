@@ -141,6 +141,27 @@ SETTINGS = [
     ),
     BadInput(
         "nlvr",
+        "the folder of another run",
+        "of another run; go on with that run by --resume",
+        "A new run would replace the checkpoints in its folder, after `--overwrite` does.",
+        "--no-evaluate --pretrained= --p 0 --set batch_size_train=2",
+    ),
+    BadInput(
+        "nlvr",
+        "the folder of another evaluation",
+        "holds a result.json",
+        "Results are kept unless `--overwrite` is given.",
+        spoil=written("result.json", {}),
+    ),
+    BadInput(
+        "nlvr",
+        "a step of too many batches",
+        "accumulate: 99 batches make a step",
+        "",
+        TRAIN + "--set batch_size_train=2 --pretrained= --p 0 --set accumulate=99",
+    ),
+    BadInput(
+        "nlvr",
         "nothing to learn from",
         "there is no model to learn from",
         "",

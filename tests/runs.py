@@ -8,8 +8,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from engine import compress
+from engine.train import Trainer
 from utils import run_main
 
 ROOT = Path(__file__).parents[1]
@@ -46,10 +48,10 @@ run_main(importlib.import_module(last[0]).main)
 """
 
 
-def run_in_two_processes(folder: Path, command_lines: list[list[str]]) -> None:
-    """Scripts, each with its arguments, one after the other in two processes that are started once."""
+def run_in_two_processes(folder: Path, command_lines: list[list[str]], processes: int = 2) -> None:
+    """Scripts, each with its arguments, one after the other in two processes, or more, that are started once."""
     (folder / "driver.py").write_text(DRIVER.format(root=str(ROOT), command_lines=json.dumps(command_lines)))
-    done = run_script(folder / "driver.py", [], "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+    done = run_script(folder / "driver.py", [], "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes))
     assert done.returncode == 0, done.stderr
 
 
@@ -69,6 +71,25 @@ def interrupt_in_the_second_epoch(run: Callable[[], None]) -> None:
     with pytest.raises(Interrupted), pytest.MonkeyPatch.context() as patch:
         patch.setattr(compress, "train_epoch", dying)
         run()
+
+
+def _fail() -> None:
+    raise Interrupted
+
+
+def cut_at(step: int, run: Callable[[], None], how: Callable[[], None] = _fail) -> int | str | None:
+    """Runs until `how` is called in a step, counted from 0 over the run. Returns the code with which the run leaves."""
+    finish = Trainer.finish
+
+    def finishing(trainer, bad):
+        if trainer.step == step:
+            how()
+        return finish(trainer, bad)
+
+    with pytest.raises((SystemExit, Interrupted)) as left, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Trainer, "finish", finishing)
+        run()
+    return getattr(left.value, "code", None)
 
 
 def refusal(capsys: pytest.CaptureFixture, run: Callable[[], None]) -> str:
@@ -96,6 +117,15 @@ def assert_same_run(folder: Path, other: Path) -> None:
     for name in ("predictions_val.json", "predictions_test.json"):
         assert read(folder, name) == read(other, name), name
     assert log_of(folder) == log_of(other)
+
+
+def last(folder: Path) -> dict:
+    return torch.load(folder / "checkpoint_last.pth")
+
+
+def assert_same_weights(folder: Path, other: Path) -> None:
+    ours, theirs = last(folder)["model"], last(other)["model"]
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
 def assert_tokens_weights_and_teacher(folder: Path) -> None:

@@ -52,7 +52,7 @@ def test_a_disk_that_fills_up_ends_a_run_in_one_line(worlds, tmp_path, monkeypat
 
     def fills_up(content, file):
         written.append(file)
-        if len(written) == 3:  # checkpoint_best.pth and checkpoint_last.pth of the first epoch fit
+        if len(written) == 4:  # those of the first epoch fit: within it, the best, and after it
             Path(file).write_bytes(b"half")
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         write(content, file)

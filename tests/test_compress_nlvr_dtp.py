@@ -263,6 +263,22 @@ def test_two_processes_with_half_the_batch_train_as_one(two_processes, world, ca
     assert sum(apart.values()) < 0.2 * sum(moved.values())
 
 
+def test_two_accumulated_half_batches_take_the_step_of_the_whole(world, trained, tmp_path):
+    start = trained / "checkpoint_best.pth"
+    settings = {"bert.dropout": 0, "drop_path": 0, "epoch_steps": 1, "ramp_epochs": 0, "lr_schedule": "step", "init_lr": 1e-3}
+    for name, batches in {"whole": {"batch_size_train": 8}, "halves": {"batch_size_train": 4, "accumulate": 2}}.items():
+        run_here(flags(world, tmp_path / name, "--epoch", "1", "--pretrained", str(start), **settings, **batches))
+    whole, halves = tmp_path / "whole", tmp_path / "halves"
+    assert log_of(halves)[0]["loss"] == pytest.approx(log_of(whole)[0]["loss"], rel=1e-5)
+    before = torch.load(start)["model"]
+    ours, theirs = (torch.load(folder / "checkpoint_last.pth") for folder in (halves, whole))
+    assert ours["step"] == theirs["step"] == 1
+    moments = [[state["exp_avg"] for state in each["optimizer"]["state"].values()] for each in (ours, theirs)]
+    for mine, wanted in zip(*moments, strict=True):  # the gradient, whose sign alone the first step of AdamW shows
+        torch.testing.assert_close(mine, wanted, rtol=1e-3, atol=1e-5 * float(wanted.abs().max()) + 1e-9)
+    assert any(not torch.equal(theirs["model"][name], before[name]) for name in before)
+
+
 def test_two_processes_draw_the_same_new_weights(two_processes, world, cases, tmp_path):
     """New weights are, for example, the learnable tokens of a model that is evaluated before any training."""
     more, settings = cases["untrained"]

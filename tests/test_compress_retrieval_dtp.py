@@ -139,6 +139,16 @@ def test_a_resumed_run_gives_the_same_result_as_one_that_was_not_interrupted(tra
     assert_same_run(trained / task, tmp_path)
 
 
+@EACH_TASK
+def test_momentum_encoders_and_queue_go_on_from_the_step_that_a_run_was_cut_at(world, tmp_path, task):
+    settings = {"epoch_steps": 3, "save_steps": 1, "max_epoch": 1}
+    run(task, world, tmp_path / "whole", **settings)
+    runs.cut_at(2, lambda: run(task, world, tmp_path / "cut", **settings))
+    run(task, world, tmp_path / "cut", "--resume", **settings)
+    assert_same_run(tmp_path / "cut", tmp_path / "whole")
+    runs.assert_same_weights(tmp_path / "cut", tmp_path / "whole")
+
+
 @pytest.fixture(scope="module")
 def two_processes(trained, world, tmp_path_factory) -> Path:
     """The folder of runs in two processes: of each task an evaluation, and one step of training with half the batch."""

@@ -97,6 +97,7 @@ def test(args: argparse.Namespace, recipe: Recipe, words: Path, work: Path) -> N
     run([sys.executable, "tools/make_shapes.py", "--out", str(data), "--seed", str(args.seed + 1), *recipe.data])
     script = TASKS[args.task].config_class.script
     command = [script, "--config", str(config_of(args.task)), "--p", "0", "--evaluate", "--output_dir", str(work / "test")]
+    command.append("--overwrite")  # of an earlier start of this program
     folders = {**dict.fromkeys(TASKS[args.task].config_class.image_keys, data / "images"), "ann_root": data / "annotations"}
     for key, value in {**folders, "tokenizer": words}.items():
         command += ["--set", f"{key}={value}"]

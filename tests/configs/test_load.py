@@ -157,6 +157,20 @@ def test_flags_go_before_set_and_set_before_the_file(tmp_path: Path) -> None:
     assert config.resume_path == Path("output/nlvr/checkpoint_last.pth")
 
 
+def test_to_resume_by_itself_is_to_resume_what_is_there(tmp_path: Path) -> None:
+    (tmp_path / "x.yaml").write_text(f"output_dir: {tmp_path}\n")
+    flags = ["--config", str(tmp_path / "x.yaml"), "--resume", "auto"]
+    assert parse_command_line("test", NlvrConfig, flags).resume_path is None
+    for name in ("checkpoint_previous.pth", "checkpoint_last.pth"):
+        (tmp_path / name).write_text("")
+        assert parse_command_line("test", NlvrConfig, flags).resume_path == tmp_path / "checkpoint_last.pth"
+
+
+def test_an_epoch_of_accumulated_steps_has_more_batches() -> None:
+    assert NlvrConfig(epoch_steps=10, accumulate=4).epoch_batches == 40 and NlvrConfig(accumulate=4).epoch_batches is None
+    assert not NlvrConfig().overwrite
+
+
 @pytest.mark.parametrize(
     ("flags", "sparse", "method"),
     [

@@ -167,7 +167,7 @@ def test_what_a_resumed_run_does_otherwise_is_said(tmp_path, caplog):
 
 def test_a_run_that_begins_anew_leaves_nothing_to_resume_of_the_one_before(tmp_path):
     run_experiment(experiment(tmp_path, [70.0, 60.0])[0])
-    task, _ = experiment(tmp_path, [70.0, 60.0])
+    task, _ = experiment(tmp_path, [70.0, 60.0], overwrite=True)
     task.loaders["train"].sampler = None  # dies in its first epoch
     with pytest.raises(AttributeError):
         run_experiment(task)
@@ -194,7 +194,8 @@ def test_what_another_run_selected_is_not_taken_for_this_ones(tmp_path):
     run_experiment(experiment(tmp_path / "first", [70.0, 60.0])[0])
     (tmp_path / "first" / "checkpoint_best.pth").unlink()
     run_experiment(experiment(tmp_path / "second", [90.0])[0])
-    task, _ = experiment(tmp_path / "second", [70.0, 60.0, 50.0], resume=str(tmp_path / "first" / "checkpoint_last.pth"))
+    last = str(tmp_path / "first" / "checkpoint_last.pth")
+    task, _ = experiment(tmp_path / "second", [70.0, 60.0, 50.0], resume=last, overwrite=True)
     with pytest.raises(UserError, match="no epoch came within"):  # the third scores lower than the first did
         run_experiment(task)
 
@@ -203,11 +204,11 @@ def test_the_config_of_a_run_starts_it_anew(tmp_path):
     """Whatever it went on from, and though it was evaluated in its own folder."""
     run_experiment(experiment(tmp_path, [70.0, 60.0])[0])
     run_experiment(experiment(tmp_path, [70.0, 60.0], resume="last")[0])
-    task, _ = experiment(tmp_path, [70.0, 60.0], evaluate=True)
+    task, _ = experiment(tmp_path, [70.0, 60.0], evaluate=True, overwrite=True)
     task.checkpoint = SAVED
     run_experiment(task)
     config = load_config(NlvrConfig, tmp_path / "config.yaml")
-    assert not config.evaluate and not config.resume
+    assert not config.evaluate and not config.resume and not config.overwrite
 
 
 def test_a_folder_that_cannot_be_is_named(tmp_path):
@@ -301,7 +302,7 @@ def test_evaluation_uses_the_saved_temperature_only_for_the_rule_it_was_made_for
 
 def test_under_max_the_saved_temperature_belongs_to_a_batch_size(tmp_path):
     for batch_size, same in ((32, True), (8, False)):
-        task, _ = experiment(tmp_path, [50.0], evaluate=True, keep="max", batch_size_test=batch_size)
+        task, _ = experiment(tmp_path, [50.0], evaluate=True, keep="max", batch_size_test=batch_size, overwrite=True)
         task.checkpoint = {**SAVED, "keep": "max"}
         assert (run_experiment(task)["temperature"] == 3.25) == same
 
@@ -309,7 +310,7 @@ def test_under_max_the_saved_temperature_belongs_to_a_batch_size(tmp_path):
 def test_a_checkpoint_that_is_not_at_p_is_evaluated_with_a_word(tmp_path, caplog):
     """The last one of a run that died before it was there, say."""
     for temperature, off in ((3.25, False), (50.0, True)):
-        task, _ = experiment(tmp_path, [50.0], evaluate=True, keep="instance")
+        task, _ = experiment(tmp_path, [50.0], evaluate=True, keep="instance", overwrite=True)
         task.checkpoint = {**SAVED, "temperature": temperature}
         task.model.gflops = lambda setting: DENSE * {None: 1.0, 3.25: 0.503, 50.0: 0.9}[setting.temperature]
         caplog.clear()
@@ -321,7 +322,7 @@ def test_a_checkpoint_that_is_not_at_p_is_evaluated_with_a_word(tmp_path, caplog
 
 def test_a_slice_that_fills_no_batch_is_named_where_batches_matter(tmp_path, caplog):
     for keep, named in (("max", True), ("instance", False)):
-        task, _ = experiment(tmp_path, [50.0], evaluate=True, keep=keep, calibration_size=16)
+        task, _ = experiment(tmp_path, [50.0], evaluate=True, keep=keep, calibration_size=16, overwrite=True)
         task.checkpoint = {**SAVED, "keep": keep}
         caplog.clear()
         with caplog.at_level("INFO"):

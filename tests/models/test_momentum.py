@@ -130,6 +130,20 @@ def test_momentum_passes_have_no_gradient_and_every_online_weight_has_one(kind, 
 
 
 @KINDS
+def test_features_that_are_not_finite_do_not_enter_a_queue(kind):
+    """Their step is skipped, and the next ones must not meet them."""
+    model = tiny.PAIR_MODELS[kind](INSTANCE)
+    passes = model.passes(*tiny.pairs(kind, LENGTHS), IDS, Guidance(SETTING))
+    passes.text_momentum.feature[1] = math.nan
+    before = snapshot(model)
+    model.enqueue(passes, IDS)
+    for name, rows in (("image_queue", passes.image_momentum.feature.t()), ("text_queue", passes.text_momentum.feature.t())):
+        queue = model.state_dict()[name]
+        assert torch.equal(queue[:, [0, 2, 3]], rows[:, [0, 2, 3]]) and torch.equal(queue[:, 1], before[name][:, 1])
+    assert model.idx_queue[0, :4].tolist() == [3, int(before["idx_queue"][0, 1]), 3, 5] and int(model.ptr_queue) == 4
+
+
+@KINDS
 def test_a_step_changes_momentum_weights_queues_and_no_online_weight(kind):
     model = tiny.PAIR_MODELS[kind](INSTANCE).train()
     before = snapshot(model)

@@ -13,7 +13,7 @@ from tqdm import tqdm
 from configs.schema import Config, VqaConfig
 from data.loading import Annotated, BadPicture
 from data.vqa import read_answer_list
-from engine.compress import CHECKPOINTS, check_sources
+from engine.run_folder import CHECKPOINTS, check_free, check_sources
 from tasks.registry import TASKS
 from tools.checks.findings import Findings
 from tools.tables.needs import checkpoint_sizes
@@ -38,20 +38,20 @@ def check_output(config: Config, findings: Findings) -> None:
     if config.evaluate:
         findings.ok("output", f"{folder}; {free / GB:.1f} GB are free, and an evaluation writes no checkpoints")
         return
-    if earlier and not config.resume:
-        findings.warning("output", f"{folder}: holds an earlier run, whose checkpoints a new one removes; to keep them, {advice}")
-    findings.tried("output", lambda: check_sources(config, folder))
+    findings.tried("output", lambda: check_free(config))
+    findings.tried("output", lambda: check_sources(config))
     sizes = findings.tried("disk", lambda: checkpoint_sizes(config))
     if sizes is not None:
         _check_disk(folder, sizes, free, sum(path.stat().st_size for path in earlier), findings)
 
 
 def _check_disk(folder: Path, sizes: tuple[int, int], free: int, earlier: int, findings: Findings) -> None:
-    """Compares the free disk with the sizes of both checkpoints; a new one is whole before it replaces the last."""
+    """Compares the free disk with the sizes of the best, the last and the previous checkpoint, and of one more that is written."""
     best, last = sizes
-    needed = max(0, best + 2 * last - earlier)
+    needed = max(0, best + 3 * last - earlier)
     said = (
-        f"{folder}: {needed / GB:.2f} GB are needed ({best / GB:.2f} best, {last / GB:.2f} last, and as much while it is replaced)"
+        f"{folder}: {needed / GB:.2f} GB are needed ({best / GB:.2f} best, twice {last / GB:.2f} last and previous, and as much"
+        " while one is written)"
     )
     if free < needed:
         findings.problem("disk", f"{said}, and {free / GB:.2f} GB are free; make room, or give another folder with --output_dir")

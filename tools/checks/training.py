@@ -15,11 +15,14 @@ from torch import Tensor, nn
 from configs.schema import Config
 from data.loading import build_loader
 from engine.checkpoint import read_run
-from engine.compress import evaluated_setting, meet, resume_run
+from engine.compress import evaluated_setting, meet
 from engine.diagnostics import AlignmentWatch
+from engine.elastic import Budgets
 from engine.experiment import Experiment
 from engine.initial import initialise_tokens
 from engine.restore import check_pattern, check_variant
+from engine.resume import Keeper
+from engine.run_folder import RunFolder
 from engine.schedule import WeightPlan
 from engine.start import start
 from engine.train import Trainer, train_epoch
@@ -84,10 +87,11 @@ def check_resume(config: Config, experiment: Experiment | None, trainer: Trainer
         return 0
     as_started = copy.copy(experiment)
     as_started.run = Run(experiment.run.device, 0, processes)
-    resumed = findings.tried("resume", lambda: resume_run(as_started, trainer, AlignmentWatch(experiment)))
-    if resumed is None:
+    watch, folder = AlignmentWatch(experiment), RunFolder(config, as_started.run)
+    keeper = Keeper(as_started, trainer, watch, Budgets(config), folder)
+    if findings.tried("resume", lambda: keeper.restore() or keeper) is None:
         return 0
-    *_, first = resumed
+    first = keeper.now.epoch
     if first >= config.max_epoch:
         findings.warning("resume", f"{config.resume_path}: all {config.max_epoch} epochs are done; raise max_epoch to train on")
     else:
@@ -161,7 +165,7 @@ def check_step(
     device = torch.cuda.get_device_name(experiment.run.device) if experiment.run.device.type == "cuda" else "CPU"
     fewer = "" if step.pruned is None else f", {step.pruned:.2f} s at p"
     said = (
-        f"a batch of {config.batch_size_train} takes {step.whole:.2f} s on {device}{fewer}, and {step.reading:.2f} s to read;"
+        f"a step of {trainer.accumulate * config.batch_size_train} samples takes {step.whole:.2f} s on {device}{fewer}, and {step.reading:.2f} s to read;"
         f" memory {step.peak / GIB:.2f} of {step.memory / GIB:.1f} GiB at most"
     )
     if step.peak > NEARLY_FULL * step.memory:
@@ -170,10 +174,10 @@ def check_step(
         findings.ok("training step", said)
     loader = build_loader(
         experiment.loaders["train"].dataset, config.batch_size_train, train=True, run=Run(experiment.run.device, 0, processes),
-        num_workers=0, seed=config.seed, collate=list, epoch_steps=config.epoch_steps,
+        num_workers=0, seed=config.seed, collate=list, epoch_steps=config.epoch_batches,
     )  # fmt: skip
-    steps = len(loader) * max(0, config.max_epoch - first)
-    reading = step.reading / max(1, min(config.num_workers, os.cpu_count() or 1))
+    steps = len(loader) // trainer.accumulate * max(0, config.max_epoch - first)
+    reading = trainer.accumulate * step.reading / max(1, min(config.num_workers, os.cpu_count() or 1))
     longest = f"{duration(steps * max(step.whole, reading))} with all tokens kept"
     shortest = "" if step.pruned is None else f"{duration(steps * max(step.pruned, reading))} at p, and "
     slower = ", where reading the data is slower than computing: raise 'num_workers'" if reading > step.whole else ""
@@ -205,7 +209,7 @@ def measured_step(experiment: Experiment, trainer: Trainer, setting: PruneSettin
     def take(setting: PruneSetting, look: bool = False) -> float:
         looking[0], begun = 0.0, time.time()
         losses = train_epoch(
-            trainer, [batch], experiment.losses, experiment.loss_weights, lambda step: setting, experiment.precision, run,
+            trainer, [batch] * trainer.accumulate, experiment.losses, experiment.loss_weights, lambda step: setting, experiment.precision, run,
             "training step", inspect if look else None,
         )  # fmt: skip
         if not math.isfinite(losses["total"]):
