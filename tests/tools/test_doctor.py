@@ -84,7 +84,7 @@ def test_a_run_that_is_well_passes(task, worlds, examined):
     assert code == 0 and not of("problem", lines), lines
     assert lines[-1].endswith("nothing was found that would stop the run")
     steps = 3 * (4 // 2)
-    assert f" {steps} steps on 1 process" in the("length", lines) and "of 2 takes" in the("training step", lines)
+    assert f" {steps} steps on 1 process" in the("length", lines) and "of 2 samples takes" in the("training step", lines)
     assert " s at p" in the("training step", lines) and " at p, and " in the("length", lines)
 
 
@@ -216,10 +216,10 @@ def test_a_sample_is_spread_from_the_first_to_the_last():
 @pytest.mark.parametrize(("share", "level"), [(0.9, "problem"), (1.5, "warning"), (9.0, "ok")])
 def test_the_free_disk_is_compared_with_what_the_checkpoints_take(worlds, examined, monkeypatch, share, level):
     monkeypatch.setattr(files, "checkpoint_sizes", lambda config: (2 * 10**9, 5 * 10**9))
-    free = int(share * 12 * 10**9)  # the best, the last, and the last again while it is replaced
+    free = int(share * 17 * 10**9)  # the best, the last and the one before, and one more while it is written
     monkeypatch.setattr(shutil, "disk_usage", lambda path: namedtuple("Usage", "free")(free))
     code, lines = examined(worlds["nlvr"])
-    assert the("disk", lines).startswith(level) and "12.00 GB are needed" in the("disk", lines)
+    assert the("disk", lines).startswith(level) and "17.00 GB are needed" in the("disk", lines)
     assert code == (2 if level == "problem" else 0)
 
 
@@ -231,7 +231,7 @@ def test_the_sizes_of_checkpoints_are_those_of_the_files(world, examined):
     for name, size in (("checkpoint_best.pth", best), ("checkpoint_last.pth", last)):
         assert size <= (folder / "out" / name).stat().st_size <= 2 * size + 10**5  # names and places are most of a tiny file
     _, lines = examined(folder)
-    assert "holds an earlier run" in the("output", of("warning", lines))
+    assert "of another run; go on with that run by --resume" in the("output", of("problem", lines))
 
 
 # The run
@@ -276,7 +276,7 @@ def test_a_batch_beyond_the_memory_is_a_problem(worlds, examined, monkeypatch):
     def full(self, loss):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(Trainer, "update", full)
+    monkeypatch.setattr(Trainer, "add", full)
     code, lines = examined(worlds["nlvr"])
     assert code == 2 and "a batch of 2 does not fit into the memory of cpu; lower 'batch_size_train'" in the("training step", lines)
 

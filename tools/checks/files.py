@@ -35,10 +35,10 @@ def check_output(config: Config, findings: Findings) -> None:
         findings.problem("output", f"{there}: may not be written to; {advice}")
     earlier = [folder / name for name in CHECKPOINTS if (folder / name).is_file()]
     free = shutil.disk_usage(there).free
+    findings.tried("output", lambda: check_free(config))
     if config.evaluate:
         findings.ok("output", f"{folder}; {free / GB:.1f} GB are free, and an evaluation writes no checkpoints")
         return
-    findings.tried("output", lambda: check_free(config))
     findings.tried("output", lambda: check_sources(config))
     sizes = findings.tried("disk", lambda: checkpoint_sizes(config))
     if sizes is not None:

@@ -165,8 +165,8 @@ def check_step(
     device = torch.cuda.get_device_name(experiment.run.device) if experiment.run.device.type == "cuda" else "CPU"
     fewer = "" if step.pruned is None else f", {step.pruned:.2f} s at p"
     said = (
-        f"a step of {trainer.accumulate * config.batch_size_train} samples takes {step.whole:.2f} s on {device}{fewer}, and {step.reading:.2f} s to read;"
-        f" memory {step.peak / GIB:.2f} of {step.memory / GIB:.1f} GiB at most"
+        f"a step of {trainer.accumulate * config.batch_size_train} samples takes {step.whole:.2f} s on {device}{fewer}, and"
+        f" {step.reading:.2f} s to read a batch; memory {step.peak / GIB:.2f} of {step.memory / GIB:.1f} GiB at most"
     )
     if step.peak > NEARLY_FULL * step.memory:
         findings.warning("training step", f"{said}, which longer texts may exceed; {SMALLER}")
@@ -209,8 +209,8 @@ def measured_step(experiment: Experiment, trainer: Trainer, setting: PruneSettin
     def take(setting: PruneSetting, look: bool = False) -> float:
         looking[0], begun = 0.0, time.time()
         losses = train_epoch(
-            trainer, [batch] * trainer.accumulate, experiment.losses, experiment.loss_weights, lambda step: setting, experiment.precision, run,
-            "training step", inspect if look else None,
+            trainer, [batch] * trainer.accumulate, experiment.losses, experiment.loss_weights, lambda step: setting,
+            experiment.precision, run, "training step", inspect if look else None,
         )  # fmt: skip
         if not math.isfinite(losses["total"]):
             raise UserError(f"the loss is {losses['total']} at the first step; lower 'init_lr' or switch 'amp' off")
