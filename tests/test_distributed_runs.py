@@ -6,6 +6,7 @@ import signal
 from pathlib import Path
 
 import pytest
+import torch
 
 from data.shapes.write import make_shapes
 from engine.train import Trainer
@@ -87,6 +88,19 @@ def test_a_signal_to_one_process_saves_the_step_of_all(world, tmp_path):
 def run_all(lines: list[list[str]]) -> None:
     for script, *argv in lines:
         runs.run_here(script, argv)
+
+
+def test_two_processes_that_accumulate_take_the_step_of_one_batch(world, tmp_path):
+    """They exchange gradients in the last batch of a step alone, and those hold all of it."""
+    same = {"bert.dropout": 0, "drop_path": 0, "epoch_steps": 1, "max_epoch": 1}
+    run_all([["compress_nlvr_dtp", *flags(world, tmp_path / "one", **same, batch_size_train=8)]])
+    parts = flags(world, tmp_path / "two", **same, batch_size_train=2, accumulate=2)
+    assert runs.in_processes(2, tmp_path, run_all, [["compress_nlvr_dtp", *parts]]) == [0, 0]
+    assert runs.log_of(tmp_path / "two")[0]["loss"] == pytest.approx(runs.log_of(tmp_path / "one")[0]["loss"], rel=1e-5)
+    one, two = (runs.last(tmp_path / name)["optimizer"]["state"].values() for name in ("one", "two"))
+    for ours, theirs in zip(two, one, strict=True):  # a tenth of the gradient
+        tolerance = 1e-5 * float(theirs["exp_avg"].abs().max()) + 1e-9
+        torch.testing.assert_close(ours["exp_avg"], theirs["exp_avg"], rtol=1e-3, atol=tolerance)
 
 
 SIZES = (1,)  # two processes have none; the tests of each task have uneven shares
