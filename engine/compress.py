@@ -192,7 +192,7 @@ class _Training:
                 self.trainer, loader, experiment.losses, experiment.loss_weights, self.budgets.at, experiment.precision,
                 experiment.run, name, None if sums.steps else self.watch.see_losses, sums, keeper,
             )  # fmt: skip
-            keeper.save_within()  # so that a run that ends during the validation has its epoch
+            keeper.after_steps()
         return losses
 
 

@@ -60,8 +60,17 @@ class Keeper(Control):
         if stop or (due and not self.trainer.bad.in_a_row):
             self.save_within()
         if stop:
-            barrier()  # a launcher ends all processes as soon as one has left
-            self.interruption.leave()
+            self._leave_together()
+
+    def after_steps(self) -> None:
+        """Saves after the last step of an epoch, so that a run that ends while it validates has its epoch; leaves as above."""
+        self.save_within()
+        if any(gather_objects(self.interruption.received is not None)):
+            self._leave_together()
+
+    def _leave_together(self) -> None:
+        barrier()  # a launcher ends all processes as soon as one has left
+        self.interruption.leave()
 
     # Saving
 

@@ -2,6 +2,9 @@
 
 import importlib
 import json
+import multiprocessing
+import os
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,6 +15,7 @@ import torch
 
 from engine import compress
 from engine.train import Trainer
+from tasks.registry import TASKS
 from utils import run_main
 
 ROOT = Path(__file__).parents[1]
@@ -48,10 +52,39 @@ run_main(importlib.import_module(last[0]).main)
 """
 
 
-def run_in_two_processes(folder: Path, command_lines: list[list[str]], processes: int = 2) -> None:
-    """Scripts, each with its arguments, one after the other in two processes, or more, that are started once."""
+def in_processes(number: int, folder: Path, target: Callable, *arguments: object) -> list[int]:
+    """Calls a function in fresh processes that have the modules already, as a group if they are several, without a launcher.
+
+    What process N writes to stderr is in the file N.err of `folder`. Returns the exit codes.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.runs", *(Path(task.config_class.script).stem for task in TASKS.values())])
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    group = {"WORLD_SIZE": str(number), "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)} if number > 1 else {}
+    children = [context.Process(target=_call, args=(rank, group, folder, target, arguments)) for rank in range(number)]
+    for child in children:
+        child.start()
+    for child in children:
+        child.join(300)
+        child.kill()
+    return [child.exitcode for child in children]
+
+
+def _call(rank: int, group: dict[str, str], folder: Path, target: Callable, arguments: tuple) -> None:
+    if group:
+        os.environ.update(group, RANK=str(rank), LOCAL_RANK=str(rank))
+    with open(folder / f"{rank}.err", "w") as said:
+        os.dup2(said.fileno(), 2)
+        sys.stderr = said
+        target(*arguments)
+
+
+def run_in_two_processes(folder: Path, command_lines: list[list[str]]) -> None:
+    """Scripts, each with its arguments, one after the other in two processes that are started once."""
     (folder / "driver.py").write_text(DRIVER.format(root=str(ROOT), command_lines=json.dumps(command_lines)))
-    done = run_script(folder / "driver.py", [], "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes))
+    done = run_script(folder / "driver.py", [], "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
     assert done.returncode == 0, done.stderr
 
 

@@ -4,11 +4,9 @@ MADTP_KILLS=20 kills so many runs, at other moments for another MADTP_KILLS_SEED
 """
 
 import json
-import multiprocessing
 import os
 import random
 import signal
-import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -19,7 +17,7 @@ import torch
 from data.shapes.write import make_shapes
 from engine.train import Trainer
 from tests import runs
-from tests.runs import ROOT, assert_same_run, assert_same_weights, cut_at, last, log_of, read
+from tests.runs import assert_same_run, assert_same_weights, cut_at, in_processes, last, log_of, read
 from tests.test_compress_nlvr_dtp import flags as plain_flags
 
 KILLS, SEED = int(os.environ.get("MADTP_KILLS", 2)), int(os.environ.get("MADTP_KILLS_SEED", 0))
@@ -112,7 +110,6 @@ def killed(out: Path, argv: list[str], event: int | None) -> None:
 
     An event is a step, a file half written, one that is about to be flushed, linked or renamed, or a line of the log.
     """
-    sys.path.insert(0, str(ROOT))
     happened = 0
 
     def watched(owner, name: str, half: bool = False):
@@ -138,24 +135,14 @@ def killed(out: Path, argv: list[str], event: int | None) -> None:
     (out / "events.json").write_text(json.dumps(happened))
 
 
-def in_another_process(*arguments: object) -> int:
-    """Runs `killed` in a fresh process that has the modules already; returns its exit code."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.test_cut_runs", "compress_nlvr_dtp"])
-    child = context.Process(target=killed, args=arguments)
-    child.start()
-    child.join(600)
-    return child.exitcode
-
-
 def test_a_run_that_is_killed_at_any_moment_goes_on_to_the_same_end(flags, whole, tmp_path):
-    assert in_another_process(tmp_path, flags(tmp_path / "counted"), None) == 0
+    assert in_processes(1, tmp_path, killed, tmp_path, flags(tmp_path / "counted"), None) == [0]
     events = read(tmp_path, "events.json")
     assert events > 60
     moments = random.Random(SEED).sample(range(1, events + 1), KILLS)
     for event in moments:
         out = tmp_path / str(event)
-        assert in_another_process(out, flags(out, "--resume", "auto"), event) == -signal.SIGKILL, event
+        assert in_processes(1, tmp_path, killed, out, flags(out, "--resume", "auto"), event) == [-signal.SIGKILL], event
         run_here(flags(out, "--resume", "auto"))
         assert_same_run(out, whole)
         assert_same_weights(out, whole)

@@ -1,47 +1,33 @@
 """Several processes: training that is killed, that fails or is told to end; evaluation of any number of samples."""
 
 import json
-import time
+import os
+import signal
 from pathlib import Path
 
 import pytest
+import torch
 
 from data.shapes.write import make_shapes
+from engine.train import Trainer
 from tasks.registry import TASKS
 from tests import runs, tiny_run
 from tests.runs import assert_same_run, assert_same_weights, read
 from tests.test_compress_nlvr_dtp import flags
-
-TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
-PROGRAM = """
-import json, os, signal, sys
-from pathlib import Path
-import compress_nlvr_dtp
-from engine.train import Trainer
 from utils import UserError, run_main
 
-first, rank, finish = os.environ["TORCHELASTIC_RESTART_COUNT"] == "0", os.environ["RANK"], Trainer.finish
-whole, cut, how = json.loads({arguments!r})
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+SETTINGS = {"save_steps": 1, "epoch_steps": 3, "batch_size_train": 4}
+PROGRAM = """
+import json, os, sys
+from pathlib import Path
+from tests import test_distributed_runs as here
+from utils import run_main
 
-
-def finishing(trainer, bad):
-    if trainer.step == 4 and rank == "1" and first:
-        if how == "fails":
-            raise UserError("this process cannot go on")
-        os.kill(os.getpid(), signal.SIGKILL if how == "is killed" else signal.SIGTERM)
-    return finish(trainer, bad)
-
-
-def main():
-    if whole and first:
-        sys.argv = ["", *whole]
-        compress_nlvr_dtp.main()
-    Trainer.finish = finishing
-    sys.argv = ["", *cut]
-    compress_nlvr_dtp.main()
-
-
-run_main(main)
+first, (whole, cut) = os.environ["TORCHELASTIC_RESTART_COUNT"] == "0", json.loads({arguments!r})
+if first:
+    here.runs.run_here("compress_nlvr_dtp", whole)
+run_main(lambda: here.train(cut, "is killed" if first else "goes on"))
 """
 
 
@@ -52,38 +38,72 @@ def world(tmp_path_factory) -> Path:
     return folder
 
 
-def run(world: Path, folder: Path, how: str, *launcher: str, whole: bool = False):
-    settings = {"save_steps": 1, "epoch_steps": 3, "batch_size_train": 4}
-    lines = [flags(world, folder / name, "--resume", "auto", **settings) for name in ("whole", "cut")]
-    arguments = json.dumps([lines[0] if whole else None, lines[1], how])
-    (folder / "program.py").write_text(PROGRAM.format(arguments=arguments))
-    return runs.run_script(folder / "program.py", [], *TORCHRUN, *launcher)
+def train(argv: list[str], how: str) -> None:
+    """Trains as one of two processes, the second of which meets with something in its second epoch."""
+    finish = Trainer.finish
+
+    def finishing(trainer, bad):
+        if trainer.step == 4 and os.environ["RANK"] == "1":
+            if how == "fails":
+                raise UserError("this process cannot go on")
+            if how in SIGNALS:
+                os.kill(os.getpid(), SIGNALS[how])
+        return finish(trainer, bad)
+
+    Trainer.finish = finishing
+    runs.run_here("compress_nlvr_dtp", argv)
+
+
+SIGNALS = {"is killed": signal.SIGKILL, "is told to end": signal.SIGTERM}
 
 
 def test_torchrun_goes_on_by_itself_when_a_process_is_killed(world, tmp_path):
-    done = run(world, tmp_path, "is killed", "--max-restarts", "1", whole=True)
+    arguments = json.dumps([flags(world, tmp_path / name, "--resume", "auto", **SETTINGS) for name in ("whole", "cut")])
+    (tmp_path / "program.py").write_text(PROGRAM.format(arguments=arguments))
+    done = runs.run_script(tmp_path / "program.py", [], *TORCHRUN, "--max-restarts", "1")
     assert done.returncode == 0, done.stderr
     assert_same_run(tmp_path / "cut", tmp_path / "whole")
     assert_same_weights(tmp_path / "cut", tmp_path / "whole")
 
 
-def test_a_process_that_fails_ends_all_with_its_own_message(world, tmp_path):
-    started = time.monotonic()
-    done = run(world, tmp_path, "fails")
-    assert done.returncode and time.monotonic() - started < 100  # with the start of the programs on a busy machine
-    assert done.stderr.count("error: this process cannot go on") == 1
-    program = str(tmp_path / "program.py")
-    assert f'File "{program}"' not in done.stderr, done.stderr  # no traceback
+def told(argv: list[str], how: str) -> None:
+    run_main(lambda: train(argv, how))
+
+
+def test_a_process_that_fails_ends_all_each_with_one_line(world, tmp_path):
+    codes = runs.in_processes(2, tmp_path, told, flags(world, tmp_path / "run", **SETTINGS), "fails")
+    said = [[line for line in (tmp_path / f"{rank}.err").read_text().splitlines() if line[:1] in "ep"] for rank in range(2)]
+    assert codes == [1, 2]
+    assert said == [["process 0 ends, because another one has ended"], ["error: this process cannot go on"]]
+    assert not any("Traceback" in (tmp_path / f"{rank}.err").read_text() for rank in range(2))
 
 
 def test_a_signal_to_one_process_saves_the_step_of_all(world, tmp_path):
-    done = run(world, tmp_path, "is asked to end")
-    assert done.returncode and "exitcode  : 143" in done.stderr, done.stderr
-    saved = runs.last(tmp_path / "cut")
+    out = tmp_path / "run"
+    assert runs.in_processes(2, tmp_path, told, flags(world, out, **SETTINGS), "is told to end") == [143, 143]
+    saved = runs.last(out)
     assert saved["step"] >= 5 and saved["within"]["ranks"][1]["steps"] == saved["step"] - 3
 
 
-SIZES = (1,)  # two processes have none; tests of each task have uneven shares
+def run_all(lines: list[list[str]]) -> None:
+    for script, *argv in lines:
+        runs.run_here(script, argv)
+
+
+def test_two_processes_that_accumulate_take_the_step_of_one_batch(world, tmp_path):
+    """They exchange gradients in the last batch of a step alone, and those hold all of it."""
+    same = {"bert.dropout": 0, "drop_path": 0, "epoch_steps": 1, "max_epoch": 1}
+    run_all([["compress_nlvr_dtp", *flags(world, tmp_path / "one", **same, batch_size_train=8)]])
+    parts = flags(world, tmp_path / "two", **same, batch_size_train=2, accumulate=2)
+    assert runs.in_processes(2, tmp_path, run_all, [["compress_nlvr_dtp", *parts]]) == [0, 0]
+    assert runs.log_of(tmp_path / "two")[0]["loss"] == pytest.approx(runs.log_of(tmp_path / "one")[0]["loss"], rel=1e-5)
+    one, two = (runs.last(tmp_path / name)["optimizer"]["state"].values() for name in ("one", "two"))
+    for ours, theirs in zip(two, one, strict=True):  # a tenth of the gradient
+        tolerance = 1e-5 * float(theirs["exp_avg"].abs().max()) + 1e-9
+        torch.testing.assert_close(ours["exp_avg"], theirs["exp_avg"], rtol=1e-3, atol=tolerance)
+
+
+SIZES = (1,)  # two processes have none; the tests of each task have uneven shares
 
 
 def evaluation(folder: Path, out: Path, task: str, size: int) -> list[str]:
@@ -108,7 +128,7 @@ def test_three_processes_measure_a_single_sample_as_one_does(tmp_path):
     lines = []
     for name, (task, size) in cases.items():
         lines.append([script[task], *evaluation(tmp_path / name, tmp_path / "three" / name, task, size)])
-    runs.run_in_two_processes(tmp_path, lines, processes=3)
+    assert runs.in_processes(3, tmp_path, run_all, lines) == [0, 0, 0]
     for name, (task, size) in cases.items():
         runs.run_here(script[task], evaluation(tmp_path / name, tmp_path / "one" / name, task, size))
         one, three = (read(tmp_path / folder / name, "result.json") for folder in ("one", "three"))
