@@ -34,7 +34,8 @@ SHORT = (  # with a short warm-up, so that most of the few steps use the full le
 SIZES = "--seed 7 --size 160 --eval-size 24 --val-size 24 --workers 1"  # val and test have two batches, the second a smaller one
 PICTURES = {"vqa": ("vqa_root", "vg_root")}  # keys of the image folders, if not image_root
 IGNORED = {"log.txt": "seconds", "result.json": "versions", "checkpoint_last.pth": "config"}
-COMPARED = ("log.txt", "*.json", "*.pth")  # in this order, because the log shows the earliest difference
+# In this order, because the log shows the earliest difference. checkpoint_previous.pth holds times and the rest too early.
+COMPARED = ("log.txt", "*.json", "checkpoint_best.pth", "checkpoint_last.pth")
 
 
 class Stopped(Exception):
