@@ -288,7 +288,7 @@ def test_an_unknown_key_is_answered_with_the_nearest(tmp_path: Path) -> None:
         ("p: -0.1", "key 'p' must be at least 0, got -0.1"),
         ("p: .nan", "key 'p'"),
         ("p:", "key 'p' must be a number, got None"),
-        ("keep: most", "key 'keep' must be one of 'max', 'mean', 'instance', got 'most'"),
+        ("keep: most", "key 'keep' must be one of 'max', 'mean', 'instance', 'fixed', got 'most'"),
         ("vit: huge", "key 'vit' must be one of 'base', 'large', got 'huge'"),
         ("vit: {patch_size: 8}", "key 'vit.embed_dim' is missing; add it"),
         ("prune_from: 12", "prune_from must be below the number of blocks, 12"),
