@@ -172,11 +172,11 @@ def _one_line(text: object) -> str:
 def _parse_setting(setting: str) -> tuple[str, Any]:
     key, equals, text = setting.partition("=")
     if not equals or not key:
-        raise UserError(f"--set {setting}: write it as --set key=value")
+        raise UserError(f"--set {_one_line(setting)}: write it as --set key=value")
     try:
         return key, YAML(typ="safe", pure=True).load(text)
     except YAMLError:
-        raise UserError(f"--set {setting}: the value is not valid YAML; quote it") from None
+        raise UserError(f"--set {_one_line(setting)}: the value is not valid YAML; quote it") from None
 
 
 def _assign(values: dict[str, Any], keys: list[str], value: Any) -> None:
@@ -209,7 +209,7 @@ def _key_of(location: tuple[int | str, ...]) -> str:
 def _explain(cls: type[Config], error: ValidationError, path: Path, overrides: dict[str, Any]) -> list[str]:
     """Describes each error in one line. Unknown keys come before others, because they often explain them."""
     problems = sorted(error.errors(), key=lambda problem: problem["type"] != "extra_forbidden")
-    return [_explain_one(cls, problem, path, overrides) for problem in problems]
+    return [_one_line(_explain_one(cls, problem, path, overrides)) for problem in problems]  # a key may hold a line break
 
 
 def _explain_one(cls: type[Config], problem: Any, path: Path, overrides: dict[str, Any]) -> str:

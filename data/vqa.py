@@ -172,7 +172,7 @@ def build_datasets(config: VqaConfig) -> dict[str, Dataset]:
     val = _evaluated(val, config.val_file or ", ".join(config.train_files))
     if not config.evaluate and config.annotation_file(config.test_file) in map(config.annotation_file, config.train_files):
         raise UserError(f"test_file: {config.test_file} is among the train_files; name a file that is not trained on")
-    test = _evaluated(test_questions(config), config.test_file)
+    test = _evaluated(read_test_questions(config), config.test_file)
     roots, untouched = (config.vqa_root, config.vg_root), eval_transform(config.image_size, config.text_only)
     augmented = train_transform(config.image_size, config.augment, config.text_only)
     calibration = VqaDataset(train, *roots, untouched, "likeliest")
@@ -211,7 +211,7 @@ def build_loaders(config: VqaConfig, run: Run, tokenizer: PreTrainedTokenizerBas
     return loaders
 
 
-def test_questions(config: VqaConfig) -> list[Entry]:
+def read_test_questions(config: VqaConfig) -> list[Entry]:
     """Reads the questions of the test split, with their answers where the file has them."""
     return _read(config.annotation_file(config.test_file), answered=False)
 

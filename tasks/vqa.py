@@ -20,7 +20,7 @@ from data.vqa import (
     build_loaders,
     encode_answers,
     read_answer_list,
-    test_questions,
+    read_test_questions,
 )
 from engine.experiment import Evaluation
 from engine.train import move, progress
@@ -245,7 +245,7 @@ class VqaTask(Task[VqaConfig]):
 
     @classmethod
     def sample_scores(cls, config: VqaConfig, predictions: dict[str, Any]) -> dict[str, float]:
-        answers = {str(entry["question_id"]): entry.get("answer") for entry in test_questions(config)}
+        answers = {str(entry["question_id"]): entry.get("answer") for entry in read_test_questions(config)}
         rows = {sample: row["prediction"] for sample, row in predictions.items() if answers[sample] is not None}
         return {sample: agreement(prediction, answers[sample]) for sample, prediction in rows.items()}
 
