@@ -67,6 +67,9 @@ def _from_transformers(file: Path, content: dict[str, Any]) -> Unseen | None:
         return None  # of another model, whose weights lie in the same folder
     config = CLIPConfig.from_dict(content)
     vision, text = config.vision_config, config.text_config
+    for part in (vision, text):  # older versions of transformers take any value
+        if part.hidden_size % part.num_attention_heads:
+            raise ValueError(f"{part.num_attention_heads} heads do not divide {part.hidden_size} channels")
     if vision.hidden_act != text.hidden_act or vision.hidden_act not in ("quick_gelu", "gelu"):
         raise _other_model(file, f"hidden_act: {vision.hidden_act!r} and {text.hidden_act!r}")
     if other := {vision.layer_norm_eps, text.layer_norm_eps} - {LAYER_NORM_EPS}:

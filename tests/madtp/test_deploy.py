@@ -91,7 +91,7 @@ def test_it_is_exported_with_a_batch_of_any_size():
     model = Tower()
     fix_counts(model.branches, {"vision": [14, WHOLE, 6]})
     batch = torch.export.Dim("batch", min=1, max=64)
-    program = torch.export.export(model, (pictures(3),), dynamic_shapes=({0: batch},))
+    program = torch.export.export(model, (pictures(3),), dynamic_shapes=({0: batch},), strict=False)
     for number in (1, 2, 7):
         torch.testing.assert_close(program.module()(pictures(number)), model(pictures(number)), atol=1e-5, rtol=1e-5)
     names = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
