@@ -144,6 +144,8 @@ class Config(MethodKeys):
         require(
             self, shared or self.variant == "paper", "guide: text is beyond the paper and the authors' code; use variant: paper"
         )
+        aligned = shared or self.uncompressed or self.aligns
+        require(self, aligned, "guide: text needs the learnable tokens that collect it; use mag: true and another method than tome")
         return require(self, self.prune_from < self.depth, f"prune_from must be below the number of blocks, {self.depth}")
 
     @property
@@ -246,6 +248,10 @@ class RetrievalConfig(Config):
     def _text_fits_the_encoder(self) -> "RetrievalConfig":
         key, longest = self.longest_text
         return require(self, self.max_text_tokens <= longest, f"max_text_tokens must be at most {key}, {longest}")
+
+    @model_validator(mode="after")
+    def _momentum_encoders_count(self) -> "RetrievalConfig":
+        return require(self, self.keep != "fixed", "keep: fixed is not there for retrieval yet: its GFLOPs count momentum encoders")
 
     @property
     def longest_text(self) -> tuple[str, int]:

@@ -6,23 +6,23 @@ import torch
 
 from engine.experiment import Experiment
 from engine.train import move
-from madtp.deploy import WHOLE, Counts, fix_counts, recording, solve_counts
-from madtp.pruning import OFF, PruneSetting
-from utils import UserError, logger
+from madtp.deploy import WHOLE, Counts, KeptTokens, fix_counts, recording, solve_counts
+from madtp.pruning import PruneSetting
+from utils import gather_objects, logger
 
 
 @torch.no_grad()
 def fix_tokens(experiment: Experiment, setting: PruneSetting, target: float) -> Counts:
     """Gives the model the fixed numbers of tokens that meet `target` GFLOPs, from what samples keep at `setting`."""
-    if setting == OFF:
+    if setting.temperature is None:
         return {}
-    if experiment.run.world_size > 1:
-        raise UserError("keep: fixed: the numbers of tokens are found by one process; start one, without torchrun")
     branches = experiment.model.branches
     experiment.model.eval()
     with recording(branches) as kept, experiment.precision.autocast():
         for batch in experiment.calibration_batches:
             experiment.gflops(experiment.model, move(batch, experiment.run.device), setting)
+    everyones = gather_objects(kept)
+    kept = {name: KeptTokens.joined([part[name] for part in everyones]) for name in kept}
     never = replace(setting, temperature=0.0)
 
     def measure(counts: Counts) -> float:

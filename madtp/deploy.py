@@ -3,7 +3,7 @@
 The numbers are a quantile of what the samples of a calibration set keep under the rule "instance", chosen to meet a GFLOPs target.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -26,6 +26,15 @@ class KeptTokens:
     def __init__(self, depth: int):
         self.kept: list[list[Tensor]] = [[] for _ in range(depth)]
         self.prunes = [False] * depth
+
+    @classmethod
+    def joined(cls, parts: Sequence["KeptTokens"]) -> "KeptTokens":
+        """Returns the numbers of several sets of samples together."""
+        whole = cls(len(parts[0].prunes))
+        for block, kept in enumerate(whole.kept):
+            kept += [numbers for part in parts for numbers in part.kept[block]]
+            whole.prunes[block] = any(part.prunes[block] for part in parts)
+        return whole
 
     def add(self, block: int, kept: Tensor, entering: Tensor, leaving: Tensor) -> None:
         """Adds a pass of a batch through a block: kept (B, N) bool, and the samples' tokens (B,) before and after."""

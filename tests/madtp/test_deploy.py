@@ -128,6 +128,18 @@ def test_blocks_that_never_prune_keep_all():
     assert kept.quantile(0.5) == [WHOLE, 2]
 
 
+def test_the_numbers_of_several_processes_are_those_of_all_samples():
+    whole, halves = KeptTokens(2), (KeptTokens(2), KeptTokens(2))
+    entering, leaving = torch.tensor([6, 6]), torch.tensor([[6, 6], [5, 4]])
+    for half, kept in zip(halves, (torch.ones(2, 5, dtype=torch.bool), torch.eye(2, 5, dtype=torch.bool)), strict=True):
+        for part in (whole, half):
+            for block in (0, 1):
+                part.add(block, kept, entering, leaving[block])
+    joined = KeptTokens.joined(halves)
+    for share in (0.0, 0.3, 1.0):
+        assert joined.quantile(share) == whole.quantile(share)
+
+
 def test_packed_batches_have_no_fixed_numbers():
     model = Tower()
     fix_counts(model.branches, {"vision": [14, 9, 6]})
