@@ -106,6 +106,16 @@ def test_the_best_checkpoint_evaluates_to_what_was_reported(task, trained, world
 
 
 @EACH_TASK
+def test_the_deployment_form_answers_at_about_the_same_cost(task, trained, world, tmp_path):
+    best = trained / task / "checkpoint_best.pth"
+    run(task, world, tmp_path, "--evaluate", "--pretrained", str(best), keep="fixed")
+    fixed, result = read(tmp_path, "result.json"), read(trained / task, "result.json")
+    assert fixed["temperature"] == result["temperature"]
+    assert fixed["gflops"]["measured"] == pytest.approx(result["gflops"]["target"], rel=0.05)
+    assert len(read(tmp_path, "predictions_test.json")) == PICTURES
+
+
+@EACH_TASK
 def test_a_resumed_run_is_the_uninterrupted_one(task, trained, world, tmp_path):
     runs.interrupt_in_the_second_epoch(lambda: run(task, world, tmp_path))
     run(task, world, tmp_path, "--resume")

@@ -301,3 +301,8 @@ def test_the_image_ids_of_a_published_queue_are_kept_if_they_number_the_training
     ids = read_checkpoint(tmp_path / "out" / "checkpoint_last.pth")["model"]["idx_queue"][0]
     assert ids[:8].max() < TRAINING_PICTURES  # one step's batch
     assert ids[8:].tolist() == [most if kept else NO_IMAGE] * 12
+
+
+@EACH_TASK
+def test_fixed_numbers_of_tokens_are_refused_in_one_line(task, world, tmp_path, capsys):
+    assert "keep: fixed is not there for retrieval yet" in refusal(capsys, task, world, tmp_path, "--evaluate", keep="fixed")
