@@ -71,6 +71,7 @@ def test_what_a_refused_or_failed_start_left_is_no_result(tmp_path):
     (tmp_path / "log.txt").write_text("")
     (tmp_path / "config.yaml").write_text("p: 0.3\n")
     run_experiment(experiment(tmp_path, [70.0])[0])
+    assert "result.json" in contents(tmp_path) and "p: 0.3" not in (tmp_path / "config.yaml").read_text()
 
 
 def test_an_evaluation_does_not_replace_a_result_unasked_and_keeps_checkpoints(tmp_path):
