@@ -3,7 +3,7 @@
     torchrun --nproc_per_node=8 compress_caption_dtp.py --config configs/caption_coco.yaml --reduce_ratio 0.4
     python compress_caption_dtp.py --config configs/shapes/caption.yaml --p 0.5
 
-Writes <output_dir>/{config.yaml, log.txt, checkpoint_last.pth, checkpoint_best.pth, predictions_{val,test}.json, result.json} and
+Writes <output_dir>/{config.yaml, log.txt, checkpoint_{last,previous,best}.pth, predictions_{val,test}.json, result.json} and
 caption_result.json, the captions of the test split in COCO's format.
 """
 

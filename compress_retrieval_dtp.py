@@ -3,7 +3,7 @@
     torchrun --nproc_per_node=8 compress_retrieval_dtp.py --config configs/retrieval_coco.yaml --reduce_ratio 0.45
     python compress_retrieval_dtp.py --config configs/shapes/retrieval.yaml --p 0.5
 
-Writes <output_dir>/{config.yaml, log.txt, checkpoint_last.pth, checkpoint_best.pth, predictions_{val,test}.json, result.json}.
+Writes <output_dir>/{config.yaml, log.txt, checkpoint_{last,previous,best}.pth, predictions_{val,test}.json, result.json}.
 """
 
 from configs.load import parse_command_line

@@ -3,7 +3,7 @@
     torchrun --nproc_per_node=8 compress_vqa_dtp.py --config configs/vqa.yaml --reduce_ratio 0.5
     python compress_vqa_dtp.py --config configs/shapes/vqa.yaml --p 0.5
 
-Writes <output_dir>/{config.yaml, log.txt, checkpoint_last.pth, checkpoint_best.pth, predictions_{val,test}.json, result.json} and
+Writes <output_dir>/{config.yaml, log.txt, checkpoint_{last,previous,best}.pth, predictions_{val,test}.json, result.json} and
 vqa_result.json, the answers of the test split in the format of VQA's evaluation server.
 """
 
