@@ -4,11 +4,13 @@ An Experiment provides the losses, metrics and GFLOPs of a task. `compress` adju
 GFLOPs target, and selects the best epoch on the validation split. `run_experiment` is the entry point of the scripts.
 """
 
+import inspect
 import time
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from engine.bad_steps import BadSteps
@@ -276,9 +278,7 @@ def build_trainer(experiment: Experiment) -> Trainer:
     config, run = experiment.config, experiment.run
     model = experiment.model
     if run.world_size > 1:
-        model = DistributedDataParallel(
-            model, device_ids=[run.device.index] if run.device.type == "cuda" else None, broadcast_buffers=False
-        )
+        model = distributed(model, run.device)
     seed_everything(config.seed + run.rank)
     groups = parameter_groups(experiment.model, config.align_lr_scale)
     optimizer = torch.optim.AdamW(groups, lr=config.init_lr, weight_decay=config.weight_decay, fused=True)
@@ -293,6 +293,13 @@ def build_trainer(experiment: Experiment) -> Trainer:
         model, optimizer, experiment.precision.scaler(), schedule, config.clip_grad, sparse=experiment.sparse,
         accumulate=config.accumulate, bad=BadSteps(config.max_bad_steps),
     )  # fmt: skip
+
+
+def distributed(model: nn.Module, device: torch.device) -> DistributedDataParallel:
+    """Wraps a model whose buffers are the same in all processes: each computes them from all processes' batches."""
+    known = inspect.signature(DistributedDataParallel).parameters
+    unsynced = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"  # renamed in torch 2.13
+    return DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None, **{unsynced: False})
 
 
 def _selected(experiment: Experiment, folder: Path) -> tuple[PruneSetting, int]:

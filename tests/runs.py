@@ -3,10 +3,12 @@
 import importlib
 import json
 import multiprocessing
+import multiprocessing.connection
 import os
 import socket
 import subprocess
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,6 +21,7 @@ from tasks.registry import TASKS
 from utils import run_main
 
 ROOT = Path(__file__).parents[1]
+PATIENCE = 2  # seconds
 FILES = {
     "config.yaml",
     "log.txt",
@@ -52,10 +55,11 @@ run_main(importlib.import_module(last[0]).main)
 """
 
 
-def in_processes(number: int, folder: Path, target: Callable, *arguments: object) -> list[int]:
+def in_processes(number: int, folder: Path, target: Callable, *arguments: object, together: bool = False) -> list[int]:
     """Calls a function in fresh processes that have the modules already, as a group if they are several, without a launcher.
 
-    What process N writes to stderr is in the file N.err of `folder`. Returns the exit codes.
+    What process N writes to stderr is in the file N.err of `folder`. With `together`, one that has left takes the others with it
+    after a moment, as a launcher would. Returns the exit codes.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.runs", *(Path(task.config_class.script).stem for task in TASKS.values())])
@@ -66,9 +70,12 @@ def in_processes(number: int, folder: Path, target: Callable, *arguments: object
     children = [context.Process(target=_call, args=(rank, group, folder, target, arguments)) for rank in range(number)]
     for child in children:
         child.start()
+    if together:
+        multiprocessing.connection.wait([child.sentinel for child in children], 300)
     for child in children:
-        child.join(300)
+        child.join(PATIENCE if together else 300)
         child.kill()
+        child.join()
     return [child.exitcode for child in children]
 
 
@@ -78,7 +85,11 @@ def _call(rank: int, group: dict[str, str], folder: Path, target: Callable, argu
     with open(folder / f"{rank}.err", "w") as said:
         os.dup2(said.fileno(), 2)
         sys.stderr = said
-        target(*arguments)
+        try:
+            target(*arguments)
+        except BaseException:
+            traceback.print_exc(file=said)  # the file is closed by the time that multiprocessing would print it
+            raise
 
 
 def run_in_two_processes(folder: Path, command_lines: list[list[str]]) -> None:

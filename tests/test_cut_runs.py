@@ -6,8 +6,10 @@ MADTP_KILLS=20 kills so many runs, at other moments for another MADTP_KILLS_SEED
 import json
 import os
 import random
+import shutil
 import signal
-from collections.abc import Callable
+import subprocess
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -105,8 +107,8 @@ def test_a_signal_lets_the_step_end_saves_and_leaves_with_its_code(flags, whole,
     assert_same_run(tmp_path, whole)
 
 
-def killed(out: Path, argv: list[str], event: int | None) -> None:
-    """Runs the script in this process and kills it at its event number `event`; writes down the number of events otherwise.
+def killed(out: Path, argv: list[str], event: int | None, victim: int) -> None:
+    """Runs the script in this process, and kills process number `victim` at its event number `event`; otherwise counts its events.
 
     An event is a step, a file half written, one that is about to be flushed, linked or renamed, or a line of the log.
     """
@@ -119,7 +121,7 @@ def killed(out: Path, argv: list[str], event: int | None) -> None:
             nonlocal happened
             happened += 1
             if happened == event:
-                if half:
+                if half and isinstance(args[1], Path):
                     original(*args, **kwargs)
                     args[1].write_bytes(args[1].read_bytes()[: args[1].stat().st_size // 2])
                 os.kill(os.getpid(), signal.SIGKILL)
@@ -127,26 +129,64 @@ def killed(out: Path, argv: list[str], event: int | None) -> None:
 
         setattr(owner, name, call)
 
-    watched(torch, "save", half=True)
-    watched(Trainer, "finish")
-    for name in ("replace", "link", "fsync", "unlink"):
-        watched(os, name)
+    rank = int(os.environ.get("RANK", 0))
+    if event is None or rank == victim:
+        watched(torch, "save", half=True)
+        watched(Trainer, "finish")
+        for name in ("replace", "link", "fsync", "unlink"):
+            watched(os, name)
     run_here(argv)
-    (out / "events.json").write_text(json.dumps(happened))
+    (out / f"events{rank}.json").write_text(json.dumps(happened))
 
 
-def test_a_run_that_is_killed_at_any_moment_goes_on_to_the_same_end(flags, whole, tmp_path):
-    assert in_processes(1, tmp_path, killed, tmp_path, flags(tmp_path / "counted"), None) == [0]
-    events = read(tmp_path, "events.json")
-    assert events > 60
-    moments = random.Random(SEED).sample(range(1, events + 1), KILLS)
-    for event in moments:
-        out = tmp_path / str(event)
-        assert in_processes(1, tmp_path, killed, out, flags(out, "--resume", "auto"), event) == [-signal.SIGKILL], event
-        run_here(flags(out, "--resume", "auto"))
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_run_that_is_killed_at_any_moment_goes_on_to_the_same_end(flags, tmp_path, processes):
+    whole = tmp_path / "whole"
+    assert in_processes(processes, tmp_path, killed, tmp_path, flags(whole), None, 0) == [0] * processes
+    events = [(rank, event + 1) for rank in range(processes) for event in range(read(tmp_path, f"events{rank}.json"))]
+    assert len(events) > 60
+    for victim, event in random.Random(SEED).sample(events, KILLS):
+        out = tmp_path / f"{victim}_{event}"
+        resumed = flags(out, "--resume", "auto")
+        codes = in_processes(processes, tmp_path, killed, tmp_path, resumed, event, victim, together=True)
+        assert codes[victim] == -signal.SIGKILL and codes.count(0) == 0, (victim, event, codes)
+        assert in_processes(processes, tmp_path, run_here, resumed) == [0] * processes, (victim, event)
         assert_same_run(out, whole)
         assert_same_weights(out, whole)
-        assert not list(out.glob("*.tmp")), event
+        assert not list(out.glob("*.tmp")), (victim, event)
+
+
+@pytest.fixture
+def small_disk(tmp_path) -> Iterator[Callable[[int], Path]]:
+    """Gives a folder on a disk of its own, and changes how many bytes that has."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+
+    def sized(size: int) -> Path:
+        options = f"{'remount,' if folder.is_mount() else ''}size={size}"
+        done = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", folder], capture_output=True, text=True)
+        if done.returncode:
+            pytest.skip(f"only an administrator may mount a small disk: {done.stderr.strip()}")
+        return folder
+
+    yield sized
+    if folder.is_mount():
+        subprocess.run(["umount", "-l", folder], check=True)
+
+
+@pytest.mark.skipif(shutil.which("mount") is None, reason="no program to mount a small disk with")
+@pytest.mark.parametrize("share", [0.1, 0.3, 0.6, 0.9])
+def test_a_disk_that_fills_loses_nothing_that_was_saved(flags, whole, tmp_path, small_disk, capsys, share):
+    needed = sum(file.stat().st_size for file in whole.rglob("*") if file.is_file())
+    out = small_disk(int(share * needed)) / "run"
+    said = runs.refusal(capsys, lambda: run_here(flags(out)))
+    assert "No space left on device" in said or "is the disk full?" in said
+    steps = last(out)["step"] if (out / "checkpoint_last.pth").is_file() else 0
+    assert steps or share < 0.5
+    small_disk(4 * needed)
+    run_here(flags(out, "--resume", "auto"))
+    assert_same_run(out, whole)
+    assert_same_weights(out, whole)
 
 
 def test_the_checkpoint_before_is_taken_with_a_warning_if_the_last_is_damaged(flags, whole, tmp_path, caplog):

@@ -8,6 +8,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from configs.schema import ClipRetrievalConfig
+from engine.compress import distributed as as_distributed
 from engine.experiment import Experiment
 from madtp.blocks import Guidance
 from madtp.packing import Packed
@@ -99,7 +100,7 @@ def mask(rank: int) -> dict[str, list[Tensor]]:
 def distributed(rank: int, checkpoint_blocks: int) -> dict[str, Tensor]:
     """The gradients of a DDP step on two pairs of images each, with the learnable tokens that all blocks share."""
     model = tiny.nlvr(INSTANCE, checkpoint_blocks=checkpoint_blocks).train()
-    wrapped = torch.nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
+    wrapped = as_distributed(model, torch.device("cpu"))
     ids, mask = tiny.text([5, 9], seed=rank)
     output = wrapped(tiny.images(2, seed=rank), ids, mask, Guidance(SETTING, align=True, packed=True))
     (output.logits.square().mean() + output.similarity).backward()
