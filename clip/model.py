@@ -18,7 +18,7 @@ from madtp import flops
 from madtp.attention.attend import Causal, attend, recomputes_scores
 from madtp.blocks import UNPRUNED, AlignedModel, Encoded, Guidance, PreNormBlock, block_flops, run_blocks
 from madtp.importance import AttentionStatistics
-from madtp.packing import Layout, class_tokens, pack
+from madtp.packing import Layout, class_tokens, end_first, pack
 from madtp.pruning import PruningRule, TokenPruner
 
 MLP_RATIO = 4
@@ -237,13 +237,3 @@ class Clip(AlignedModel):
         """Counts the multiply-adds of `encode_text` per text, (B,)."""
         total = flops.layer_norm(encoded.record.leaving[-1], self.ln_final.normalized_shape[0]) + self.text_projection.numel()
         return total + block_flops(self.transformer.resblocks, encoded.record)
-
-
-def end_first(x: Tensor, end: Tensor) -> tuple[Tensor, Tensor]:
-    """Moves the token at `end` (B,) of each text to the front and drops the tokens behind it.
-
-    x (B, L, C) -> (B, M, C) and its mask (B, M), M the tokens of the longest text
-    """
-    places = torch.arange(int(end.max()) + 1, device=x.device)
-    source = torch.where(places == 0, end.unsqueeze(1), places - 1)
-    return x.gather(1, source.unsqueeze(-1).expand(-1, -1, x.shape[-1])), places <= end.unsqueeze(1)

@@ -6,43 +6,10 @@ from torch import Tensor, nn
 from engine.diagnostics import watch
 from engine.experiment import Experiment
 from engine.train import move
-from madtp.blocks import AlignedModel, Guidance, PrunedBlock
-from madtp.initial import tokens_from_data
-from madtp.packing import Layout, Packed
+from madtp.blocks import AlignedModel
+from madtp.initial import TokenSample, tokens_from_data
 from madtp.pruning import OFF
 from utils import UserError, broadcast, logger
-
-PER_BLOCK = 1024  # tokens of a batch that a block adds to the sample
-
-
-class TokenSample:
-    """A random sample of the tokens that enter the blocks, mapped to the width of the learnable tokens, by branch."""
-
-    def __init__(self, generator: torch.Generator):
-        self.generator = generator
-        self.found: dict[str, list[Tensor]] = {}
-
-    def see(self, branch: str, block: PrunedBlock, x: Tensor, layout: Layout, guidance: Guidance) -> None:
-        """Adds a block that is about to run on x (B, P + N, C), or packed (T, C)."""
-        if block.pruner is None:
-            return
-        x = layout.pad(x) if isinstance(layout, Packed) else x
-        whole = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device) if layout is None else layout
-        prefix = block.pruner.rule.num_prefix_tokens
-        tokens = x[:, prefix:][(whole.valid if isinstance(whole, Packed) else whole)[:, prefix:]]
-        some = torch.randperm(len(tokens), generator=self.generator)[:PER_BLOCK].to(x.device)
-        self.found.setdefault(branch, []).append(block.pruner.alignment.projection(tokens[some]).float())
-
-    def end_batch(self) -> None:
-        """Does nothing: tokens were added as they came."""
-
-    def tokens(self) -> Tensor:
-        """Returns the same number of tokens of each branch, (T, D)."""
-        branches = [torch.cat(parts) for parts in self.found.values()]
-        least = min(map(len, branches))
-        chosen = [torch.randperm(len(tokens), generator=self.generator)[:least].to(tokens.device) for tokens in branches]
-        return torch.cat([tokens[some] for tokens, some in zip(branches, chosen, strict=True)])
-
 
 @torch.no_grad()
 def initialise_tokens(experiment: Experiment) -> None:

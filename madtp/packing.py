@@ -117,6 +117,16 @@ def class_tokens(x: Tensor, layout: Layout) -> Tensor:
     return x[layout.offsets[:-1]] if isinstance(layout, Packed) else x[:, 0]
 
 
+def end_first(x: Tensor, end: Tensor) -> tuple[Tensor, Tensor]:
+    """Moves the token at `end` (B,) of each text to the front and drops the tokens behind it.
+
+    x (B, L, C) -> (B, M, C) and its mask (B, M), M the tokens of the longest text
+    """
+    places = torch.arange(int(end.max()) + 1, device=x.device)
+    source = torch.where(places == 0, end.unsqueeze(1), places - 1)
+    return x.gather(1, source.unsqueeze(-1).expand(-1, -1, x.shape[-1])), places <= end.unsqueeze(1)
+
+
 def pack(x: Tensor, valid: Valid) -> tuple[Tensor, Packed]:
     """Packs a padded batch: (B, N, ...) and its mask -> (T, ...) and its layout."""
     if valid is None:

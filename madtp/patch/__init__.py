@@ -1,42 +1,75 @@
 """Pruning models of other libraries in place. Only the adapters in this package import those libraries."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from importlib import import_module
+from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from madtp.budget import calibrate
-from madtp.patch.base import ATTRIBUTE, Pruning
-from madtp.pruning import PruningRule
+from madtp.initial import METHODS, TokenSample, tokens_from_data
+from madtp.patch.base import ATTRIBUTE, Batch, Pruning
+from madtp.pruning import OFF, PruneSetting, PruningRule, TokenPruner
 
 INSTANCE = PruningRule(keep="instance")
+INITS = ("random", *METHODS)
+SAMPLED = 20_000  # tokens of calibration data, of which k-means and principal directions make learnable ones
+
+# class of the model -> module of this package that adapts it
+HUGGING_FACE = {
+    "clip": ("CLIPModel", "CLIPVisionModel", "CLIPVisionModelWithProjection", "CLIPTextModel", "CLIPTextModelWithProjection"),
+    "siglip": ("SiglipModel", "SiglipVisionModel", "SiglipTextModel"),
+    "siglip2": ("Siglip2Model", "Siglip2VisionModel", "Siglip2TextModel"),
+    "dinov2": ("Dinov2Model",),
+    "blip": ("BlipForImageTextRetrieval", "BlipForQuestionAnswering", "BlipForConditionalGeneration", "BlipVisionModel"),
+}
+ADAPTERS = {
+    "timm.models.vision_transformer.VisionTransformer": "timm",
+    **dict.fromkeys(("open_clip.model.CLIP", "open_clip.model.CustomTextCLIP"), "open_clip"),
+    **{
+        f"transformers.models.{family}.modeling_{family}.{name}": "blip" if family == "blip" else "transformers"
+        for family, names in HUGGING_FACE.items()
+        for name in names
+    },
+}
 
 
 def prune(
     model: nn.Module,
-    calibration: Tensor | Iterable[Tensor],
+    calibration: Batch | Iterable[Batch] = (),
     p: float = 0.5,
     *,
     rule: PruningRule = INSTANCE,
     num_learnable: int = 100,
+    init: str = "random",
     init_std: float = 0.02,
     packed: bool = True,
     seed: int = 0,
+    setting: PruneSetting | None = None,
+    towers: Sequence[str] | None = None,
 ) -> Pruning:
     """Makes a model of another library prune its tokens, in place, so that p of its GFLOPs are gone.
 
     Supported: timm's VisionTransformer with any number of prefix tokens, such as CLIP's and ViT's (1), DINOv2's with registers (5)
-    and SigLIP's (0, where the importance leaves S_cls out). The learnable tokens are random; `rule.gradient` lets a loss train
-    them. The prune temperature is searched on the calibration images.
+    and SigLIP's (0, where the importance leaves S_cls out); open_clip's CLIP; and of transformers CLIP, SigLIP, SigLIP 2, DINOv2
+    and BLIP. `rule.gradient` lets a loss train the learnable tokens. The prune temperature is searched on the calibration data.
 
     Args:
-        calibration: a few normalised images (N, 3, H, W), or batches of them; no labels are needed.
+        calibration: a few normalised images (N, 3, H, W), or batches of them; no labels are needed. For a model that also reads
+            text, a dictionary of the arguments of its forward pass (for open_clip a tuple of images and texts), or several of
+            them; from images alone, only its image encoder is pruned.
         p: share of the GFLOPs to remove, 0 < p < 1.
         rule: how tokens are selected; its number of prefix tokens is set to the model's.
         num_learnable: number of learnable tokens.
+        init: "random" learnable tokens; "kmeans" or "principal" makes them of the calibration data (see `tokens_from_data`).
         init_std: their initial standard deviation.
         packed: run batches without padding, so that an answer does not depend on the batch (with `keep: instance`).
         seed: of the learnable tokens.
+        setting: prune as hard as this, instead of searching; such as one that was found before, for weights that were saved.
+        towers: names of the encoders to prune, of "vision" and "language"; default: those that the calibration data reach.
     Returns:
         The handle of the pruned model, which has its setting, GFLOPs and record. `restore` removes it.
     Raises:
@@ -45,22 +78,33 @@ def prune(
     """
     if not 0 < p < 1:
         raise ValueError(f"p must be above 0 and below 1, got {p}")
+    if init not in INITS:
+        raise ValueError(f"init must be one of {', '.join(INITS)}, got {init!r}")
     adapter = _adapter_of(model)
-    batches = [calibration] if isinstance(calibration, Tensor) else list(calibration)
-    pruning = adapter(model, rule, num_learnable, init_std, packed, torch.Generator().manual_seed(seed))
+    batches = [calibration] if _is_batch(calibration) else list(calibration)
+    if not batches and (setting is None or init != "random"):
+        raise ValueError("no calibration data; give a few images, or the setting of an earlier search")
+    generator = torch.Generator().manual_seed(seed)
+    if towers is None:
+        towers = ("vision", "language") if not batches or adapter.reads_text(batches[0]) else ("vision",)
+    pruning = _attach(model, adapter, rule, num_learnable, init_std, packed, generator, towers)
     training = [module for module in model.modules() if module.training]
     try:
         model.eval()
-        pruning.dense_gflops = pruning.mean_gflops(batches)
-        target = pruning.dense_gflops * (1 - p)
-        found = calibrate(lambda setting: pruning.mean_gflops(batches, setting), target, max_prune_from=pruning.depth - 1)
+        if init != "random" and pruning.learnable_tokens is not None:
+            _initialise(pruning, batches, init, init_std, generator)
+        if setting is None:
+            pruning.dense_gflops = pruning.mean_gflops(batches)
+            target = pruning.dense_gflops * (1 - p)
+            found = calibrate(lambda at: pruning.mean_gflops(batches, at), target, max_prune_from=pruning.depth - 1)
+            setting = found.setting
     except BaseException:
         restore(model)
         raise
     finally:
         for module in training:
             module.training = True
-    pruning.setting = found.setting
+    pruning.setting = setting
     return pruning
 
 
@@ -73,16 +117,71 @@ def restore(model: nn.Module) -> nn.Module:
     return model
 
 
-def _adapter_of(model: nn.Module) -> Callable[..., Pruning]:
+def _is_batch(given: Any) -> bool:
+    """Tells one batch from several: a tuple that begins with a tensor is the arguments of one call."""
+    return isinstance(given, Tensor | Mapping) or (isinstance(given, tuple) and bool(given) and isinstance(given[0], Tensor))
+
+
+def _attach(
+    model: nn.Module,
+    adapter: ModuleType,
+    rule: PruningRule,
+    num_learnable: int,
+    init_std: float,
+    packed: bool,
+    generator: torch.Generator,
+    wanted: Sequence[str],
+) -> Pruning:
+    """Gives the model's towers their pruners. The learnable tokens are as wide as the first tower."""
+    like = next(model.parameters())
+    widths: list[int] = []
+
+    def make_pruner(dim: int, num_prefix_tokens: int = 1) -> TokenPruner:
+        widths.append(dim)
+        return TokenPruner(dim, num_learnable, widths[0], replace(rule, num_prefix_tokens=num_prefix_tokens)).to(like)
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(generator.initial_seed())  # of the maps of towers with other widths
+        towers = adapter.towers(model, make_pruner, wanted.__contains__)
+    if not towers:
+        raise TypeError(f"{type(model).__qualname__} has none of the encoders {', '.join(wanted)}")
+    tokens = (torch.randn(num_learnable, widths[0], generator=generator) * init_std).to(like) if rule.mag else None
+    return Pruning(model, towers, adapter.call, tokens, packed)
+
+
+@torch.no_grad()
+def _initialise(
+    pruning: Pruning, batches: Sequence[Batch], method: str, std: float, generator: torch.Generator
+) -> None:
+    """Makes the learnable tokens of the tokens that enter the blocks on the calibration data."""
+    sample = TokenSample(generator)
+    handles = [
+        block.register_forward_pre_hook(lambda block, inputs, name=tower.name: sample.see(name, block, *inputs[:3]))
+        for tower in pruning.towers
+        for block in tower.blocks
+    ]
+    try:
+        for batch in batches:
+            pruning.run(batch, OFF)
+    finally:
+        for handle in handles:
+            handle.remove()
+    tokens = sample.tokens().cpu()
+    tokens = tokens[torch.randperm(len(tokens), generator=generator)[:SAMPLED]]
+    learnable = pruning.learnable_tokens
+    learnable.copy_(tokens_from_data(method, tokens, len(learnable), std, generator).to(learnable))
+
+
+def _adapter_of(model: nn.Module) -> ModuleType:
     """Finds the adapter by the names of the model's classes, so that no library is imported for another one's model."""
     if getattr(model, ATTRIBUTE, None) is not None:
         raise ValueError("the model is pruned already; call restore first")
-    names = {f"{kind.__module__}.{kind.__qualname__}" for kind in type(model).__mro__}
-    if "timm.models.vision_transformer.VisionTransformer" in names:
-        from madtp.patch.timm import TimmPruning
-
-        return TimmPruning
+    for kind in type(model).__mro__:
+        name = ADAPTERS.get(f"{kind.__module__}.{kind.__qualname__}")
+        if name is not None:
+            return import_module(f"madtp.patch.{name}")
+    known = ", ".join(name for names in HUGGING_FACE.values() for name in names)
     raise TypeError(
-        f"{type(model).__qualname__} cannot be pruned; supported is timm's VisionTransformer. Build your own model from"
-        " madtp.PreNormBlock and madtp.run_blocks"
+        f"{type(model).__qualname__} cannot be pruned; supported are timm's VisionTransformer, open_clip's CLIP, and of"
+        f" transformers {known}. Build your own model from madtp.PreNormBlock and madtp.run_blocks"
     )

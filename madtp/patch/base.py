@@ -1,15 +1,110 @@
-"""The handle of a pruned model of another library."""
+"""The handle of a pruned model of another library, and its towers: the stacks of blocks that prune in place of the model's own.
 
-from collections.abc import Iterable, Sequence
+B samples, N tokens of a tower, C channels, K learnable tokens, D their channels.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from madtp.blocks import Guidance, PrunedBlock, TowerRecord
+from madtp.attention.attend import recomputes_scores
+from madtp.blocks import Guidance, TowerRecord, block_flops, run_blocks
 from madtp.flops import GIGA
-from madtp.pruning import OFF, PruneSetting
+from madtp.packing import Layout, Valid, pack, padded
+from madtp.patch.layers import WrappedBlock, layers_flops
+from madtp.pruning import OFF, PruneSetting, TokenPruner
 
 ATTRIBUTE = "madtp"  # of the model, where the handle is registered, so that its parameters train and are saved
+
+Batch = Tensor | Sequence[Any] | Mapping[str, Any]  # images alone, or what the model's forward takes
+MakePruner = Callable[..., TokenPruner]  # (dim, num_prefix_tokens=1) -> pruner
+
+
+class Tower:
+    """A stack of blocks, and the module of the model whose forward pass it replaces while it prunes.
+
+    name: "vision" or "language"
+    record: of the last pass; None before
+    valid: mask of the last output (B, N), None where nothing is padded
+    """
+
+    def __init__(
+        self,
+        name: str,
+        module: nn.Module,
+        blocks: Sequence[Any],
+        patches: Iterable[nn.Module] = (),
+        first: Iterable[nn.Module] = (),
+        each: Iterable[nn.Module | None] = (),
+        once: Iterable[nn.Module | Tensor | None] = (),
+    ):
+        """
+        Args:
+            blocks: `PrunedBlock`s.
+            patches, first, each, once: layers beside the blocks, for counting: applied to every token that enters without the
+                prefix, to every token that enters, to every token that is left, and once per sample.
+        """
+        self.name, self.module, self.blocks = name, module, list(blocks)
+        self.layers = tuple(map(tuple, (patches, first, each, once)))
+        self.record: TowerRecord | None = None
+        self.valid: Valid = None
+        self.pruning: Pruning | None = None
+
+    def attach(self, pruning: "Pruning") -> None:
+        """Replaces the forward pass of the module."""
+        self.pruning = pruning
+        self.module.forward = partial(self._forward)
+
+    def detach(self) -> None:
+        """Gives the module its forward pass back."""
+        del self.module.forward  # uncovers the class's
+
+    def _forward(self, *inputs: Any, **options: Any) -> Any:
+        if not self.pruning.is_on:
+            self.record, self.valid = None, None
+            return type(self.module).forward(self.module, *inputs, **options)
+        return self.forward(*inputs, **options)
+
+    def forward(self, *inputs: Any, **options: Any) -> Any:
+        """Takes the place of the module's forward pass."""
+        raise NotImplementedError
+
+    def run(self, x: Tensor, valid: Valid = None, *context: object) -> tuple[Tensor, Layout]:
+        """Runs the blocks on tokens (B, N, C) and returns those that are left, with their layout.
+
+        context: read by each block's `transform`
+        """
+        pruning, layout = self.pruning, valid
+        if pruning.packed:
+            x, layout = pack(x, valid)
+        again = recomputes_scores(x, layout, self.blocks[0].num_heads)
+        x, layout, self.record = run_blocks(self.blocks, x, layout, pruning.guidance(), *context, recomputes_scores=again)
+        return x, layout
+
+    def padded(self, x: Tensor, layout: Layout) -> Tensor:
+        """Returns tokens (B, N, C) and remembers their mask."""
+        x, self.valid = padded(x, layout)
+        return x
+
+    def flops(self) -> Tensor:
+        """Counts the multiply-adds of the last pass per sample, (B,)."""
+        record = self.record
+        if record is None:
+            raise ValueError(f"the {self.name} tower has not run")
+        patches, first, each, once = self.layers
+        entering, leaving = record.entering[0], record.leaving[-1]
+        prefix = self.blocks[0].pruner.rule.num_prefix_tokens
+        total = block_flops(self.blocks, record, *self.context_tokens())
+        total = total + layers_flops(patches, entering - prefix) + layers_flops(first, entering) + layers_flops(each, leaving)
+        return (total + layers_flops(once, torch.ones_like(leaving))).cpu()
+
+    def context_tokens(self) -> tuple[object, ...]:
+        """Returns the token counts of what the blocks read beside their own tokens."""
+        return ()
 
 
 class Pruning(nn.Module):
@@ -18,59 +113,103 @@ class Pruning(nn.Module):
     setting: how hard to prune; with madtp.OFF the model runs its original forward pass
     packed: run batches without padding
     align: collect the alignment features that the similarity loss compares
-    record: of the last pruned forward pass; None before
-    dense_gflops: mean GFLOPs of a calibration image without pruning
+    dense_gflops: mean GFLOPs of a calibration sample without pruning
     """
 
-    def __init__(self, blocks: Sequence[PrunedBlock], learnable_tokens: Tensor, packed: bool):
+    def __init__(
+        self,
+        model: nn.Module,
+        towers: Sequence[Tower],
+        call: Callable[[nn.Module, Batch], Any],
+        learnable_tokens: Tensor | None,
+        packed: bool,
+    ):
         """
         Args:
-            blocks: run the layers of the model's blocks, in order.
-            learnable_tokens: (K, D).
+            call: runs the model on a batch.
+            learnable_tokens: (K, D); None for a rule without.
         """
         super().__init__()
-        self.blocks = list(blocks)  # not registered: their layers are the model's
-        self.pruners = nn.ModuleList(block.pruner for block in blocks if block.pruner is not None)
-        self.learnable_tokens = nn.Parameter(learnable_tokens)
-        self.setting, self.packed, self.align = OFF, packed, False
-        self.record: TowerRecord | None = None
+        self.towers, self._call = list(towers), call
+        self._model = [model]  # in a list: a submodule would make a circle
+        self.pruners = nn.ModuleList(block.pruner for tower in towers for block in tower.blocks)
+        self.learnable_tokens = None if learnable_tokens is None else nn.Parameter(learnable_tokens)
+        self.setting, self.packed, self.align, self._counts = OFF, packed, False, False
         self.dense_gflops = float("nan")
+        for tower in towers:
+            tower.attach(self)
+        model.add_module(ATTRIBUTE, self)
+
+    @property
+    def blocks(self) -> list[WrappedBlock]:
+        """The blocks of all towers."""
+        return [block for tower in self.towers for block in tower.blocks]
 
     @property
     def depth(self) -> int:
-        return len(self.blocks)
+        return max(len(tower.blocks) for tower in self.towers)
+
+    @property
+    def is_on(self) -> bool:
+        """Tells whether the towers run in place of the model's own layers."""
+        return self.setting.temperature is not None or self.align or self._counts
+
+    @property
+    def records(self) -> dict[str, TowerRecord | None]:
+        """The records of the last pruned forward pass, by tower."""
+        return {tower.name: tower.record for tower in self.towers}
+
+    @property
+    def record(self) -> TowerRecord | None:
+        """The record of the first tower, the image encoder."""
+        return self.towers[0].record
 
     def guidance(self) -> Guidance:
         """Returns the guidance of a forward pass."""
         return Guidance(self.setting, self.align, packed=self.packed, learnable_tokens=self.learnable_tokens)
 
-    def run(self, images: Tensor) -> TowerRecord:
-        """Runs the blocks on images (B, 3, H, W), pruned or not, and returns the record."""
-        raise NotImplementedError
-
-    def flops(self, record: TowerRecord) -> Tensor:
-        """Counts the multiply-adds of a forward pass per image, (B,)."""
-        raise NotImplementedError
-
     def detach(self) -> None:
         """Gives the model its original forward pass back."""
-        raise NotImplementedError
+        for tower in self.towers:
+            tower.detach()
+        delattr(self._model[0], ATTRIBUTE)
+
+    @contextmanager
+    def at(self, setting: PruneSetting | None) -> Iterator[None]:
+        """Runs the towers at a setting, None for the current one, also where it is OFF, so that they leave records."""
+        before, self.setting, self._counts = self.setting, self.setting if setting is None else setting, True
+        try:
+            yield
+        finally:
+            self.setting, self._counts = before, False
 
     @torch.no_grad()
-    def gflops(self, images: Tensor, setting: PruneSetting | None = None) -> Tensor:
-        """Returns the GFLOPs of each image at a setting, by default the current one, (B,) float64.
+    def run(self, batch: Batch, setting: PruneSetting | None = None) -> None:
+        """Runs the model on a batch at a setting, by default the current one."""
+        with self.at(setting):
+            self._call(self._model[0], batch)
 
-        images: (B, 3, H, W)
+    def gflops(self, batch: Batch, setting: PruneSetting | None = None) -> Tensor:
+        """Returns the GFLOPs of each sample at a setting, by default the current one, (B,) float64.
+
+        batch: images (B, 3, H, W), or what the model's forward takes: a dictionary of its arguments, or a tuple
+
+        Raises:
+            ValueError: when the batch has another number of images than of texts, so that there is no cost per sample.
         """
-        before, self.setting = self.setting, self.setting if setting is None else setting
-        try:
-            return self.flops(self.run(images)).double() / GIGA
-        finally:
-            self.setting = before
+        each = self._each(batch, setting)
+        if len({len(costs) for costs in each}) > 1:
+            raise ValueError("the batch has another number of images than of texts; give as many of each")
+        return torch.stack(each).sum(dim=0)
 
-    def mean_gflops(self, batches: Iterable[Tensor], setting: PruneSetting = OFF) -> float:
-        """Returns the mean GFLOPs per image at a setting."""
-        return float(torch.cat([self.gflops(images, setting) for images in batches]).mean())
+    def mean_gflops(self, batches: Iterable[Batch], setting: PruneSetting = OFF) -> float:
+        """Returns the mean GFLOPs per sample at a setting; of a model with two encoders those of an image and a text."""
+        parts = [self._each(batch, setting) for batch in batches]
+        return sum(float(torch.cat(costs).mean()) for costs in zip(*parts, strict=True))
+
+    def _each(self, batch: Batch, setting: PruneSetting | None) -> list[Tensor]:
+        self.run(batch, setting)
+        return [tower.flops().double() / GIGA for tower in self.towers]
 
     def extra_repr(self) -> str:
-        return f"{self.setting}, packed={self.packed}"
+        return f"{', '.join(tower.name for tower in self.towers)}: {self.setting}, packed={self.packed}"

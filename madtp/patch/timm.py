@@ -1,8 +1,6 @@
 """Pruning timm's VisionTransformer: CLIP-style and plain (class token), DINOv2 with registers, SigLIP without class token."""
 
-from collections.abc import Iterable
-from dataclasses import replace
-from functools import partial
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -10,142 +8,87 @@ from timm.models.vision_transformer import Attention, Block, VisionTransformer
 from torch import Tensor, nn
 
 from madtp import flops
-from madtp.attention.attend import attend, recomputes_scores
-from madtp.blocks import DropPath, PreNormBlock, TowerRecord, block_flops, run_blocks
-from madtp.importance import AttentionStatistics
-from madtp.packing import Layout, count_tokens, pack, padded
-from madtp.patch.base import ATTRIBUTE, Pruning
-from madtp.pruning import PruningRule, TokenPruner
+from madtp.packing import Layout, count_tokens, padded
+from madtp.patch.base import Batch, MakePruner, Tower
+from madtp.patch.layers import WrappedBlock, layer_flops, layers_flops
+from madtp.pruning import TokenPruner
 
 
-class TimmBlock(PreNormBlock):
-    """timm's Block with a pruner between attention and MLP. It runs the layers of the original block and owns none."""
-
-    block: Any  # timm is not typed
+class TimmBlock(WrappedBlock):
+    """timm's Block."""
 
     def __init__(self, block: Block, pruner: TokenPruner):
-        super().__init__(block.norm1.normalized_shape[0], 0.0, pruner)
-        self.block = block
-        # timm's would drop single tokens of a packed batch instead of samples.
-        self.paths = [DropPath(getattr(path, "drop_prob", 0.0) or 0.0) for path in (block.drop_path1, block.drop_path2)]
+        super().__init__(block, pruner, (block.drop_path1, block.drop_path2))
+        attn = block.attn
+        self.num_heads, self.width = attn.num_heads, attn.qkv.out_features // 3
+        self.attention_dropout = attn.attn_drop.p
 
-    def _dropped(self, path: int, branch: Tensor, layout: Layout) -> Tensor:
-        self.paths[path].training = self.block.training
-        return self.paths[path](branch, layout)
+    @property
+    def norms(self) -> tuple[nn.Module, nn.Module]:
+        return self.layer.norm1, self.layer.norm2
 
-    def attend(self, x: Tensor, layout: Layout, rule: PruningRule | None) -> tuple[Tensor, AttentionStatistics | None]:
-        attended, statistics = self.attention(x, layout, rule)
-        return x + self._dropped(0, self.block.ls1(attended), layout), statistics
+    @property
+    def scales(self) -> tuple[nn.Module, nn.Module]:
+        return self.layer.ls1, self.layer.ls2
 
-    def transform(self, x: Tensor, layout: Layout, *context: object) -> Tensor:
-        return x + self._dropped(1, self.block.ls2(self.feed_forward(x)), layout)
-
-    def attention(self, x: Tensor, layout: Layout, rule: PruningRule | None) -> tuple[Tensor, AttentionStatistics | None]:
-        attn, x = self.block.attn, self.block.norm1(x)
+    def project(self, x: Tensor) -> Sequence[Tensor]:
+        attn = self.layer.attn
         query, key, value = attn.qkv(x).chunk(3, dim=-1)
         # Queries and keys may be normalised head by head.
         query, key = (
             norm(part.unflatten(-1, (attn.num_heads, -1))).flatten(-2)
             for norm, part in ((attn.q_norm, query), (attn.k_norm, key))
         )
-        training = self.block.training
-        dropout = attn.attn_drop.p if training else 0.0
-        out, statistics = attend(query, key, value, attn.num_heads, layout, layout, dropout, rule, training=training)
-        out = getattr(attn, "norm", nn.Identity())(out)
+        return query, key, value
+
+    def output(self, attended: Tensor, x: Tensor) -> Tensor:
+        attn = self.layer.attn
+        attended = getattr(attn, "norm", nn.Identity())(attended)
         if getattr(attn, "gate", None) is not None:
-            out = out * attn.gate(x).sigmoid()
-        return attn.proj_drop(attn.proj(out)), statistics
+            attended = attended * attn.gate(x).sigmoid()
+        return attn.proj_drop(attn.proj(attended))
 
     @property
-    def key_dim(self) -> int:
-        return self.block.attn.qkv.out_features // (3 * self.block.attn.num_heads)
-
-    def feed_forward(self, x: Tensor) -> Tensor:
-        return self.block.mlp(self.block.norm2(x))
-
-    def attend_flops(self, tokens: Tensor) -> Tensor:
-        attn = self.block.attn
-        width = attn.qkv.out_features // 3
-        total = layer_flops(self.block.norm1, tokens) + flops.attention(tokens, tokens, width)
-        layers = (attn.q_norm, attn.k_norm, getattr(attn, "norm", None), attn.qkv, getattr(attn, "gate", None), attn.proj)
-        return total + layers_flops(layers, tokens, width)
-
-    def transform_flops(self, tokens: Tensor, *context: object) -> Tensor:
-        return layers_flops([self.block.norm2, *self.block.mlp.modules()], tokens)
+    def attention_layers(self) -> list[nn.Module | Tensor | None]:
+        attn = self.layer.attn
+        return [attn.q_norm, attn.k_norm, getattr(attn, "norm", None), attn.qkv, getattr(attn, "gate", None), attn.proj]
 
 
-def layer_flops(layer: nn.Module | None, tokens: Tensor, width: int | None = None) -> Tensor:
-    """Counts the multiply-adds of a linear layer or a layer norm; 0 for any other layer.
+class TimmTower(Tower):
+    """A whole VisionTransformer."""
 
-    width: channels per token, where a norm is applied to several heads of a token
-    """
-    if isinstance(layer, nn.Linear):
-        return flops.products(tokens, layer.weight)
-    if isinstance(layer, nn.LayerNorm):
-        return flops.layer_norm(tokens, width or layer.normalized_shape[0])
-    return torch.zeros_like(tokens)
-
-
-def layers_flops(layers: Iterable[nn.Module | None], tokens: Tensor, width: int | None = None) -> Tensor:
-    return torch.stack([layer_flops(layer, tokens, width) for layer in layers]).sum(dim=0)
-
-
-class TimmPruning(Pruning):
-    """The pruning of a timm VisionTransformer."""
-
-    def __init__(
-        self,
-        model: VisionTransformer,
-        rule: PruningRule,
-        num_learnable: int,
-        init_std: float,
-        packed: bool,
-        generator: torch.Generator,
-    ):
+    def __init__(self, model: VisionTransformer, make_pruner: MakePruner):
         check(model)
-        rule = replace(rule, num_prefix_tokens=model.num_prefix_tokens)
-        dim = model.embed_dim
-        learnable_tokens = (torch.randn(num_learnable, dim, generator=generator) * init_std).to(model.patch_embed.proj.weight)
-        blocks = [TimmBlock(block, TokenPruner(dim, num_learnable, dim, rule)) for block in model.blocks]
-        super().__init__(blocks, learnable_tokens, packed)
-        self._attention_heads = model.blocks[0].attn.num_heads
-        self._model = [model]  # in a list: a submodule would make a circle
-        model.add_module(ATTRIBUTE, self)
-        model.forward = partial(forward, model)
+        blocks = [TimmBlock(block, make_pruner(model.embed_dim, model.num_prefix_tokens)) for block in model.blocks]
+        super().__init__("vision", model, blocks, [model.patch_embed.proj], [model.norm_pre], [model.norm])
 
-    @property
-    def model(self) -> VisionTransformer:
-        return self._model[0]
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, **options: object) -> Tensor:
+        """Maps images (B, 3, H, W) to the output of the head."""
+        if attn_mask is not None or any(options.values()):
+            raise ValueError("a pruned model takes no attention mask")
+        model = self.module
+        tokens, layout = self.run(model.norm_pre(model.patch_drop(model._pos_embed(model.patch_embed(x)))))
+        return pool(model, model.norm(tokens), layout)
 
-    def run(self, images: Tensor) -> TowerRecord:
-        return self.encode(images)[2]
-
-    def encode(self, images: Tensor) -> tuple[Tensor, Layout, TowerRecord]:
-        """Encodes images (B, 3, H, W) into the tokens behind the last norm, with their layout and the record."""
-        model = self.model
-        x = model.norm_pre(model.patch_drop(model._pos_embed(model.patch_embed(images))))
-        layout: Layout = None
-        if self.packed:
-            x, layout = pack(x, None)
-        again = recomputes_scores(x, layout, self._attention_heads)
-        x, layout, self.record = run_blocks(self.blocks, x, layout, self.guidance(), recomputes_scores=again)
-        return model.norm(x), layout, self.record
-
-    def flops(self, record: TowerRecord) -> Tensor:
-        model, (first, last) = self.model, (record.entering[0], record.leaving[-1])
-        dim, prefix, patch = model.embed_dim, model.num_prefix_tokens, model.patch_embed.proj
-        total = flops.linear(first - prefix, patch.weight[0].numel(), dim) + block_flops(self.blocks, record)
-        total = total + layer_flops(model.norm_pre, first) + layer_flops(model.norm, last)
-        pooled = torch.ones_like(last) if model.global_pool else last
+    def flops(self) -> Tensor:
+        model, total = self.module, super().flops()
+        last = self.record.leaving[-1].cpu()
         if model.attn_pool is not None:
             reads_prefix = getattr(model, "pool_include_prefix", True)  # older versions of timm have no choice
-            total = total + pool_flops(model.attn_pool, last if reads_prefix else last - prefix)
-        return total + layers_flops((model.fc_norm, model.head), pooled)
+            total = total + pool_flops(model.attn_pool, last if reads_prefix else last - model.num_prefix_tokens)
+        return total + layers_flops((model.fc_norm, model.head), torch.ones_like(last) if model.global_pool else last)
 
-    def detach(self) -> None:
-        model = self.model
-        del model.forward  # uncovers the class's
-        delattr(model, ATTRIBUTE)
+
+def towers(model: VisionTransformer, make_pruner: MakePruner, wanted: Callable[[str], bool]) -> list[Tower]:
+    return [TimmTower(model, make_pruner)]
+
+
+def reads_text(batch: Batch) -> bool:
+    return False
+
+
+def call(model: VisionTransformer, batch: Batch) -> Tensor:
+    return model(batch)
 
 
 def check(model: VisionTransformer) -> None:
@@ -168,17 +111,6 @@ def check(model: VisionTransformer) -> None:
         raise TypeError("the attention pool has position embeddings, which pruned tokens no longer match")
     if model.grad_checkpointing:
         raise TypeError("the model recomputes activations; call set_grad_checkpointing(False) first")
-
-
-def forward(model: VisionTransformer, x: Tensor, attn_mask: Tensor | None = None, **options: object) -> Tensor:
-    """Replaces VisionTransformer.forward: images (B, 3, H, W) -> the output of the head."""
-    pruning: TimmPruning = getattr(model, ATTRIBUTE)
-    if pruning.setting.temperature is None and not pruning.align:
-        return type(model).forward(model, x, **({} if attn_mask is None else {"attn_mask": attn_mask}), **options)
-    if attn_mask is not None or any(options.values()):
-        raise ValueError("a pruned model takes no attention mask")
-    tokens, layout, _ = pruning.encode(x)
-    return pool(model, tokens, layout)
 
 
 def pool(model: VisionTransformer, tokens: Tensor, layout: Layout) -> Tensor:

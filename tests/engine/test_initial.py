@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from configs.schema import NlvrConfig
-from engine.initial import TokenSample, initialise_tokens
+from engine.initial import initialise_tokens
 from madtp.blocks import Guidance
+from madtp.initial import TokenSample
 from madtp.packing import pack
 from madtp.pruning import PruningRule
 from tests import tiny
@@ -55,7 +56,7 @@ def test_new_tokens_have_the_size_of_the_old_ones_and_depend_on_the_seed_at_most
 
 
 def test_too_many_tokens_are_refused_with_the_keys_to_change(monkeypatch):
-    monkeypatch.setattr("engine.initial.PER_BLOCK", 0)
+    monkeypatch.setattr("madtp.initial.PER_BLOCK", 0)
     with pytest.raises(UserError, match="sd_init: kmeans: 0 tokens cannot form 5 clusters; lower sd_num"):
         started(sd_init="kmeans")
 
