@@ -11,6 +11,7 @@ from madtp.initial import TokenSample, tokens_from_data
 from madtp.pruning import OFF
 from utils import UserError, broadcast, logger
 
+
 @torch.no_grad()
 def initialise_tokens(experiment: Experiment) -> None:
     """Makes the learnable tokens by the key `sd_init`, with the standard deviation of those that the model has.

@@ -24,7 +24,7 @@ class TokenSample:
 
     def see(self, branch: str, block: PrunedBlock, x: Tensor, layout: Layout, guidance: Guidance) -> None:
         """Adds a block that is about to run on x (B, P + N, C), or packed (T, C)."""
-        if block.pruner is None:
+        if block.pruner is None or block.pruner.alignment is None:
             return
         x = layout.pad(x) if isinstance(layout, Packed) else x
         whole = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device) if layout is None else layout

@@ -1,10 +1,11 @@
 """Pruning models of other libraries in place. Only the adapters in this package import those libraries."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from importlib import import_module
 from types import ModuleType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -76,35 +77,24 @@ def prune(
         TypeError: for a model that cannot be pruned, naming the part that is not supported.
         UnreachableTarget: when no temperature removes p.
     """
-    if not 0 < p < 1:
-        raise ValueError(f"p must be above 0 and below 1, got {p}")
-    if init not in INITS:
-        raise ValueError(f"init must be one of {', '.join(INITS)}, got {init!r}")
+    _check(p, init)
     adapter = _adapter_of(model)
-    batches = [calibration] if _is_batch(calibration) else list(calibration)
+    batches: list[Batch] = [cast(Batch, calibration)] if _is_batch(calibration) else list(calibration)
     if not batches and (setting is None or init != "random"):
         raise ValueError("no calibration data; give a few images, or the setting of an earlier search")
     generator = torch.Generator().manual_seed(seed)
     if towers is None:
         towers = ("vision", "language") if not batches or adapter.reads_text(batches[0]) else ("vision",)
     pruning = _attach(model, adapter, rule, num_learnable, init_std, packed, generator, towers)
-    training = [module for module in model.modules() if module.training]
     try:
-        model.eval()
-        if init != "random" and pruning.learnable_tokens is not None:
-            _initialise(pruning, batches, init, init_std, generator)
-        if setting is None:
-            pruning.dense_gflops = pruning.mean_gflops(batches)
-            target = pruning.dense_gflops * (1 - p)
-            found = calibrate(lambda at: pruning.mean_gflops(batches, at), target, max_prune_from=pruning.depth - 1)
-            setting = found.setting
+        with _evaluation(model):
+            if init != "random" and pruning.learnable_tokens is not None:
+                tokens = _made_of_data(pruning, batches, init, num_learnable, init_std, generator)
+                pruning.learnable_tokens.data.copy_(tokens)
+            pruning.setting = _solved(pruning, batches, p) if setting is None else setting
     except BaseException:
         restore(model)
         raise
-    finally:
-        for module in training:
-            module.training = True
-    pruning.setting = setting
     return pruning
 
 
@@ -115,6 +105,33 @@ def restore(model: nn.Module) -> nn.Module:
         raise ValueError("the model is not pruned")
     pruning.detach()
     return model
+
+
+def _check(p: float, init: str) -> None:
+    if not 0 < p < 1:
+        raise ValueError(f"p must be above 0 and below 1, got {p}")
+    if init not in INITS:
+        raise ValueError(f"init must be one of {', '.join(INITS)}, got {init!r}")
+
+
+@contextmanager
+def _evaluation(model: nn.Module) -> Iterator[None]:
+    """Puts the model into evaluation mode, and each of its modules back into its own."""
+    training = [module for module in model.modules() if module.training]
+    try:
+        model.eval()
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def _solved(pruning: Pruning, batches: Sequence[Batch], p: float) -> PruneSetting:
+    """Searches for the setting that removes p of the GFLOPs."""
+    pruning.dense_gflops = pruning.mean_gflops(batches)
+    target = pruning.dense_gflops * (1 - p)
+    found = calibrate(lambda setting: pruning.mean_gflops(batches, setting), target, max_prune_from=pruning.depth - 1)
+    return found.setting
 
 
 def _is_batch(given: Any) -> bool:
@@ -150,10 +167,10 @@ def _attach(
 
 
 @torch.no_grad()
-def _initialise(
-    pruning: Pruning, batches: Sequence[Batch], method: str, std: float, generator: torch.Generator
-) -> None:
-    """Makes the learnable tokens of the tokens that enter the blocks on the calibration data."""
+def _made_of_data(
+    pruning: Pruning, batches: Sequence[Batch], method: str, number: int, std: float, generator: torch.Generator
+) -> Tensor:
+    """Makes learnable tokens (K, D) of the tokens that enter the blocks on the calibration data."""
     sample = TokenSample(generator)
     handles = [
         block.register_forward_pre_hook(lambda block, inputs, name=tower.name: sample.see(name, block, *inputs[:3]))
@@ -168,8 +185,7 @@ def _initialise(
             handle.remove()
     tokens = sample.tokens().cpu()
     tokens = tokens[torch.randperm(len(tokens), generator=generator)[:SAMPLED]]
-    learnable = pruning.learnable_tokens
-    learnable.copy_(tokens_from_data(method, tokens, len(learnable), std, generator).to(learnable))
+    return tokens_from_data(method, tokens, number, std, generator)
 
 
 def _adapter_of(model: nn.Module) -> ModuleType:

@@ -6,7 +6,7 @@ B samples, N tokens of a tower, C channels, K learnable tokens, D their channels
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from madtp.attention.attend import recomputes_scores
 from madtp.blocks import Guidance, TowerRecord, block_flops, run_blocks
 from madtp.flops import GIGA
-from madtp.packing import Layout, Valid, pack, padded
+from madtp.packing import Layout, Valid, class_tokens, end_first, pack, padded
 from madtp.patch.layers import WrappedBlock, layers_flops
 from madtp.pruning import OFF, PruneSetting, TokenPruner
 
@@ -31,6 +31,9 @@ class Tower:
     record: of the last pass; None before
     valid: mask of the last output (B, N), None where nothing is padded
     """
+
+    module: Any  # other libraries are not typed
+    pruning: "Pruning"
 
     def __init__(
         self,
@@ -52,16 +55,20 @@ class Tower:
         self.layers = tuple(map(tuple, (patches, first, each, once)))
         self.record: TowerRecord | None = None
         self.valid: Valid = None
-        self.pruning: Pruning | None = None
+        self.hooks: list[tuple[nn.Module, Callable[..., Any]]] = []  # before the forward passes of modules, while attached
+        self._handles: list[Any] = []
 
     def attach(self, pruning: "Pruning") -> None:
         """Replaces the forward pass of the module."""
         self.pruning = pruning
         self.module.forward = partial(self._forward)
+        self._handles = [module.register_forward_pre_hook(hook, with_kwargs=True) for module, hook in self.hooks]
 
     def detach(self) -> None:
         """Gives the module its forward pass back."""
         del self.module.forward  # uncovers the class's
+        for handle in self._handles:
+            handle.remove()
 
     def _forward(self, *inputs: Any, **options: Any) -> Any:
         if not self.pruning.is_on:
@@ -78,23 +85,38 @@ class Tower:
 
         context: read by each block's `transform`
         """
-        pruning, layout = self.pruning, valid
+        pruning, layout = self.pruning, cast(Layout, valid)
         if pruning.packed:
             x, layout = pack(x, valid)
         again = recomputes_scores(x, layout, self.blocks[0].num_heads)
         x, layout, self.record = run_blocks(self.blocks, x, layout, pruning.guidance(), *context, recomputes_scores=again)
         return x, layout
 
+    def run_to(self, x: Tensor, end: Tensor) -> Tensor:
+        """Runs the blocks on texts (B, N, C) that are read at `end` (B,): this token goes first, and those behind it are dropped.
+
+        Returns a tensor like x with the token that is read at its place, and zeros elsewhere.
+        """
+        front, valid = end_first(x, end)
+        tokens, layout = self.run(front, None if bool(valid.all()) else valid)
+        out, self.valid = torch.zeros_like(x), None
+        out[torch.arange(len(out)), end] = class_tokens(tokens, layout).to(out.dtype)
+        return out
+
     def padded(self, x: Tensor, layout: Layout) -> Tensor:
         """Returns tokens (B, N, C) and remembers their mask."""
         x, self.valid = padded(x, layout)
         return x
 
+    def last(self) -> TowerRecord:
+        """Returns the record of the last pass."""
+        if self.record is None:
+            raise ValueError(f"the {self.name} encoder has not run pruned")
+        return self.record
+
     def flops(self) -> Tensor:
         """Counts the multiply-adds of the last pass per sample, (B,)."""
-        record = self.record
-        if record is None:
-            raise ValueError(f"the {self.name} tower has not run")
+        record = self.last()
         patches, first, each, once = self.layers
         entering, leaving = record.entering[0], record.leaving[-1]
         prefix = self.blocks[0].pruner.rule.num_prefix_tokens
@@ -213,3 +235,17 @@ class Pruning(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{', '.join(tower.name for tower in self.towers)}: {self.setting}, packed={self.packed}"
+
+
+def end_place(end_id: int, ids: Tensor) -> Tensor:
+    """Returns the place of the first end-of-text token of each text. (B, L) -> (B,)."""
+    return (ids == end_id).int().argmax(dim=1)
+
+
+def last_place(ids: Tensor) -> Tensor:
+    return torch.full((len(ids),), ids.shape[1] - 1, device=ids.device)
+
+
+def highest_place(ids: Tensor) -> Tensor:
+    """Returns the place of the highest id, which ends a text of CLIP."""
+    return ids.argmax(dim=1)

@@ -67,8 +67,8 @@ class WrappedBlock(PreNormBlock):
     def attention(self, x: Tensor, layout: Layout, rule: PruningRule | None) -> tuple[Tensor, AttentionStatistics | None]:
         x, training = self.norms[0](x), self.layer.training
         dropout = self.attention_dropout if training else 0.0
-        heads = self.project(x)
-        out, statistics = attend(*heads, self.num_heads, layout, layout, dropout, rule, self.causal, training)
+        query, key, value = self.project(x)
+        out, statistics = attend(query, key, value, self.num_heads, layout, layout, dropout, rule, self.causal, training)
         return self.output(out, x), statistics
 
     def _dropped(self, path: int, branch: Tensor, layout: Layout) -> Tensor:

@@ -1,6 +1,6 @@
 """Pruning timm's VisionTransformer: CLIP-style and plain (class token), DINOv2 with registers, SigLIP without class token."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -57,10 +57,14 @@ class TimmBlock(WrappedBlock):
 class TimmTower(Tower):
     """A whole VisionTransformer."""
 
-    def __init__(self, model: VisionTransformer, make_pruner: MakePruner):
+    def __init__(self, model: VisionTransformer, make_pruner: MakePruner, once: Iterable[nn.Module] = ()):
+        """
+        Args:
+            once: layers behind the model, for counting.
+        """
         check(model)
         blocks = [TimmBlock(block, make_pruner(model.embed_dim, model.num_prefix_tokens)) for block in model.blocks]
-        super().__init__("vision", model, blocks, [model.patch_embed.proj], [model.norm_pre], [model.norm])
+        super().__init__("vision", model, blocks, [model.patch_embed.proj], [model.norm_pre], [model.norm], once)
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, **options: object) -> Tensor:
         """Maps images (B, 3, H, W) to the output of the head."""
@@ -72,7 +76,7 @@ class TimmTower(Tower):
 
     def flops(self) -> Tensor:
         model, total = self.module, super().flops()
-        last = self.record.leaving[-1].cpu()
+        last = self.last().leaving[-1].cpu()
         if model.attn_pool is not None:
             reads_prefix = getattr(model, "pool_include_prefix", True)  # older versions of timm have no choice
             total = total + pool_flops(model.attn_pool, last if reads_prefix else last - model.num_prefix_tokens)

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
 
-from madtp.packing import Valid, class_tokens, end_first
-from madtp.patch.base import Batch, MakePruner, Pruning, Tower
+from madtp.packing import Valid
+from madtp.patch.base import Batch, MakePruner, Pruning, Tower, end_place, highest_place, last_place
 from madtp.patch.layers import WrappedBlock, pool_flops
 from madtp.pruning import TokenPruner
 
@@ -90,7 +90,7 @@ class StackTower(Tower):
     """
 
     def __init__(
-        self, name: str, encoder: nn.Module, stack: nn.Module, blocks: Sequence[Any], pool: nn.Module | None = None, **layers: Any
+        self, name: str, encoder: nn.Module, stack: nn.Module, blocks: Sequence[Any], pool: Any = None, **layers: Any
     ):
         """
         Args:
@@ -102,16 +102,15 @@ class StackTower(Tower):
         super().__init__(name, stack, blocks, **layers)
         self.encoder, self.pool = encoder, pool
         self.arguments: dict[str, Any] = {}  # of the encoder's running forward pass
+        self.hooks.append((encoder, self._see))
 
     def attach(self, pruning: Pruning) -> None:
         super().attach(pruning)
-        self.hook = self.encoder.register_forward_pre_hook(self._see, with_kwargs=True)
         if self.pool is not None:
             self.pool.forward = partial(self._pool)
 
     def detach(self) -> None:
         super().detach()
-        self.hook.remove()
         if self.pool is not None:
             del self.pool.forward
 
@@ -120,12 +119,11 @@ class StackTower(Tower):
 
     def mask(self) -> Valid:
         """Returns the mask of the tokens that enter, (B, N); None where nothing is padded."""
-        mask = self.arguments.get("pixel_attention_mask")
+        mask = self.arguments.get("pixel_attention_mask", self.arguments.get("attention_mask"))
         return None if mask is None or bool(mask.all()) else mask.bool()
 
-    def forward(self, inputs_embeds: Tensor | None = None, *inputs: Any, hidden_states: Tensor | None = None, **options: Any) -> Any:
-        x = inputs_embeds if inputs_embeds is not None else hidden_states
-        return BaseModelOutput(last_hidden_state=self.padded(*self.run(x, self.mask())))
+    def forward(self, inputs_embeds: Tensor, *inputs: Any, **options: Any) -> BaseModelOutput:
+        return BaseModelOutput(last_hidden_state=self.padded(*self.run(inputs_embeds, self.mask())))
 
     def _pool(self, hidden_state: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         head = self.pool
@@ -140,7 +138,7 @@ class StackTower(Tower):
         total, head = super().flops(), self.pool
         if head is None:
             return total
-        return total + pool_flops(head.attention, self.record.leaving[-1].cpu(), [head.layernorm, *head.mlp.modules()])
+        return total + pool_flops(head.attention, self.last().leaving[-1].cpu(), [head.layernorm, *head.mlp.modules()])
 
 
 class TextTower(StackTower):
@@ -149,7 +147,9 @@ class TextTower(StackTower):
     While it prunes, the encoder's last_hidden_state has this token at its place and zeros elsewhere.
     """
 
-    def __init__(self, encoder: nn.Module, stack: nn.Module, blocks: Sequence[Any], place: Callable[[Tensor], Tensor], **layers: Any):
+    def __init__(
+        self, encoder: nn.Module, stack: nn.Module, blocks: Sequence[Any], place: Callable[[Tensor], Tensor], **layers: Any
+    ):
         """
         Args:
             place: input ids (B, L) -> the place of the token that is read, (B,).
@@ -157,22 +157,17 @@ class TextTower(StackTower):
         super().__init__("language", encoder, stack, blocks, **layers)
         self.place = place
 
-    def forward(self, inputs_embeds: Tensor, *inputs: Any, **options: Any) -> Any:
+    def forward(self, inputs_embeds: Tensor, *inputs: Any, **options: Any) -> BaseModelOutput:
         """
         Raises:
             ValueError: when the attention mask hides tokens that the encoder would prune among.
         """
         end, mask = self.place(self.arguments["input_ids"].view(-1, inputs_embeds.shape[1])), self.arguments.get("attention_mask")
-        x, valid = end_first(inputs_embeds, end)
         if mask is not None:
             seen = torch.arange(mask.shape[1], device=mask.device) <= end.unsqueeze(1)
             if bool((seen & (mask == 0)).any()):
                 raise ValueError("a pruned text encoder takes no attention mask that hides tokens before the one that it reads")
-        tokens, layout = self.run(x, None if bool(valid.all()) else valid)
-        out = torch.zeros_like(inputs_embeds)
-        out[torch.arange(len(out)), end] = class_tokens(tokens, layout).to(out.dtype)
-        self.valid = None
-        return BaseModelOutput(last_hidden_state=out)
+        return BaseModelOutput(last_hidden_state=self.run_to(inputs_embeds, end))
 
 
 def holder(model: nn.Module, norm: str) -> Any | None:
@@ -181,7 +176,8 @@ def holder(model: nn.Module, norm: str) -> Any | None:
     return next(found, None)
 
 
-def vision_tower(model: nn.Module, make_pruner: MakePruner) -> StackTower | None:
+def vision_tower(model: nn.Module, make_pruner: MakePruner, norm_of_all: bool = False) -> StackTower | None:
+    """norm_of_all: the last norm is applied to all tokens, and not to the one that is read alone."""
     encoder = holder(model, "post_layernorm")
     if encoder is None:
         return None
@@ -192,11 +188,11 @@ def vision_tower(model: nn.Module, make_pruner: MakePruner) -> StackTower | None
         raise TypeError(f"{type(encoder).__name__} has neither a class token nor a pooling head, and returns all its tokens")
     blocks = [HuggingFaceBlock(layer, make_pruner(dim, prefix)) for layer in encoder.encoder.layers]
     first = [encoder.pre_layrnorm] if hasattr(encoder, "pre_layrnorm") else []
-    norm = {"each" if pool is not None else "once": [encoder.post_layernorm]}  # CLIP normalises the class token alone
-    norm["once"] = [*norm.get("once", []), getattr(model, "visual_projection", None)]
-    return StackTower(
-        "vision", encoder, encoder.encoder, blocks, pool, patches=[embeddings.patch_embedding], first=first, **norm
-    )
+    norm_of_all = norm_of_all or pool is not None
+    each, once = ([encoder.post_layernorm], []) if norm_of_all else ([], [encoder.post_layernorm])
+    once.append(getattr(model, "visual_projection", None))
+    patches = [embeddings.patch_embedding]
+    return StackTower("vision", encoder, encoder.encoder, blocks, pool, patches=patches, first=first, each=each, once=once)
 
 
 def text_tower(model: nn.Module, make_pruner: MakePruner) -> TextTower | None:
@@ -206,18 +202,10 @@ def text_tower(model: nn.Module, make_pruner: MakePruner) -> TextTower | None:
     reads_last = isinstance(getattr(encoder, "head", None), nn.Linear)  # SigLIP
     dim = encoder.final_layer_norm.normalized_shape[0]
     blocks = [HuggingFaceBlock(layer, make_pruner(dim), causal=not reads_last) for layer in encoder.encoder.layers]
-    place = last_place if reads_last else partial(end_place, encoder.config.eos_token_id)
+    end_id = encoder.config.eos_token_id
+    place = last_place if reads_last else highest_place if end_id == LEGACY_END else partial(end_place, end_id)
     once = [getattr(encoder, "head", None), getattr(model, "text_projection", None)]
     return TextTower(encoder, encoder.encoder, blocks, place, each=[encoder.final_layer_norm], once=once)
-
-
-def end_place(end_id: int, ids: Tensor) -> Tensor:
-    """Returns the place of the end-of-text token of each text. (B, L) -> (B,)."""
-    return ids.argmax(dim=1) if end_id == LEGACY_END else (ids == end_id).int().argmax(dim=1)
-
-
-def last_place(ids: Tensor) -> Tensor:
-    return torch.full((len(ids),), ids.shape[1] - 1, device=ids.device)
 
 
 def dino_tower(model: Any, make_pruner: MakePruner) -> StackTower:

@@ -171,13 +171,15 @@ class Call(nn.Module):
 
 def counted_by_fvcore(kind: str, model: nn.Module, batch: dict[str, Tensor]) -> float:
     counter = FlopCountAnalysis(Call(model, list(batch)), tuple(batch.values()))
-    return (counter.unsupported_ops_warnings(False).tracer_warnings("none").total() + UNKNOWN.get(kind, 0)) / 1e9
+    total = counter.unsupported_ops_warnings(False).tracer_warnings("none").total() + UNKNOWN.get(kind, 0)
+    if kind == "siglip2":  # position embeddings that are resized, which some versions count
+        embeddings, patches = (counter.by_module()[f"model.vision_model.embeddings{name}"] for name in ("", ".patch_embedding"))
+        total -= embeddings - patches
+    return total / 1e9
 
 
-UNKNOWN = {  # what fvcore leaves out, or counts beside the encoder
-    "siglip": 16 * 48 * 3 * 64,  # a convolution with padding="valid"
-    "siglip2": 16 * 48 - 16 * 16 * 48,  # the product of a masked attention; position embeddings that are resized
-}
+# Not counted by fvcore: a convolution with padding="valid"; the product of an attention with a mask.
+UNKNOWN = {"siglip": 16 * 48 * 3 * 64, "siglip2": 16 * 48}
 
 
 @torch.no_grad()
