@@ -16,7 +16,7 @@ from madtp.blocks import Guidance, TowerRecord, block_flops, run_blocks
 from madtp.flops import GIGA
 from madtp.packing import Layout, Valid, class_tokens, end_first, pack, padded
 from madtp.patch.layers import WrappedBlock, layers_flops
-from madtp.pruning import OFF, PruneSetting, TokenPruner
+from madtp.pruning import OFF, PruneSetting, PruningRule, TokenPruner
 
 ATTRIBUTE = "madtp"  # of the model, where the handle is registered, so that its parameters train and are saved
 
@@ -114,17 +114,17 @@ class Tower:
             raise ValueError(f"the {self.name} encoder has not run pruned")
         return self.record
 
-    def flops(self) -> Tensor:
-        """Counts the multiply-adds of the last pass per sample, (B,)."""
-        record = self.last()
+    def flops(self, unpruned: bool = False) -> Tensor:
+        """Counts the multiply-adds of the last pass per sample, (B,); `unpruned` those of the same samples without pruning."""
+        record = self.last().unpruned() if unpruned else self.last()
         patches, first, each, once = self.layers
         entering, leaving = record.entering[0], record.leaving[-1]
         prefix = self.blocks[0].pruner.rule.num_prefix_tokens
-        total = block_flops(self.blocks, record, *self.context_tokens())
+        total = block_flops(self.blocks, record, *self.context_tokens(unpruned))
         total = total + layers_flops(patches, entering - prefix) + layers_flops(first, entering) + layers_flops(each, leaving)
         return (total + layers_flops(once, torch.ones_like(leaving))).cpu()
 
-    def context_tokens(self) -> tuple[object, ...]:
+    def context_tokens(self, unpruned: bool) -> tuple[object, ...]:
         """Returns the token counts of what the blocks read beside their own tokens."""
         return ()
 
@@ -166,6 +166,11 @@ class Pruning(nn.Module):
     def blocks(self) -> list[WrappedBlock]:
         """The blocks of all towers."""
         return [block for tower in self.towers for block in tower.blocks]
+
+    @property
+    def rule(self) -> PruningRule:
+        """The rule of the first tower."""
+        return self.towers[0].blocks[0].pruner.rule
 
     @property
     def depth(self) -> int:
@@ -226,15 +231,40 @@ class Pruning(nn.Module):
 
     def mean_gflops(self, batches: Iterable[Batch], setting: PruneSetting = OFF) -> float:
         """Returns the mean GFLOPs per sample at a setting; of a model with two encoders those of an image and a text."""
-        parts = [self._each(batch, setting) for batch in batches]
-        return sum(float(torch.cat(costs).mean()) for costs in zip(*parts, strict=True))
+        return self.compare(batches, setting)[0]
 
-    def _each(self, batch: Batch, setting: PruneSetting | None) -> list[Tensor]:
-        self.run(batch, setting)
-        return [tower.flops().double() / GIGA for tower in self.towers]
+    def compare(self, batches: Iterable[Batch], setting: PruneSetting) -> tuple[float, float]:
+        """Returns the mean GFLOPs per sample at a setting, and of the same samples without pruning."""
+        parts = [self._each(batch, setting) + self._each() for batch in batches]
+        means = [float(torch.cat(costs).mean()) for costs in zip(*parts, strict=True)]
+        return sum(means[: len(self.towers)]), sum(means[len(self.towers) :])
+
+    def _each(self, batch: Batch | None = None, setting: PruneSetting | None = None) -> list[Tensor]:
+        """Returns the GFLOPs of each tower on a batch; without one, of the last pass if it had not pruned."""
+        if batch is not None:
+            self.run(batch, setting)
+        return [tower.flops(unpruned=batch is None).double() / GIGA for tower in self.towers]
 
     def extra_repr(self) -> str:
         return f"{', '.join(tower.name for tower in self.towers)}: {self.setting}, packed={self.packed}"
+
+
+def count_samples(batch: Batch) -> int:
+    return len(_tensors(batch)[0])
+
+
+def first_samples(batch: Batch, number: int) -> Batch:
+    """Returns a batch of the first samples."""
+    cut = [values[:number] for values in _tensors(batch)]
+    if isinstance(batch, Tensor):
+        return cut[0]
+    return dict(zip(batch, cut, strict=True)) if isinstance(batch, Mapping) else tuple(cut)
+
+
+def _tensors(batch: Batch) -> list[Tensor]:
+    if isinstance(batch, Tensor):
+        return [batch]
+    return list(batch.values() if isinstance(batch, Mapping) else batch)
 
 
 def end_place(end_id: int, ids: Tensor) -> Tensor:

@@ -99,8 +99,10 @@ class BlipTextTower(Tower):
         x, left = self.run(hidden_states, self.mask, *context)
         return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=self.padded(x, left))
 
-    def context_tokens(self) -> tuple[object, ...]:
-        return () if self.image_tokens is None else (self.image_tokens,)
+    def context_tokens(self, unpruned: bool) -> tuple[object, ...]:
+        if self.image_tokens is None:
+            return ()
+        return (self.images.last().entering[0] if unpruned and self.images is not None else self.image_tokens,)
 
 
 def read(tower: Tower, model: Any) -> None:

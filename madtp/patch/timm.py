@@ -74,9 +74,9 @@ class TimmTower(Tower):
         tokens, layout = self.run(model.norm_pre(model.patch_drop(model._pos_embed(model.patch_embed(x)))))
         return pool(model, model.norm(tokens), layout)
 
-    def flops(self) -> Tensor:
-        model, total = self.module, super().flops()
-        last = self.last().leaving[-1].cpu()
+    def flops(self, unpruned: bool = False) -> Tensor:
+        model, total = self.module, super().flops(unpruned)
+        last = (self.last().unpruned() if unpruned else self.last()).leaving[-1].cpu()
         if model.attn_pool is not None:
             reads_prefix = getattr(model, "pool_include_prefix", True)  # older versions of timm have no choice
             total = total + pool_flops(model.attn_pool, last if reads_prefix else last - model.num_prefix_tokens)

@@ -134,11 +134,12 @@ class StackTower(Tower):
         pooled = head.attention(probe, hidden_state, hidden_state, key_padding_mask=padding, need_weights=False)[0]
         return (pooled + head.mlp(head.layernorm(pooled)))[:, 0]
 
-    def flops(self) -> Tensor:
-        total, head = super().flops(), self.pool
+    def flops(self, unpruned: bool = False) -> Tensor:
+        total, head = super().flops(unpruned), self.pool
         if head is None:
             return total
-        return total + pool_flops(head.attention, self.last().leaving[-1].cpu(), [head.layernorm, *head.mlp.modules()])
+        last = (self.last().unpruned() if unpruned else self.last()).leaving[-1].cpu()
+        return total + pool_flops(head.attention, last, [head.layernorm, *head.mlp.modules()])
 
 
 class TextTower(StackTower):
