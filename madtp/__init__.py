@@ -26,6 +26,7 @@ from madtp.distillation import Distillation
 from madtp.packing import Packed, class_tokens, pack, padded
 from madtp.patch import prune, restore
 from madtp.patch.base import Pruning
+from madtp.patch.folders import load
 from madtp.pruning import OFF, PruneSetting, PruningRule, TokenPruner
 from madtp.sparsity.layers import sparse_weights
 from madtp.sparsity.masks import Pattern, SparseWeights
@@ -53,6 +54,7 @@ __all__ = [
     "block_flops",
     "calibrate",
     "class_tokens",
+    "load",
     "pack",
     "padded",
     "prune",

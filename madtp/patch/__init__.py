@@ -1,6 +1,6 @@
 """Pruning models of other libraries in place. Only the adapters in this package import those libraries."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -53,6 +53,7 @@ def prune(
     seed: int = 0,
     setting: PruneSetting | None = None,
     towers: Sequence[str] | None = None,
+    progress: Callable[[Iterable[Batch]], Iterable[Batch]] = iter,
 ) -> Pruning:
     """Makes a model of another library prune its tokens, in place, so that p of its GFLOPs are gone.
 
@@ -61,9 +62,8 @@ def prune(
     and BLIP. `rule.gradient` lets a loss train the learnable tokens. The prune temperature is searched on the calibration data.
 
     Args:
-        calibration: a few normalised images (N, 3, H, W), or batches of them; no labels are needed. For a model that also reads
-            text, a dictionary of the arguments of its forward pass (for open_clip a tuple of images and texts), or several of
-            them; from images alone, only its image encoder is pruned.
+        calibration: normalised images (N, 3, H, W), or batches of them; no labels. For a model that also reads text, dictionaries
+            of the arguments of its forward pass (for open_clip tuples); from images alone, only its image encoder is pruned.
         p: share of the GFLOPs to remove, 0 < p < 1.
         rule: how tokens are selected; its number of prefix tokens is set to the model's.
         num_learnable: number of learnable tokens.
@@ -71,10 +71,11 @@ def prune(
         init_std: their initial standard deviation.
         packed: run batches without padding, so that an answer does not depend on the batch (with `keep: instance`).
         seed: of the learnable tokens.
-        setting: prune as hard as this, instead of searching; such as one that was found before, for weights that were saved.
+        setting: prune as hard as this, instead of searching, such as a search of an earlier day has found.
         towers: names of the encoders to prune, of "vision" and "language"; default: those that the calibration data reach.
+        progress: wraps the batches of each pass over them, for example to show a bar.
     Returns:
-        The handle of the pruned model, which has its setting, GFLOPs and record. `restore` removes it.
+        The handle of the pruned model: its setting, GFLOPs and record. `restore` removes it.
     Raises:
         TypeError: for a model that cannot be pruned, naming the part that is not supported.
         UnreachableTarget: when no temperature removes p.
@@ -88,6 +89,7 @@ def prune(
     if towers is None:
         towers = ("vision", "language") if not batches or adapter.reads_text(batches[0]) else ("vision",)
     pruning = _attach(model, adapter, rule, num_learnable, init_std, packed, generator, towers)
+    pruning.progress = progress
     try:
         with _evaluation(model):
             if init != "random" and pruning.learnable_tokens is not None:

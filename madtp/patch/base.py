@@ -136,6 +136,7 @@ class Pruning(nn.Module):
     packed: run batches without padding
     align: collect the alignment features that the similarity loss compares
     dense_gflops: mean GFLOPs of a calibration sample without pruning
+    progress: wraps the batches of a measurement, for example to show a bar
     """
 
     def __init__(
@@ -158,6 +159,7 @@ class Pruning(nn.Module):
         self.learnable_tokens = None if learnable_tokens is None else nn.Parameter(learnable_tokens)
         self.setting, self.packed, self.align, self._counts = OFF, packed, False, False
         self.dense_gflops = float("nan")
+        self.progress: Callable[[Iterable[Batch]], Iterable[Batch]] = iter
         for tower in towers:
             tower.attach(self)
         model.add_module(ATTRIBUTE, self)
@@ -235,7 +237,7 @@ class Pruning(nn.Module):
 
     def compare(self, batches: Iterable[Batch], setting: PruneSetting) -> tuple[float, float]:
         """Returns the mean GFLOPs per sample at a setting, and of the same samples without pruning."""
-        parts = [self._each(batch, setting) + self._each() for batch in batches]
+        parts = [self._each(batch, setting) + self._each() for batch in self.progress(batches)]
         means = [float(torch.cat(costs).mean()) for costs in zip(*parts, strict=True)]
         return sum(means[: len(self.towers)]), sum(means[len(self.towers) :])
 
