@@ -68,8 +68,13 @@ class Config(MethodKeys):
     num_workers: int = Field(4, ge=0, description="processes that load data; does not change results")
 
     # model
-    pretrained: Text = Field("", description="path of the weights to start from; empty: random weights")
+    pretrained: Text = Field(
+        "", description="weights to start from: a file, or a folder of transformers, which sets the sizes; empty: random weights"
+    )
     vit: Vit = Field("base", description="base, large, or a mapping of sizes")
+    vit_norm_eps: float = Field(
+        1e-6, gt=0, description="epsilon of the image encoder's LayerNorm: BLIP's; a folder of transformers brings its own"
+    )
     bert: Bert = Field("base", description="base, or a mapping of sizes")
     vit_grad_ckpt: bool = Field(False, description="recompute activations in the backward pass: less memory, slower")
     vit_ckpt_layer: int = Field(0, ge=0, description="vit_grad_ckpt: number of last blocks that recompute; higher saves memory")

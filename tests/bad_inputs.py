@@ -12,10 +12,12 @@ from typing import NamedTuple
 import torch
 from safetensors.torch import save_file
 
+from tests.folders import blip_folder, changed, clip_folder
 from tests.spoil import (
     WEIGHTS,
     Break,
     cut,
+    dense,
     entry,
     gone,
     of_another_task,
@@ -303,6 +305,55 @@ CHECKPOINTS = [
         spoil=written("vocab.txt", b"a\nred\nstar\n"),
     ),
     BadInput("nlvr", "no vocabulary", "not a text file; set the key 'tokenizer'", spoil=written("vocab.txt", b"\xff\xfe\xfa")),
+    BadInput(
+        "vqa",
+        "sizes that are not the folder's",
+        "vit.embed_dim: 20 contradicts",
+        "A folder of transformers has its own sizes and tokenizer: leave these keys out, or `tools/convert_checkpoint.py` makes a"
+        " file of it.",
+        "--pretrained {folder}/there",
+        lambda folder: blip_folder(folder / "there", "vqa"),
+    ),
+    BadInput(
+        "vqa",
+        "another image size than the folder's",
+        "image_size: 48 contradicts",
+        "",
+        "--pretrained {folder}/there --set image_size=48",
+        lambda folder: blip_folder(folder / "there", "vqa"),
+    ),
+    BadInput(
+        "caption",
+        "the folder of another task",
+        "holds BlipForQuestionAnswering, and task 'caption' takes BlipForConditionalGeneration",
+        "Each task takes the weights of one class: see [Formats of weights](formats.md).",
+        "--pretrained {folder}/there",
+        lambda folder: blip_folder(folder / "there", "vqa"),
+    ),
+    BadInput(
+        "nlvr",
+        "a folder for NLVR2",
+        "which has no BLIP for NLVR2",
+        "",
+        "--pretrained {folder}/there",
+        lambda folder: blip_folder(folder / "there", "vqa"),
+    ),
+    BadInput(
+        "retrieval_clip",
+        "the folder of a CLIP that ends texts otherwise",
+        "which is not the highest, is of a model that this project does not have",
+        "",
+        "--pretrained {folder}/there",
+        lambda folder: (clip_folder(folder / "there"), changed(folder / "there/config.json", text_config__eos_token_id=5)),
+    ),
+    BadInput(
+        "retrieval_clip",
+        "a broken folder",
+        "config.json: not a JSON object; fetch the folder again",
+        FETCH,
+        "--pretrained {folder}/there",
+        lambda folder: (clip_folder(folder / "there"), (folder / "there/config.json").write_text("[")),
+    ),
     BadInput("retrieval_clip", "a list without [UNK]", "has no [UNK]", spoil=written("vocab.txt", b"a\nred\n")),
 ]
 
@@ -508,6 +559,72 @@ TOOLS = [
         "--checkpoint {folder}/checkpoint_best.pth --out {folder}/out --half",
         weights(lambda model: model["cls_head.0.bias"].fill_(1e6)),
         "tools.export",
+    ),
+]
+
+CONVERT_TOOL = "--checkpoint {folder}/checkpoint_best.pth "
+TOOLS += [
+    BadInput(
+        "nlvr",
+        "pruned weights to convert",
+        "prunes tokens",
+        "Other programs cannot prune: convert the dense weights that the run started from.",
+        CONVERT_TOOL + "--to blip --out {folder}/x.pth",
+        program="tools.convert_checkpoint",
+    ),
+    BadInput(
+        "nlvr",
+        "NLVR2 for transformers",
+        "a BLIP for NLVR2, for which transformers has no class",
+        "",
+        CONVERT_TOOL + "--to transformers --out {folder}/out",
+        dense,
+        "tools.convert_checkpoint",
+    ),
+    BadInput(
+        "caption",
+        "something in the way",
+        "is there already; give another path",
+        "",
+        CONVERT_TOOL + "--to blip --out {folder}/vocab.txt",
+        dense,
+        "tools.convert_checkpoint",
+    ),
+    BadInput(
+        "caption",
+        "another file ending",
+        "give a file that ends in .pth, .pt or .bin",
+        "",
+        CONVERT_TOOL + "--to blip --out {folder}/x.zip",
+        dense,
+        "tools.convert_checkpoint",
+    ),
+    BadInput(
+        "caption",
+        "a weight that is not known",
+        "holds x, which no BLIP has",
+        "Save BLIP's weights alone: a conversion leaves out nothing that it does not know.",
+        CONVERT_TOOL + "--to blip --out {folder}/x.pth",
+        lambda folder: (dense(folder), weights(lambda model: model.update(x=torch.ones(1)))(folder)),
+        "tools.convert_checkpoint",
+    ),
+    BadInput(
+        "caption",
+        "heads that nothing tells",
+        "does not show its attention heads",
+        "",
+        CONVERT_TOOL + "--to transformers --out {folder}/out",
+        lambda folder: (dense(folder), gone("config.yaml")(folder)),
+        "tools.convert_checkpoint",
+    ),
+    BadInput(
+        "caption",
+        "no weights of this project",
+        "neither a BLIP nor a CLIP of this project",
+        "",
+        CONVERT_TOOL + "--to blip --out {folder}/x.pth",
+        saved({"model": {"x": torch.ones(1)}}),
+        "tools.convert_checkpoint",
     ),
 ]
 
