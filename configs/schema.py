@@ -12,6 +12,7 @@ from pydantic import Field, PrivateAttr, ValidationInfo, field_validator, model_
 
 from configs.method import MethodKeys
 from configs.sizes import BERT_SIZES, VIT_SIZES, Bert, BertSizes, ClipSizes, Section, Text, Vit, VitSizes, require
+from configs.table import SPLITS, TableKeys, TablePart
 from utils import home_expanded
 
 PATHS = ("pretrained", "teacher", "resume", "tokenizer")  # paths that are texts, since they may be empty or a name
@@ -39,7 +40,7 @@ class Augment(Section):
         return require(self, 0 < low <= high <= 1, "crop_scale must be two numbers with 0 < first <= second <= 1")
 
 
-class Config(MethodKeys):
+class Config(MethodKeys, TableKeys):
     """The keys that all tasks share."""
 
     script: ClassVar[str] = ""
@@ -190,8 +191,10 @@ class Config(MethodKeys):
         """Tells whether samples of a split are skipped if they cannot be read; metrics are always those of a whole split."""
         return self.on_bad_sample == "skip" and split in ("train", "calibration")
 
-    def annotation_file(self, name: str) -> Path:
-        """Returns the path of the annotation file `name`, given with or without .json."""
+    def annotation_file(self, name: str) -> Path | TablePart:
+        """Returns the path of the annotation file `name`, given with or without .json; with a table, its split of this name."""
+        if self.table is not None and name in SPLITS:
+            return TablePart(self.table, name, self.task, self.split_shares, self.split_seed)
         return self.ann_root / home_expanded(f"{name.removesuffix('.json')}.json")
 
 
@@ -244,7 +247,7 @@ class RetrievalConfig(Config):
     @classmethod
     def _files_of_the_data_set(cls, values: Any) -> Any:
         stem = RETRIEVAL_FILES.get(str(values.get("dataset", "coco"))) if isinstance(values, dict) else None
-        if stem is None:
+        if stem is None or values.get("table"):
             return values
         files = {"train_files": [f"{stem}_train"], "val_file": f"{stem}_val", "test_file": f"{stem}_test"}
         return {**values, **{key: name for key, name in files.items() if not values.get(key)}}

@@ -71,7 +71,10 @@ def write_world(folder: Path, task: str) -> Path:
 
 TRAIN = "--no-evaluate --output_dir {folder}/out "
 CLIP_FILE = b'{"model_cfg": {"vision_cfg": {"pool_type": "avg"}, "text_cfg": {}}}'
-CONVERT = "Convert it to the format in [Data and weights](data.md): BLIP's files are in it."
+CONVERT = (
+    "Convert it to the format in [Data and weights](data.md): BLIP's files are in it, and `tools/import_data.py` converts most."
+)
+CONVERT_NONE = "Give the file that the authors of the data set publish, under its own name."
 FETCH = "The download broke off or was not the file; fetch it again."
 
 SETTINGS = [
@@ -364,6 +367,8 @@ OFFICIAL = {
     "Karpathy's": ({"images": [], "dataset": "coco"}, "Karpathy's split file"),
     "Visual Genome's": ([{"id": 1, "qas": []}], "Visual Genome's own questions"),
 }
+OWN_HEADER = b"image,question,answer,split\n"
+OWN_PAIR = b"image_a,image_b,sentence,label,split\n0a.jpg,0b.jpg,a,maybe,train\n"
 ANNOTATIONS = [
     BadInput(
         "nlvr",
@@ -465,6 +470,84 @@ ANNOTATIONS = [
         TRAIN + "--set test_file=vqa_train",
     ),
     BadInput("vqa", "too few images", "too few images to hold 2% of them out", "Name a `val_file`.", "--set \"val_file=''\""),
+]
+
+OWN = "--set table={folder}/own.csv --set train_files= --set val_file= --set test_file= "
+TABLES = [
+    BadInput(
+        "vqa",
+        "no table",
+        "own.csv: No such file or directory; set the key 'table'",
+        flags=OWN,
+    ),
+    BadInput(
+        "vqa",
+        "a table beside annotation files",
+        "its splits are train, val and test, but train_files is 'vqa_train'",
+        "A table has its own splits: leave `train_files`, `val_file` and `test_file` out.",
+        "--set table={folder}/own.csv",
+    ),
+    BadInput(
+        "vqa",
+        "no column",
+        "line 1 has no column 'answer', only image, question",
+        "The first line of a CSV file names its columns: see [Own data](data.md#own-data).",
+        OWN,
+        written("own.csv", b"image,question\n"),
+    ),
+    BadInput(
+        "vqa",
+        "another number of cells",
+        "line 2 has 4 cells for 3 columns; quote texts that hold commas",
+        "",
+        OWN,
+        written("own.csv", b"image,question,answer\n0a.jpg,a,red,star\n"),
+    ),
+    BadInput(
+        "vqa", "an empty cell", "line 2 has no 'image' that is a path", "", OWN, written("own.csv", OWN_HEADER + b",a,red,train")
+    ),
+    BadInput(
+        "vqa",
+        "no answer to train on",
+        "line 2 has no 'answer' that is text",
+        "",
+        OWN,
+        written("own.csv", OWN_HEADER + b"0a.jpg,a,,train"),
+    ),
+    BadInput(
+        "vqa",
+        "an unknown split",
+        "line 2 has the split 'dev', not train, val, test",
+        "",
+        OWN,
+        written("own.csv", OWN_HEADER + b"0a.jpg,a,red,dev"),
+    ),
+    BadInput(
+        "vqa",
+        "a split without rows",
+        "has no rows of the split 'val'",
+        "Give each of train, val and test some rows, or leave the column `split` out and set `split_shares`.",
+        OWN,
+        written("own.csv", OWN_HEADER + b"0a.jpg,a,red,train"),
+    ),
+    BadInput("nlvr", "a label that is none", "line 2 has the 'label' 'maybe'", "", OWN, written("own.csv", OWN_PAIR)),
+    BadInput(
+        "caption",
+        "a line that is no object",
+        "line 2 is not a JSON object; write one on each line",
+        "",
+        OWN.replace("own.csv", "own.jsonl"),
+        written("own.jsonl", b'{"image": "0a.jpg", "caption": "a"}\n[]\n'),
+    ),
+    BadInput(
+        "retrieval",
+        "no picture of the table",
+        "no such picture; set the key 'image_root'",
+        "",
+        OWN,
+        written("own.csv", b"image,caption\n" + b"".join(b"x/%d.jpg,a star\n" % number for number in range(30))),
+    ),
+    BadInput("vqa", "shares of more than all", "split_shares must be three numbers", "", OWN + "--set split_shares=[1,1,1]"),
 ]
 
 IMAGES = [
@@ -628,7 +711,67 @@ TOOLS += [
     ),
 ]
 
-TABLE = {"Settings": SETTINGS, "Weights": CHECKPOINTS, "Annotations": ANNOTATIONS, "Images": IMAGES, "Tools": TOOLS}
+CAPTIONS = {
+    "images": [{"id": 9, "file_name": "COCO_val2014_000000000009.jpg"}],
+    "annotations": [{"image_id": 9, "caption": "a star"}],
+}
+IMPORT = "--out {folder}/out --images {folder} "
+TOOLS += [
+    BadInput(
+        "caption",
+        "official files without pictures",
+        "1 of 1 pictures of coco_val are missing, the first val2014/COCO_val2014_000000000009.jpg",
+        "`--images` is the folder that holds `train2014/` and the like.",
+        IMPORT + "--from coco --files {folder}/captions_val2014.json",
+        written("captions_val2014.json", CAPTIONS),
+        "tools.import_data",
+    ),
+    BadInput(
+        "caption",
+        "an unknown split of Karpathy's",
+        "image 0 has the split 'dev', not one of train, restval, val, test",
+        "",
+        IMPORT + "--from karpathy --files {folder}/x.json",
+        written("x.json", {"dataset": "coco", "images": [{"split": "dev"}]}),
+        "tools.import_data",
+    ),
+    BadInput(
+        "vqa",
+        "questions without annotations",
+        "the annotations of train2014 are not given; add their file",
+        "",
+        IMPORT + "--from vqa --files {folder}/x.json",
+        written("x.json", {"data_subtype": "train2014", "questions": []}),
+        "tools.import_data",
+    ),
+    BadInput(
+        "nlvr",
+        "statements of another split",
+        "line 1 has the identifier 'balanced-0-0-0', of none of the splits",
+        "",
+        IMPORT + "--from nlvr --files {folder}/x.json",
+        written("x.json", b'{"identifier": "balanced-0-0-0"}\n'),
+        "tools.import_data",
+    ),
+    BadInput(
+        "caption",
+        "no official file",
+        "has no 'annotations', as the official file has",
+        CONVERT_NONE,
+        IMPORT + "--from coco --files {folder}/captions_val2014.json",
+        written("captions_val2014.json", {"images": []}),
+        "tools.import_data",
+    ),
+]
+
+TABLE = {
+    "Settings": SETTINGS,
+    "Weights": CHECKPOINTS,
+    "Annotations": ANNOTATIONS,
+    "Own data": TABLES,
+    "Images": IMAGES,
+    "Tools": TOOLS,
+}
 
 
 def page() -> str:
