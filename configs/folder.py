@@ -36,15 +36,20 @@ def is_folder(path: str | Path) -> bool:
 
 
 def with_folder_keys(task: str, values: dict[str, Any]) -> dict[str, Any]:
-    """Returns the keys of an experiment with those that the folder `pretrained` determines; as they are without a folder.
+    """Returns the keys of an experiment with those that a folder, `pretrained` or `teacher`, determines; as they are without one.
 
     Raises:
-        UserError: when the folder is broken or of another model, or when a key contradicts it.
+        UserError: when a folder is broken or of another model, or when a key contradicts it.
     """
-    given = values.get("pretrained")
-    path = Path(home_expanded(given)) if isinstance(given, str) and given else None
-    if path is None or not is_folder(path):
-        return values
+    for key in ("pretrained", "teacher"):
+        given = values.get(key)
+        if isinstance(given, str) and given and is_folder(home_expanded(given)):
+            values = {**values, **_agreed(Path(home_expanded(given)), task, values)}
+    return values
+
+
+def _agreed(path: Path, task: str, values: dict[str, Any]) -> dict[str, Any]:
+    """Returns the keys that a folder determines, those that are given as they are."""
     keys = folder_keys(path, task)
     for key, theirs in keys.items():
         ours = values.get(key)
@@ -61,7 +66,7 @@ def with_folder_keys(task: str, values: dict[str, Any]) -> dict[str, Any]:
             keys[key] = ours
         else:
             keys[key] = {**theirs, **ours} if isinstance(ours, dict) else ours
-    return {**values, **keys}
+    return keys
 
 
 def folder_keys(path: Path, task: str) -> dict[str, Any]:
@@ -127,6 +132,8 @@ def _blip_keys(path: Path, content: dict[str, Any], task: str) -> dict[str, Any]
         "vit_norm_eps": vision.layer_norm_eps,
         "bert": {name: getattr(text, name) for name in BertSizes.model_fields if name != "dropout"},
     }
+    if task == "vqa":
+        keys["decoder_layers"] = text.num_hidden_layers
     if task == "retrieval":
         keys["embed_dim"] = config.image_text_hidden_size
     if vocabulary_file(path).is_file():

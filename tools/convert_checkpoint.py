@@ -27,7 +27,7 @@ def main() -> None:
     parser.add_argument("--to", choices=FORMATS, required=True, help="the format to write")
     parser.add_argument("--out", type=user_path, required=True, metavar="PATH", help="the file, or for transformers the folder")
     parser.add_argument("--config", type=user_path, metavar="FILE", help="config.yaml of the run, if not next to the checkpoint")
-    parser.add_argument("--tokenizer", metavar="PATH", help="BERT's vocab.txt or its folder, if no config names it")
+    parser.add_argument("--tokenizer", metavar="PATH", help="vocab.txt or its folder, if no config names it")
     args = parser.parse_args()
     check_free(args.out)
     source = open_source(args.checkpoint, args.config, args.tokenizer)

@@ -72,12 +72,21 @@ def test_keys_that_agree_may_be_given(vqa, tmp_path):
         ({"vit": {"patch_size": 4}}, "vit.patch_size: 4 contradicts"),
         ({"vit": {"patch_size": 8, "embed_dim": 24, "depth": 3, "num_heads": 4}}, "vit.num_heads: 4 contradicts"),
         ({"bert": "base"}, "bert.hidden_size: 768 contradicts"),
+        ({"decoder_layers": 1}, "decoder_layers: 1 contradicts"),
         ({"vit_norm_eps": 1e-6}, "vit_norm_eps: 1e-06 contradicts"),
         ({"tokenizer": "nowhere"}, "tokenizer: nowhere: No such file or directory; leave the key out"),
     ],
 )
 def test_a_key_that_contradicts_the_folder_is_refused(vqa, keys, said):
     assert said in refusal(vqa, "vqa", **keys)
+
+
+def test_the_folder_of_a_teacher_counts_as_well(vqa):
+    (vqa / "experiment.yaml").write_text(json.dumps({"teacher": str(vqa), "pretrained": "x.pth"}))
+    assert load_config(TASKS["vqa"].config_class, vqa / "experiment.yaml").vit_norm_eps == 1e-5
+    (vqa / "experiment.yaml").write_text(json.dumps({"teacher": str(vqa), "vit": "base"}))
+    with pytest.raises(UserError, match="vit.patch_size: 16 contradicts"):
+        load_config(TASKS["vqa"].config_class, vqa / "experiment.yaml")
 
 
 def test_another_word_list_is_refused(vqa, tmp_path):

@@ -186,8 +186,9 @@ def test_a_clip_run_with_its_own_words_comes_back(tmp_path, convert):
 
 
 def test_openais_tokenizer_is_written_as_transformers_has_it(tmp_path, convert):
-    run = write_run(tmp_path / "run", "retrieval_clip", p=0)
-    folder = tmp_path / "folder"
+    run, folder = write_run(tmp_path / "run", "retrieval_clip", p=0), tmp_path / "folder"
+    weights = read_checkpoint(run / "checkpoint_best.pth")["model"]
+    torch.save({"model": weights | {"token_embedding.weight": torch.zeros(49408, 16)}}, run / "checkpoint_best.pth")
     convert(run / "checkpoint_best.pth", "transformers", folder, "--tokenizer", "clip")
     theirs, ours = AutoTokenizer.from_pretrained(folder), load_clip_tokenizer("clip")
     for text in ("two dogs are running on the grass", "a 1990s car, don't stop"):
@@ -229,6 +230,27 @@ def test_an_output_layer_of_its_own_is_refused(tmp_path, convert):
     torch.save({"model": weights}, tmp_path / "x.pth")
     with pytest.raises(UserError, match="to which BLIP ties it"):
         convert(tmp_path / "x.pth", "madtp", tmp_path / "y.pth")
+
+
+def test_published_widths_tell_heads_and_epsilon(tmp_path, convert):
+    width = {"hidden_size": 768, "num_attention_heads": 12, "num_hidden_layers": 1}
+    blip_folder(tmp_path / "there", "retrieval", width, width)
+    convert(tmp_path / "there", "blip", tmp_path / "x.pth")
+    convert(tmp_path / "x.pth", "transformers", tmp_path / "back", "--tokenizer", tmp_path / "there")
+    written = json.loads((tmp_path / "back/config.json").read_text())
+    assert written["vision_config"]["num_attention_heads"] == written["text_config"]["num_attention_heads"] == 12
+    assert written["vision_config"]["layer_norm_eps"] == 1e-6  # BLIP's
+
+
+def test_another_tokenizer_is_refused_before_anything_is_written(tmp_path, convert):
+    clip_folder(tmp_path / "clip")
+    with pytest.raises(UserError, match="has 17 words, and the tokenizer clip 49408; give its own with --tokenizer"):
+        convert(tmp_path / "clip", "transformers", tmp_path / "x", "--tokenizer", "clip")
+    blip_folder(tmp_path / "blip", "caption")
+    (tmp_path / "words.txt").write_text("\n".join(("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")))
+    with pytest.raises(UserError, match="words.txt: has 7 words with .DEC. and .ENC., the weights of .* others"):
+        convert(tmp_path / "blip", "transformers", tmp_path / "x", "--tokenizer", tmp_path / "words.txt")
+    assert not (tmp_path / "x").exists()
 
 
 def test_heads_are_never_guessed(tmp_path, convert):

@@ -8,7 +8,7 @@ import torch
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTokenizer
 
 from clip.model import ACTIVATIONS, OPENAIS, Clip, ClipSize
-from clip.tokenizer import OPENAI, WORDS
+from clip.tokenizer import OPENAI, WORDS, load_clip_tokenizer
 from configs.folder import CLIP_ENDS, MEAN, STD
 from models.weights.clip import (
     OPENAIS_HEAD,
@@ -49,6 +49,7 @@ def convert_clip(source: Source, to: str, out: Path) -> list[str]:
         save_weights(out, {"model": {**weights, "unseen": facts}})
         dropped = []
     elif to == "transformers":
+        check_tokenizer(source, len(weights["token_embedding.weight"]))
         save_folder(out, CLIPModel, clip_config(weights, size, unseen), to_transformers(weights), source.path)
         save_preparation(out, size, source)
     else:
@@ -96,6 +97,17 @@ def clip_config(weights: StateDict, size: ClipSize, unseen: Unseen) -> CLIPConfi
         },
         projection_dim=size.embed_dim,
     )  # fmt: skip
+
+
+def check_tokenizer(source: Source, words: int) -> None:
+    """Checks that the tokenizer of the weights is known.
+
+    Raises:
+        UserError: when it has another number of words.
+    """
+    given = source.tokenizer or OPENAI
+    if (number := len(load_clip_tokenizer(given))) != words:
+        raise UserError(f"{source.path}: has {words} words, and the tokenizer {given} {number}; give its own with --tokenizer")
 
 
 def save_preparation(out: Path, size: ClipSize, source: Source) -> None:
