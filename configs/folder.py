@@ -60,7 +60,11 @@ def _agreed(path: Path, task: str, values: dict[str, Any]) -> dict[str, Any]:
             keys[key] = ours
         elif found := _difference(key, ours, theirs):
             name, mine, other = found
-            way = ", or make a file of it by tools/convert_checkpoint.py, which fits any size" if key == "image_size" else ""
+            way = (
+                ", or make a file of it by tools/convert_checkpoint.py, whose positions are interpolated"
+                if key == "image_size"
+                else ""
+            )
             raise UserError(f"{name}: {mine} contradicts {path}, which has {other}; leave the key out{way}")
         elif not isinstance(theirs, dict):
             keys[key] = ours

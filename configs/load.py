@@ -200,7 +200,7 @@ _EXPECTED = {
     "string": "text",
     "path": "a path",
     "list": "a list",
-    "tuple": "a list of two numbers",
+    "tuple": "a list of numbers",
     "model": "a mapping of keys",
     "dict": "a mapping of keys",
 }

@@ -274,7 +274,7 @@ class ClipRetrievalConfig(RetrievalConfig):
 
     task: Literal["retrieval_clip"] = Field("retrieval_clip", description=TASK)
     output_dir: Path = Field(Path("output/retrieval_clip"), description="folder that the run writes to")
-    tokenizer: str = Field("clip", description="clip (OpenAI's vocabulary), or the path of a word list")
+    tokenizer: str = Field("clip", description="clip (OpenAI's vocabulary), a word list, or a folder of transformers")
     image_size: int = Field(336, ge=1, description="pixels along one side; higher shows more detail, GFLOPs grow with its square")
     clip: ClipSizes = Field(ClipSizes(), description="sizes of both towers; missing keys: as in ViT-L/14")
     max_text_tokens: int = Field(77, ge=3, description="largest length of a caption in tokens; cut captions keep their end token")

@@ -47,7 +47,9 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     try:
         words = read_vocabulary(file)
     except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or "not a text file"
+        reason = getattr(error, "strerror", None) or (
+            "not a text file" if isinstance(error, UnicodeDecodeError) else "not a word list"
+        )
         raise UserError(f"{file}: {reason}; set the key 'tokenizer' to BERT's vocab.txt or its folder") from None
     missing = [word for word in NEEDED if word not in words]
     if missing:

@@ -226,6 +226,7 @@ def test_pictures_that_are_trained_on_and_evaluated_are_warned_of(tmp_path, capl
         ({"train_files": ["vqa_train"]}, "its splits are train, val and test, but train_files is ['vqa_train']"),
         ({"val_file": "train"}, "its splits are train, val and test, but val_file is 'train'"),
         ({"split_shares": [0.5, 0.1, 0.1]}, "split_shares must be three numbers from 0 that sum to 1"),
+        ({"split_shares": 0.5}, "key 'split_shares' must be a list of numbers, got 0.5"),
     ],
 )
 def test_keys_that_do_not_fit_a_table_are_refused(tmp_path, keys, said):

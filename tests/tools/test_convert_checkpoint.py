@@ -232,6 +232,15 @@ def test_an_output_layer_of_its_own_is_refused(tmp_path, convert):
         convert(tmp_path / "x.pth", "madtp", tmp_path / "y.pth")
 
 
+def test_weights_that_are_cut_off_are_refused(tmp_path, convert):
+    blip_folder(tmp_path / "there", "caption")
+    weights = blip.dense_weights(load_file(tmp_path / "there/model.safetensors"), "x")
+    for front in ("text_decoder.bert.encoder.layer.0.intermediate.dense.weight", "visual_encoder.blocks."):
+        torch.save({name: tensor for name, tensor in weights.items() if not name.startswith(front)}, tmp_path / "x.pth")
+        with pytest.raises(UserError, match=f"x.pth: lacks {front}"):
+            convert(tmp_path / "x.pth", "transformers", tmp_path / "x", "--tokenizer", tmp_path / "there")
+
+
 def test_published_widths_tell_heads_and_epsilon(tmp_path, convert):
     width = {"hidden_size": 768, "num_attention_heads": 12, "num_hidden_layers": 1}
     blip_folder(tmp_path / "there", "retrieval", width, width)

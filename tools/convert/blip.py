@@ -12,7 +12,7 @@ from data.text import dec_token_id, load_tokenizer
 from models.vit import NORM_EPS
 from models.weights.blip import TRAINING_ALONE, as_published, dense_weights, to_transformers
 from models.weights.reading import StateDict
-from tools.convert.files import Source, save_folder, save_weights
+from tools.convert.files import Source, layer_numbers, save_folder, save_weights
 from utils import UserError
 
 BICUBIC = 3
@@ -44,6 +44,10 @@ def convert_blip(source: Source, to: str, out: Path) -> list[str]:
         return lines + _keys_to_set(source, task)
     if task not in CLASSES:
         raise UserError(f"{source.path}: a BLIP for NLVR2, for which transformers has no class; give --to blip or madtp")
+    try:
+        sizes_of(weights)
+    except KeyError as error:
+        raise UserError(f"{source.path}: lacks {error.args[0]}; is it cut off? Fetch it again") from None
     unseen = unseen_of(source, weights, task)
     if not source.tokenizer:
         raise UserError(f"{source.path}: does not hold its tokenizer; give BERT's vocab.txt, or its folder, with --tokenizer")
@@ -102,7 +106,11 @@ def unseen_of(source: Source, weights: StateDict, task: str) -> Unseen:
 
 
 def sizes_of(weights: StateDict) -> dict[str, Any]:
-    """Returns the sizes that the shapes of `dense_weights` show, as keyword arguments of BlipConfig."""
+    """Returns the sizes that the shapes of `dense_weights` show, as keyword arguments of BlipConfig.
+
+    Raises:
+        KeyError: when a weight is missing.
+    """
     text = "text_encoder." if "text_encoder.embeddings.word_embeddings.weight" in weights else "text_decoder.bert."
     patch, words = weights["visual_encoder.patch_embed.proj.weight"], weights[f"{text}embeddings.word_embeddings.weight"]
     grid = math.isqrt(weights["visual_encoder.pos_embed"].shape[1] - 1)
@@ -137,7 +145,7 @@ def blip_config(weights: StateDict, unseen: Unseen, words: dict[str, int]) -> Bl
 
 
 def _layers(weights: StateDict, front: str) -> int:
-    return 1 + max(int(name.removeprefix(front).split(".")[0]) for name in weights if name.startswith(front))
+    return 1 + max(layer_numbers(weights, front))
 
 
 def _keys_to_set(source: Source, task: str) -> list[str]:

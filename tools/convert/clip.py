@@ -20,7 +20,7 @@ from models.weights.clip import (
 )
 from models.weights.clip_config import OPEN_CLIP, Unseen
 from models.weights.reading import StateDict
-from tools.convert.files import Source, check_free, save_folder, save_weights
+from tools.convert.files import Source, check_free, layer_numbers, save_folder, save_weights
 from utils import UserError
 
 BICUBIC = 3
@@ -184,7 +184,4 @@ def _guessed(size: ClipSize, unseen: Unseen) -> bool:
 
 
 def _layers(weights: StateDict, front: str) -> int:
-    numbers = [int(name.removeprefix(front).split(".")[0]) for name in weights if name.startswith(front)]
-    if not numbers:
-        raise KeyError(front)
-    return 1 + max(numbers)
+    return 1 + max(layer_numbers(weights, front))

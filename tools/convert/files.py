@@ -55,6 +55,18 @@ def open_source(path: Path, config: Path | None, tokenizer: str | None) -> Sourc
     return Source(path, weights, settings, words or (str(path) if is_folder(path) else ""))
 
 
+def layer_numbers(weights: StateDict, front: str) -> list[int]:
+    """Returns the numbers that follow `front` in the names of weights.
+
+    Raises:
+        KeyError: when there is none.
+    """
+    numbers = [int(name.removeprefix(front).split(".")[0]) for name in weights if name.startswith(front)]
+    if not numbers:
+        raise KeyError(front)
+    return numbers
+
+
 def check_free(out: Path) -> None:
     """Checks that writing replaces nothing.
 
