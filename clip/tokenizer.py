@@ -6,6 +6,7 @@ The end-of-text token has the highest id, and padding (0) comes after it. The en
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from utils import UserError
 OPENAI = "clip"
 UNKNOWN = "[UNK]"
 START, END = "[START]", "[END]"  # names of the special tokens in convert_ids_to_tokens
+WORDS = "vocab.txt"
 WORD_END = "</w>"  # marks the last piece of a word in OpenAI's byte pairs
 
 
@@ -61,16 +63,22 @@ class ClipTokenizer:
 
 
 def load_clip_tokenizer(source: str) -> ClipTokenizer:
-    """Loads OpenAI's tokenizer (from open_clip) if `source` is "clip", else one from the file `source` with a word per line.
+    """Loads OpenAI's tokenizer (from open_clip) if `source` is "clip", else that of a file or folder.
+
+    source: "clip", a file with a word per line, or a folder with the files of transformers' CLIPTokenizer or with such a vocab.txt
 
     Raises:
-        UserError: when the file is missing or has no [UNK].
+        UserError: when the file is missing or has no [UNK], or the folder holds neither.
     """
     if source == OPENAI:
         from open_clip.tokenizer import SimpleTokenizer  # imported only here: open_clip is slow to import
 
         pairs = SimpleTokenizer()
         return ClipTokenizer(pairs.encode, partial(_piece, pairs.decoder), pairs.sot_token_id, pairs.eot_token_id)
+    if Path(source).is_dir():
+        if not (Path(source) / WORDS).is_file():
+            return _transformers_tokenizer(Path(source))
+        source = str(Path(source) / WORDS)
     try:
         words = Path(source).read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -81,6 +89,29 @@ def load_clip_tokenizer(source: str) -> ClipTokenizer:
     numbers = {word: number for number, word in enumerate(words)}
     start, end = len(words), len(words) + 1
     return ClipTokenizer(partial(_numbers, numbers), words.__getitem__, start, end)
+
+
+def _transformers_tokenizer(folder: Path) -> ClipTokenizer:
+    from transformers import CLIPTokenizer
+
+    try:
+        if not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json")):
+            raise FileNotFoundError
+        pairs = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+        start, end = pairs.bos_token_id, pairs.eos_token_id
+        if (start, end) != (len(pairs) - 2, len(pairs) - 1):
+            raise ValueError
+    except Exception:  # transformers' words for a broken file are many, and none speaks of it
+        raise UserError(f"{folder}: not the tokenizer of a CLIP; set the key 'tokenizer' to 'clip' or to a list of words") from None
+    return ClipTokenizer(partial(_pairs, pairs), partial(_pair_name, pairs), start, end)
+
+
+def _pairs(tokenizer: Any, text: str) -> list[int]:
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def _pair_name(tokenizer: Any, number: int) -> str:
+    return tokenizer.convert_ids_to_tokens(number).removesuffix(WORD_END)
 
 
 def _piece(pieces: Mapping[int, str], number: int) -> str:

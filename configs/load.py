@@ -9,6 +9,7 @@ from pydantic import BaseModel, ValidationError
 from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
+from configs.folder import with_folder_keys
 from configs.schema import CommandLine, Config
 from utils import UserError, user_path
 
@@ -30,13 +31,16 @@ SWITCHES = ("--reset-info-resume",)  # those without a value
 def load_config(cls: type[ConfigT], path: str | Path, overrides: dict[str, Any] | None = None) -> ConfigT:
     """Reads the YAML file `path`, applies `overrides`, and checks the result. A dotted key overrides a key of a mapping.
 
+    Where `pretrained` is a folder of transformers, keys that are left out are taken from it.
+
     Raises:
-        UserError: when the file is missing or invalid.
+        UserError: when the file is missing or invalid, or a key contradicts the folder.
         ConfigError: when keys are unknown, or values have the wrong type or range.
     """
     values = read_yaml(Path(path))
     for key, value in (overrides or {}).items():
         _assign(values, key.split("."), value)
+    values = with_folder_keys(cls.model_fields["task"].default, values)
     try:
         return cls(**values)
     except ValidationError as error:
@@ -196,7 +200,7 @@ _EXPECTED = {
     "string": "text",
     "path": "a path",
     "list": "a list",
-    "tuple": "a list of two numbers",
+    "tuple": "a list of numbers",
     "model": "a mapping of keys",
     "dict": "a mapping of keys",
 }

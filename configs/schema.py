@@ -12,6 +12,7 @@ from pydantic import Field, PrivateAttr, ValidationInfo, field_validator, model_
 
 from configs.method import MethodKeys
 from configs.sizes import BERT_SIZES, VIT_SIZES, Bert, BertSizes, ClipSizes, Section, Text, Vit, VitSizes, require
+from configs.table import SPLITS, TableKeys, TablePart
 from utils import home_expanded
 
 PATHS = ("pretrained", "teacher", "resume", "tokenizer")  # paths that are texts, since they may be empty or a name
@@ -39,7 +40,7 @@ class Augment(Section):
         return require(self, 0 < low <= high <= 1, "crop_scale must be two numbers with 0 < first <= second <= 1")
 
 
-class Config(MethodKeys):
+class Config(MethodKeys, TableKeys):
     """The keys that all tasks share."""
 
     script: ClassVar[str] = ""
@@ -68,8 +69,13 @@ class Config(MethodKeys):
     num_workers: int = Field(4, ge=0, description="processes that load data; does not change results")
 
     # model
-    pretrained: Text = Field("", description="path of the weights to start from; empty: random weights")
+    pretrained: Text = Field(
+        "", description="weights to start from: a file, or a folder of transformers, which sets the sizes; empty: random weights"
+    )
     vit: Vit = Field("base", description="base, large, or a mapping of sizes")
+    vit_norm_eps: float = Field(
+        1e-6, gt=0, description="epsilon of the image encoder's LayerNorm: BLIP's; a folder of transformers brings its own"
+    )
     bert: Bert = Field("base", description="base, or a mapping of sizes")
     vit_grad_ckpt: bool = Field(False, description="recompute activations in the backward pass: less memory, slower")
     vit_ckpt_layer: int = Field(0, ge=0, description="vit_grad_ckpt: number of last blocks that recompute; higher saves memory")
@@ -185,8 +191,10 @@ class Config(MethodKeys):
         """Tells whether samples of a split are skipped if they cannot be read; metrics are always those of a whole split."""
         return self.on_bad_sample == "skip" and split in ("train", "calibration")
 
-    def annotation_file(self, name: str) -> Path:
-        """Returns the path of the annotation file `name`, given with or without .json."""
+    def annotation_file(self, name: str) -> Path | TablePart:
+        """Returns the path of the annotation file `name`, given with or without .json; with a table, its split of this name."""
+        if self.table is not None and name in SPLITS:
+            return TablePart(self.table, name, self.task, self.split_shares, self.split_seed)
         return self.ann_root / home_expanded(f"{name.removesuffix('.json')}.json")
 
 
@@ -239,7 +247,7 @@ class RetrievalConfig(Config):
     @classmethod
     def _files_of_the_data_set(cls, values: Any) -> Any:
         stem = RETRIEVAL_FILES.get(str(values.get("dataset", "coco"))) if isinstance(values, dict) else None
-        if stem is None:
+        if stem is None or values.get("table"):
             return values
         files = {"train_files": [f"{stem}_train"], "val_file": f"{stem}_val", "test_file": f"{stem}_test"}
         return {**values, **{key: name for key, name in files.items() if not values.get(key)}}
@@ -266,7 +274,7 @@ class ClipRetrievalConfig(RetrievalConfig):
 
     task: Literal["retrieval_clip"] = Field("retrieval_clip", description=TASK)
     output_dir: Path = Field(Path("output/retrieval_clip"), description="folder that the run writes to")
-    tokenizer: str = Field("clip", description="clip (OpenAI's vocabulary), or the path of a word list")
+    tokenizer: str = Field("clip", description="clip (OpenAI's vocabulary), a word list, or a folder of transformers")
     image_size: int = Field(336, ge=1, description="pixels along one side; higher shows more detail, GFLOPs grow with its square")
     clip: ClipSizes = Field(ClipSizes(), description="sizes of both towers; missing keys: as in ViT-L/14")
     max_text_tokens: int = Field(77, ge=3, description="largest length of a caption in tokens; cut captions keep their end token")

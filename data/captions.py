@@ -12,6 +12,7 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from configs.schema import CaptionConfig, Config, RetrievalConfig
+from configs.table import TablePart
 from data.loading import (
     CHECKED,
     Annotated,
@@ -47,12 +48,12 @@ class CaptionPairs(Dataset):
 
     def __init__(
         self,
-        annotation_files: Sequence[str | Path],
+        annotation_files: Sequence[str | Path | TablePart],
         image_root: str | Path,
         transform: ImageTransform,
         prompt: str = "",
     ) -> None:
-        self.entries = _read_pairs([Path(file) for file in annotation_files])
+        self.entries = _read_pairs([file if isinstance(file, TablePart) else Path(file) for file in annotation_files])
         numbers: dict[str, int] = {}
         self.image_ids = [numbers.setdefault(entry["image"], len(numbers)) for entry in self.entries]
         self.number_of_images = len(numbers)
@@ -74,7 +75,7 @@ class CaptionPairs(Dataset):
         }
 
 
-def read_captioned(file: Path) -> list[dict[str, Any]]:
+def read_captioned(file: Path | TablePart) -> list[dict[str, Any]]:
     """Reads the entries {"image": path, "caption": [text, ...]} of an evaluation file, for CaptionImages and CaptionTexts.
 
     Entries of the same image become one: its copies would otherwise count as images that a caption does not belong to.
@@ -87,12 +88,12 @@ def read_captioned(file: Path) -> list[dict[str, Any]]:
     for entry in entries:
         known = grouped.setdefault(entry["image"], {**entry, "caption": []})
         known["caption"] = known["caption"] + entry["caption"]
-    if len(grouped) < len(entries):
+    if len(grouped) < len(entries) and not isinstance(file, TablePart):  # whose rows have a caption each
         logger.info("%s: %d entries of %d images, grouped by image", file, len(entries), len(grouped))
     return list(grouped.values())
 
 
-def _read_pairs(files: Sequence[Path]) -> list[dict[str, Any]]:
+def _read_pairs(files: Sequence[Path | TablePart]) -> list[dict[str, Any]]:
     """Reads the entries {"image", "caption", "image_id"} of training files.
 
     Raises:

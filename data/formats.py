@@ -3,7 +3,9 @@
 import json
 from typing import Any
 
-CONVERT = "convert it to BLIP's annotation format, described in docs/data.md"
+CONVERT = (
+    "convert it to BLIP's annotation format: tools/import_data.py does that for COCO, Karpathy, VQA and NLVR2; see docs/data.md"
+)
 # Name of the format -> keys of the object that the file is.
 OBJECTS = {
     "VQA's official questions": {"questions"},

@@ -13,7 +13,9 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset, Sampler, Subset
 
+from configs.table import TablePart
 from data.formats import CONVERT, foreign_entry, foreign_format, is_json_lines
+from data.table import read_part
 from utils import Run, UserError, logger
 
 CHECKED = 3  # number of entries whose images must exist at start-up
@@ -58,9 +60,9 @@ def read_json(path: str | Path, key: str = "ann_root") -> Any:
 
 
 def read_entries(
-    file: Path, problem: Callable[[dict[str, Any]], str | None], tidy: Callable[[dict[str, Any]], dict[str, Any]] = dict
+    file: Path | TablePart, problem: Callable[[dict[str, Any]], str | None], tidy: Callable[[dict[str, Any]], dict[str, Any]] = dict
 ) -> list[dict[str, Any]]:
-    """Reads the entries of an annotation file.
+    """Reads the entries of an annotation file, or of a split of a table.
 
     Args:
         problem: returns the error in an entry, or None.
@@ -69,6 +71,11 @@ def read_entries(
     Raises:
         UserError: when the file is not a list, is empty, or has an entry with an error; names a format of others.
     """
+    if isinstance(file, TablePart):
+        numbered = [(line, tidy(entry)) for line, entry in read_part(file)]
+        if found := next(((line, said) for line, entry in numbered if (said := problem(entry))), None):
+            raise UserError(f"{file.table}: line {found[0]} {found[1]}; correct the line")
+        return [entry for _, entry in numbered]
     entries = read_json(file)
     if isinstance(entries, dict) and (theirs := foreign_format(entries)):
         raise UserError(f"{file}: is in the format of {theirs}; {CONVERT}")

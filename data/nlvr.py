@@ -12,6 +12,7 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from configs.schema import NlvrConfig
+from configs.table import TablePart
 from data.loading import (
     CHECKED,
     Annotated,
@@ -208,7 +209,7 @@ def find_image(image_root: Path, name: str) -> Path:
     raise no_such_picture(image_root / name)
 
 
-def read_statements(*files: Path) -> list[Entry]:
+def read_statements(*files: Path | TablePart) -> list[Entry]:
     """Reads the entries of annotation files and adds an id to each: the file name and the index of the entry in the file.
 
     Raises:

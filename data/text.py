@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 from transformers import BertTokenizerFast, PreTrainedTokenizerBase
 
+from configs.vocabulary import read_vocabulary, vocabulary_file
 from utils import UserError
 
 # Loader workers are forked after the tokenizer was used, and its threads do not survive a fork.
@@ -35,19 +36,20 @@ def clean_sentence(text: str, mode: Literal["caption", "question"], max_words: i
 
 
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
-    """Builds BERT's lower-case tokenizer from a vocab.txt or its folder, with [DEC] and [ENC] added at the end.
+    """Builds BERT's lower-case tokenizer from a vocab.txt, a tokenizer.json or its folder; [DEC] and [ENC] are added at the end.
 
     The length of the tokenizer is the vocabulary size of the model. Nothing is downloaded.
 
     Raises:
         UserError: when the file is missing or lacks BERT's special tokens.
     """
-    path = Path(path)
-    file = path / "vocab.txt" if path.is_dir() else path
+    file = vocabulary_file(path)
     try:
-        words = file.read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "not a text file"
+        words = read_vocabulary(file)
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or (
+            "not a text file" if isinstance(error, UnicodeDecodeError) else "not a word list"
+        )
         raise UserError(f"{file}: {reason}; set the key 'tokenizer' to BERT's vocab.txt or its folder") from None
     missing = [word for word in NEEDED if word not in words]
     if missing:

@@ -14,6 +14,7 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from configs.schema import VqaConfig
+from configs.table import TablePart
 from data.loading import (
     CHECKED,
     Annotated,
@@ -238,12 +239,14 @@ def _read_picture(roots: dict[str, Path], picture: tuple[str, str]) -> Image.Ima
 
 
 def read_answer_list(config: VqaConfig) -> list[str]:
-    """Reads the candidate answers that are ranked for each question.
+    """Reads the candidate answers that are ranked for each question; of a table those of its training split, frequent ones first.
 
     Raises:
         UserError: when the file is not a list of texts, or is empty.
     """
     file = config.annotation_file(config.answer_list)
+    if isinstance(file, TablePart):
+        return [answer for answer, _ in Counter(answer for entry in _read(file) for answer in entry["answer"]).most_common()]
     answers = read_json(file)
     if not isinstance(answers, list) or not answers or not all(isinstance(answer, str) and answer for answer in answers):
         raise UserError(f"{file}: must be a list of texts, and not empty; set the key 'answer_list' to such a file")
@@ -269,7 +272,7 @@ def _place(image: str) -> float:
     return int.from_bytes(digest[:8], "big") / 2**64
 
 
-def _read(file: Path, datasets: tuple[str, ...] = ("vqa",), answered: bool = True) -> list[Entry]:
+def _read(file: Path | TablePart, datasets: tuple[str, ...] = ("vqa",), answered: bool = True) -> list[Entry]:
     return read_entries(file, partial(_problem, datasets=datasets, answered=answered), _tidy)
 
 

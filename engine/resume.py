@@ -19,7 +19,8 @@ from madtp.pruning import OFF, PruneSetting
 from utils import UserError, barrier, gather_objects
 
 PLAN = ("order", "mask_schedule", "sparse_unit", "refit_weights")  # a resumed run must keep these
-BATCHES = ("seed", "train_files", "batch_size_train", "accumulate", "statements_per_pair")  # one cut within an epoch these too
+# One that was cut within an epoch must keep these as well.
+BATCHES = ("seed", "table", "train_files", "batch_size_train", "accumulate", "statements_per_pair")
 
 
 @dataclass(frozen=True)

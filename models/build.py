@@ -53,6 +53,7 @@ def vision_transformer(config: Config, make_pruner: Callable[[int], TokenPruner 
     return VisionTransformer(
         config.image_size,
         **config.vit_sizes.model_dump(),
+        norm_eps=config.vit_norm_eps,
         drop_path=config.drop_path,
         make_pruner=make_pruner,
         checkpoint_blocks=checkpoint_blocks(config),

@@ -17,7 +17,7 @@ from madtp.packing import Layout, pack
 from madtp.pruning import PruningRule, TokenPruner
 from models.checkpointing import checkpoint_last
 
-NORM_EPS = 1e-6
+NORM_EPS = 1e-6  # of BLIP and timm
 
 
 class SelfAttention(nn.Module):
@@ -38,11 +38,13 @@ class SelfAttention(nn.Module):
 class Block(PreNormBlock):
     """A block with the names of BLIP and timm."""
 
-    def __init__(self, dim: int, num_heads: int, mlp_ratio: float, drop_path: float, pruner: TokenPruner | None):
+    def __init__(
+        self, dim: int, num_heads: int, mlp_ratio: float, drop_path: float, pruner: TokenPruner | None, norm_eps: float = NORM_EPS
+    ):
         super().__init__(dim, drop_path, pruner)
-        self.norm1 = nn.LayerNorm(dim, eps=NORM_EPS)
+        self.norm1 = nn.LayerNorm(dim, eps=norm_eps)
         self.attn = SelfAttention(dim, num_heads)
-        self.norm2 = nn.LayerNorm(dim, eps=NORM_EPS)
+        self.norm2 = nn.LayerNorm(dim, eps=norm_eps)
         self.mlp = Mlp(dim, int(dim * mlp_ratio))
 
     def attention(self, x: Tensor, layout: Layout, rule: PruningRule | None) -> tuple[Tensor, AttentionStatistics | None]:
@@ -76,11 +78,13 @@ class VisionTransformer(nn.Module):
         drop_path: float = 0.0,
         make_pruner: Callable[[int], TokenPruner | None] = lambda dim: None,
         checkpoint_blocks: int = 0,
+        norm_eps: float = NORM_EPS,
     ):
         """
         Args:
             make_pruner: builds the pruner of a block from its number of channels; None leaves the block dense.
             checkpoint_blocks: number of last blocks that recompute their activations in the backward pass.
+            norm_eps: epsilon of all LayerNorms.
         """
         super().__init__()
         self.embed_dim = embed_dim
@@ -88,8 +92,10 @@ class VisionTransformer(nn.Module):
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + self.patch_embed.num_patches, embed_dim))
         rates = [drop_path * index / max(1, depth - 1) for index in range(depth)]
-        self.blocks = nn.ModuleList(Block(embed_dim, num_heads, mlp_ratio, rate, make_pruner(embed_dim)) for rate in rates)
-        self.norm = nn.LayerNorm(embed_dim, eps=NORM_EPS)
+        self.blocks = nn.ModuleList(
+            Block(embed_dim, num_heads, mlp_ratio, rate, make_pruner(embed_dim), norm_eps) for rate in rates
+        )
+        self.norm = nn.LayerNorm(embed_dim, eps=norm_eps)
         trunc_normal_(self.cls_token, std=0.02)
         trunc_normal_(self.pos_embed, std=0.02)
         self.apply(_init_linear)

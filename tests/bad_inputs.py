@@ -12,10 +12,12 @@ from typing import NamedTuple
 import torch
 from safetensors.torch import save_file
 
+from tests.folders import blip_folder, changed, clip_folder
 from tests.spoil import (
     WEIGHTS,
     Break,
     cut,
+    dense,
     entry,
     gone,
     of_another_task,
@@ -69,7 +71,10 @@ def write_world(folder: Path, task: str) -> Path:
 
 TRAIN = "--no-evaluate --output_dir {folder}/out "
 CLIP_FILE = b'{"model_cfg": {"vision_cfg": {"pool_type": "avg"}, "text_cfg": {}}}'
-CONVERT = "Convert it to the format in [Data and weights](data.md): BLIP's files are in it."
+CONVERT = (
+    "Convert it to the format in [Data and weights](data.md): BLIP's files are in it, and `tools/import_data.py` converts most."
+)
+CONVERT_NONE = "Give the file that the authors of the data set publish, under its own name."
 FETCH = "The download broke off or was not the file; fetch it again."
 
 SETTINGS = [
@@ -303,6 +308,55 @@ CHECKPOINTS = [
         spoil=written("vocab.txt", b"a\nred\nstar\n"),
     ),
     BadInput("nlvr", "no vocabulary", "not a text file; set the key 'tokenizer'", spoil=written("vocab.txt", b"\xff\xfe\xfa")),
+    BadInput(
+        "vqa",
+        "sizes that are not the folder's",
+        "vit.embed_dim: 20 contradicts",
+        "A folder of transformers has its own sizes and tokenizer: leave these keys out, or `tools/convert_checkpoint.py` makes a"
+        " file of it.",
+        "--pretrained {folder}/there",
+        lambda folder: blip_folder(folder / "there", "vqa"),
+    ),
+    BadInput(
+        "vqa",
+        "another image size than the folder's",
+        "image_size: 48 contradicts",
+        "",
+        "--pretrained {folder}/there --set image_size=48",
+        lambda folder: blip_folder(folder / "there", "vqa"),
+    ),
+    BadInput(
+        "caption",
+        "the folder of another task",
+        "holds BlipForQuestionAnswering, and task 'caption' takes BlipForConditionalGeneration",
+        "Each task takes the weights of one class: see [Formats of weights](formats.md).",
+        "--pretrained {folder}/there",
+        lambda folder: blip_folder(folder / "there", "vqa"),
+    ),
+    BadInput(
+        "nlvr",
+        "a folder for NLVR2",
+        "which has no BLIP for NLVR2",
+        "",
+        "--pretrained {folder}/there",
+        lambda folder: blip_folder(folder / "there", "vqa"),
+    ),
+    BadInput(
+        "retrieval_clip",
+        "the folder of a CLIP that ends texts otherwise",
+        "which is not the highest, is of a model that this project does not have",
+        "",
+        "--pretrained {folder}/there",
+        lambda folder: (clip_folder(folder / "there"), changed(folder / "there/config.json", text_config__eos_token_id=5)),
+    ),
+    BadInput(
+        "retrieval_clip",
+        "a broken folder",
+        "config.json: not a JSON object; fetch the folder again",
+        FETCH,
+        "--pretrained {folder}/there",
+        lambda folder: (clip_folder(folder / "there"), (folder / "there/config.json").write_text("[")),
+    ),
     BadInput("retrieval_clip", "a list without [UNK]", "has no [UNK]", spoil=written("vocab.txt", b"a\nred\n")),
 ]
 
@@ -313,6 +367,8 @@ OFFICIAL = {
     "Karpathy's": ({"images": [], "dataset": "coco"}, "Karpathy's split file"),
     "Visual Genome's": ([{"id": 1, "qas": []}], "Visual Genome's own questions"),
 }
+OWN_HEADER = b"image,question,answer,split\n"
+OWN_PAIR = b"image_a,image_b,sentence,label,split\n0a.jpg,0b.jpg,a,maybe,train\n"
 ANNOTATIONS = [
     BadInput(
         "nlvr",
@@ -416,6 +472,84 @@ ANNOTATIONS = [
     BadInput("vqa", "too few images", "too few images to hold 2% of them out", "Name a `val_file`.", "--set \"val_file=''\""),
 ]
 
+OWN = "--set table={folder}/own.csv --set train_files= --set val_file= --set test_file= "
+TABLES = [
+    BadInput(
+        "vqa",
+        "no table",
+        "own.csv: No such file or directory; set the key 'table'",
+        flags=OWN,
+    ),
+    BadInput(
+        "vqa",
+        "a table beside annotation files",
+        "its splits are train, val and test, but train_files is 'vqa_train'",
+        "A table has its own splits: leave `train_files`, `val_file` and `test_file` out.",
+        "--set table={folder}/own.csv",
+    ),
+    BadInput(
+        "vqa",
+        "no column",
+        "line 1 has no column 'answer', only image, question",
+        "The first line of a CSV file names its columns: see [Own data](data.md#own-data).",
+        OWN,
+        written("own.csv", b"image,question\n"),
+    ),
+    BadInput(
+        "vqa",
+        "another number of cells",
+        "line 2 has 4 cells for 3 columns; quote texts that hold commas",
+        "",
+        OWN,
+        written("own.csv", b"image,question,answer\n0a.jpg,a,red,star\n"),
+    ),
+    BadInput(
+        "vqa", "an empty cell", "line 2 has no 'image' that is a path", "", OWN, written("own.csv", OWN_HEADER + b",a,red,train")
+    ),
+    BadInput(
+        "vqa",
+        "no answer to train on",
+        "line 2 has no 'answer' that is text",
+        "",
+        OWN,
+        written("own.csv", OWN_HEADER + b"0a.jpg,a,,train"),
+    ),
+    BadInput(
+        "vqa",
+        "an unknown split",
+        "line 2 has the split 'dev', not train, val, test",
+        "",
+        OWN,
+        written("own.csv", OWN_HEADER + b"0a.jpg,a,red,dev"),
+    ),
+    BadInput(
+        "vqa",
+        "a split without rows",
+        "has no rows of the split 'val'",
+        "Give each of train, val and test some rows, or leave the column `split` out and set `split_shares`.",
+        OWN,
+        written("own.csv", OWN_HEADER + b"0a.jpg,a,red,train"),
+    ),
+    BadInput("nlvr", "a label that is none", "line 2 has the 'label' 'maybe'", "", OWN, written("own.csv", OWN_PAIR)),
+    BadInput(
+        "caption",
+        "a line that is no object",
+        "line 2 is not a JSON object; write one on each line",
+        "",
+        OWN.replace("own.csv", "own.jsonl"),
+        written("own.jsonl", b'{"image": "0a.jpg", "caption": "a"}\n[]\n'),
+    ),
+    BadInput(
+        "retrieval",
+        "no picture of the table",
+        "no such picture; set the key 'image_root'",
+        "",
+        OWN,
+        written("own.csv", b"image,caption\n" + b"".join(b"x/%d.jpg,a star\n" % number for number in range(30))),
+    ),
+    BadInput("vqa", "shares of more than all", "split_shares must be three numbers", "", OWN + "--set split_shares=[1,1,1]"),
+]
+
 IMAGES = [
     BadInput(
         "nlvr",
@@ -511,7 +645,133 @@ TOOLS = [
     ),
 ]
 
-TABLE = {"Settings": SETTINGS, "Weights": CHECKPOINTS, "Annotations": ANNOTATIONS, "Images": IMAGES, "Tools": TOOLS}
+CONVERT_TOOL = "--checkpoint {folder}/checkpoint_best.pth "
+TOOLS += [
+    BadInput(
+        "nlvr",
+        "pruned weights to convert",
+        "prunes tokens",
+        "Other programs cannot prune: convert the dense weights that the run started from.",
+        CONVERT_TOOL + "--to blip --out {folder}/x.pth",
+        program="tools.convert_checkpoint",
+    ),
+    BadInput(
+        "nlvr",
+        "NLVR2 for transformers",
+        "a BLIP for NLVR2, for which transformers has no class",
+        "",
+        CONVERT_TOOL + "--to transformers --out {folder}/out",
+        dense,
+        "tools.convert_checkpoint",
+    ),
+    BadInput(
+        "caption",
+        "something in the way",
+        "is there already; give another path",
+        "",
+        CONVERT_TOOL + "--to blip --out {folder}/vocab.txt",
+        dense,
+        "tools.convert_checkpoint",
+    ),
+    BadInput(
+        "caption",
+        "another file ending",
+        "give a file that ends in .pth, .pt or .bin",
+        "",
+        CONVERT_TOOL + "--to blip --out {folder}/x.zip",
+        dense,
+        "tools.convert_checkpoint",
+    ),
+    BadInput(
+        "caption",
+        "a weight that is not known",
+        "holds x, which no BLIP has",
+        "Save BLIP's weights alone: a conversion leaves out nothing that it does not know.",
+        CONVERT_TOOL + "--to blip --out {folder}/x.pth",
+        lambda folder: (dense(folder), weights(lambda model: model.update(x=torch.ones(1)))(folder)),
+        "tools.convert_checkpoint",
+    ),
+    BadInput(
+        "caption",
+        "heads that nothing tells",
+        "does not show its attention heads",
+        "",
+        CONVERT_TOOL + "--to transformers --out {folder}/out",
+        lambda folder: (dense(folder), gone("config.yaml")(folder)),
+        "tools.convert_checkpoint",
+    ),
+    BadInput(
+        "caption",
+        "no weights of this project",
+        "neither a BLIP nor a CLIP of this project",
+        "",
+        CONVERT_TOOL + "--to blip --out {folder}/x.pth",
+        saved({"model": {"x": torch.ones(1)}}),
+        "tools.convert_checkpoint",
+    ),
+]
+
+CAPTIONS = {
+    "images": [{"id": 9, "file_name": "COCO_val2014_000000000009.jpg"}],
+    "annotations": [{"image_id": 9, "caption": "a star"}],
+}
+IMPORT = "--out {folder}/out --images {folder} "
+TOOLS += [
+    BadInput(
+        "caption",
+        "official files without pictures",
+        "1 of 1 pictures of coco_val are missing, the first val2014/COCO_val2014_000000000009.jpg",
+        "`--images` is the folder that holds `train2014/` and the like.",
+        IMPORT + "--from coco --files {folder}/captions_val2014.json",
+        written("captions_val2014.json", CAPTIONS),
+        "tools.import_data",
+    ),
+    BadInput(
+        "caption",
+        "an unknown split of Karpathy's",
+        "image 0 has the split 'dev', not one of train, restval, val, test",
+        "",
+        IMPORT + "--from karpathy --files {folder}/x.json",
+        written("x.json", {"dataset": "coco", "images": [{"split": "dev"}]}),
+        "tools.import_data",
+    ),
+    BadInput(
+        "vqa",
+        "questions without annotations",
+        "the annotations of train2014 are not given; add their file",
+        "",
+        IMPORT + "--from vqa --files {folder}/x.json",
+        written("x.json", {"data_subtype": "train2014", "questions": []}),
+        "tools.import_data",
+    ),
+    BadInput(
+        "nlvr",
+        "statements of another split",
+        "line 1 has the identifier 'balanced-0-0-0', of none of the splits",
+        "",
+        IMPORT + "--from nlvr --files {folder}/x.json",
+        written("x.json", b'{"identifier": "balanced-0-0-0"}\n'),
+        "tools.import_data",
+    ),
+    BadInput(
+        "caption",
+        "no official file",
+        "has no 'annotations', as the official file has",
+        CONVERT_NONE,
+        IMPORT + "--from coco --files {folder}/captions_val2014.json",
+        written("captions_val2014.json", {"images": []}),
+        "tools.import_data",
+    ),
+]
+
+TABLE = {
+    "Settings": SETTINGS,
+    "Weights": CHECKPOINTS,
+    "Annotations": ANNOTATIONS,
+    "Own data": TABLES,
+    "Images": IMAGES,
+    "Tools": TOOLS,
+}
 
 
 def page() -> str:

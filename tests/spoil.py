@@ -14,6 +14,7 @@ from tasks.registry import build_model
 from tests.tiny_run import write_run
 
 WEIGHTS = "checkpoint_best.pth"
+PRUNERS = ("space_dict", ".pruner.", "decoder_alignment.")
 Break = Callable[[Path], object]
 
 
@@ -60,6 +61,11 @@ def weights(change: Callable[[dict], object]) -> Break:
         torch.save(checkpoint, folder / WEIGHTS)
 
     return spoil
+
+
+def dense(folder: Path) -> None:
+    """The checkpoint prunes nothing."""
+    weights(lambda model: [model.pop(name) for name in list(model) if any(part in name for part in PRUNERS)])(folder)
 
 
 def of_another_task(folder: Path) -> None:

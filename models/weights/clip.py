@@ -1,4 +1,7 @@
-"""Loading CLIP's weights with the names of OpenAI, of the authors' compressed checkpoints, or of transformers' CLIPModel."""
+"""CLIP's weights under the names of OpenAI, of the authors' compressed checkpoints, or of transformers: loading and translating.
+
+This project's names are OpenAI's, which open_clip has as well.
+"""
 
 import re
 from pathlib import Path
@@ -7,7 +10,7 @@ import torch
 
 from clip.model import ACTIVATIONS, OPENAIS, Clip
 from models.weights.clip_config import Unseen, read_beside
-from models.weights.reading import StateDict, load_pair_weights
+from models.weights.reading import StateDict, first_names, load_pair_weights
 from models.weights.safetensors import is_exported
 from utils import UserError, logger
 
@@ -33,7 +36,16 @@ PARTS = {
     "text_model.final_layer_norm.": "ln_final.",
 }
 TRANSPOSED = {"visual_projection.weight": "visual.proj", "text_projection.weight": "text_projection"}
-
+# What a conversion may leave out: what only training uses, and constants.
+TRAINING_ALONE = re.compile(r"(\w+_m(\..*)?|(image|text|idx|ptr)_queue|queue_ptr)$")
+CONSTANTS = re.compile(r"(input_resolution|context_length|vocab_size|attn_mask|unseen|.*\.position_ids)$")
+KNOWN = re.compile(  # every weight of a dense CLIP; P: weight or bias
+    r"(logit_scale|text_projection|positional_embedding|token_embedding\.weight|ln_final\.P"
+    r"|visual\.(class_embedding|positional_embedding|proj|conv1\.weight|ln_(pre|post)\.P)"
+    r"|(visual\.)?transformer\.resblocks\.\d+\.(ln_[12]\.P|attn\.(in_proj_P|out_proj\.P)|mlp\.c_(fc|proj)\.P))$".replace(
+        "P", "(weight|bias)"
+    )
+)
 
 VOCABULARY = 49408  # of OpenAI, and of all who publish weights for its tokenizer
 OPENAIS_HEAD = 64  # channels of a head in all of OpenAI's models
@@ -61,6 +73,15 @@ def load_clip_weights(model: Clip, weights: StateDict, source: str) -> list[str]
     weights |= {name: tensor for name, tensor in model.state_dict().items() if name == "unseen"}
     _fit_mlps(model, weights)
     return load_pair_weights(model, weights, source, POSITIONS, MAY_IGNORE)
+
+
+def unseen_of(model: Clip, weights: StateDict, source: str) -> Unseen:
+    """Finds the activation and heads of weights, as loading does, for a model of their sizes.
+
+    Raises:
+        UserError: when nothing tells them.
+    """
+    return _unseen(model, weights, source, any(name.startswith("vision_model.") for name in weights))
 
 
 def _unseen(model: Clip, weights: StateDict, source: str, theirs: bool) -> Unseen:
@@ -135,4 +156,50 @@ def _translate(name: str) -> str:
     for names in (TOWERS, BLOCK, PARTS):
         for theirs, ours in names.items():
             name = name.replace(theirs, ours)
+    return name
+
+
+def dense_weights(weights: StateDict, source: str) -> StateDict:
+    """Returns weights of a dense CLIP under OpenAI's names, without constants.
+
+    Raises:
+        UserError: naming weights that no CLIP of this project has, or that are missing beside others of their block.
+    """
+    if any(name.startswith("vision_model.") for name in weights):
+        try:
+            weights = from_transformers({name: tensor for name, tensor in weights.items() if not CONSTANTS.match(name)})
+        except KeyError as error:
+            raise UserError(f"{source}: lacks {error.args[0]}; is it cut off? Fetch it again") from None
+    weights = {name: tensor for name, tensor in weights.items() if not CONSTANTS.match(name)}
+    if unknown := [name for name in weights if not KNOWN.match(name) and not TRAINING_ALONE.match(name)]:
+        raise UserError(
+            f"{source}: holds {first_names(unknown)}, which no CLIP of this project has; give a checkpoint of CLIP alone"
+        )
+    return weights
+
+
+def to_transformers(weights: StateDict) -> StateDict:
+    """Returns `dense_weights` under the names of transformers' CLIPModel. Weights that only training uses are left out."""
+    translated: StateDict = {}
+    transposed = {ours: theirs for theirs, ours in TRANSPOSED.items()}
+    for name, tensor in weights.items():
+        if TRAINING_ALONE.match(name):
+            continue
+        if name in transposed:
+            translated[transposed[name]] = tensor.t()
+        elif ".attn.in_proj_" in name:
+            stem, kind = _untranslate(name).split("attn.in_proj_")
+            for part, matrix in zip("qkv", tensor.chunk(3), strict=True):
+                translated[f"{stem}self_attn.{part}_proj.{kind}"] = matrix
+        else:
+            translated[_untranslate(name)] = tensor
+    return translated
+
+
+def _untranslate(name: str) -> str:
+    for names in (PARTS, TOWERS, BLOCK):
+        for theirs, ours in names.items():
+            if name.startswith(ours) if names is not BLOCK else f".{ours}" in name:
+                name = name.replace(ours, theirs, 1)
+                break
     return name

@@ -6,13 +6,13 @@ from typing import Any, NamedTuple
 
 from transformers import CLIPConfig
 
+from configs.folder import CONFIG, other_normalisation
 from utils import UserError
 
-OPEN_CLIP, TRANSFORMERS = "open_clip_config.json", "config.json"
+OPEN_CLIP = "open_clip_config.json"
 HEAD_WIDTH, TEXT_HEADS = 64, 8  # open_clip's defaults
 VISION_WIDTH, LAYER_NORM_EPS = 768, 1e-5
-# OpenAI's normalisation of pictures, the only one of this project; and keys of open_clip that only training or shapes depend on.
-MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+# Keys of open_clip that only training or shapes depend on.
 KNOWN = {"image_size", "layers", "width", "head_width", "heads", "patch_size", "mlp_ratio", "patch_dropout", "context_length"}
 KNOWN |= {"vocab_size", "output_tokens"}
 USUAL = {"pool_type": ("tok", "argmax"), "eos_id": (49407,)}
@@ -29,15 +29,15 @@ class Unseen(NamedTuple):
     text_heads: int
 
 
-def read_beside(weights_file: Path, named_as_transformers: bool) -> Unseen | None:
-    """Reads the config that is published beside a file of weights, open_clip's or transformers'; None without one.
+def read_beside(weights: Path, named_as_transformers: bool) -> Unseen | None:
+    """Reads the config that is published beside a file of weights, or in their folder: open_clip's or transformers'; None without.
 
     Raises:
         UserError: when the file is broken, or describes a model that this project does not have.
     """
-    readers = [(OPEN_CLIP, _from_open_clip), (TRANSFORMERS, _from_transformers)]
+    readers = [(OPEN_CLIP, _from_open_clip), (CONFIG, _from_transformers)]
     for name, reader in reversed(readers) if named_as_transformers else readers:
-        file = weights_file.with_name(name)
+        file = weights / name if weights.is_dir() else weights.with_name(name)
         if file.is_file():
             try:
                 found = reader(file, json.loads(file.read_text(encoding="utf-8-sig")))
@@ -82,9 +82,8 @@ def _from_transformers(file: Path, content: dict[str, Any]) -> Unseen | None:
 
 
 def _check_pictures(file: Path, mean: list[float] | None, std: list[float] | None) -> None:
-    for name, given, ours in (("mean", mean, MEAN), ("std", std, STD)):
-        if given is not None and max(abs(a - b) for a, b in zip(given, ours, strict=True)) > 1e-3:
-            raise _other_model(file, f"{name}: {given}")
+    if other := other_normalisation(mean, std):
+        raise _other_model(file, other)
 
 
 def _other_model(file: Path, setting: str) -> UserError:

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from configs.folder import is_folder, read_json
 from models.weights.pickles import load_plain, unwrapped
 from models.weights.safetensors import read_safetensors
 from utils import UserError, logger
@@ -26,6 +27,7 @@ QUEUES = (*FEATURES, "idx_queue", "ptr_queue")
 NOT_READ = (*QUEUES, "temp", "decoder_alignment.", "position_ids", "cls.predictions.decoder.")
 ALIGNMENT = ("space_dict", ".pruner.")  # added by the pruners: a published model has none
 
+FOLDER_WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # in a folder of transformers
 LFS_POINTER = b"version https://git-lfs"
 CHECKPOINT_HEADS = (b"PK", b"\x80")  # a zip archive; a bare pickle, as older versions of PyTorch wrote
 
@@ -33,10 +35,15 @@ CHECKPOINT_HEADS = (b"PK", b"\x80")  # a zip archive; a bare pickle, as older ve
 def read_checkpoint(path: str | Path) -> dict:
     """Reads a checkpoint, .safetensors or .pth, without running code from it; returns a dict with at least "model", a state dict.
 
+    A folder of transformers counts as the file of weights in it, or as its parts together.
+
     Raises:
         UserError: when the file is missing, not a checkpoint, a pickle that wants to run code, or has values that are not finite.
     """
     path = Path(path)
+    if is_folder(path):
+        parts = [read_checkpoint(file)["model"] for file in files_of_weights(path)]
+        return {"model": {name: tensor for part in parts for name, tensor in part.items()}}
     if not path.is_file():
         raise UserError(f"{path}: no such checkpoint; set the key 'pretrained' (or --pretrained) to the file")
     try:
@@ -72,6 +79,24 @@ def read_checkpoint(path: str | Path) -> dict:
         if is_checked and not tensor.isfinite().all():
             raise UserError(f"{path}: {name} has values that are not finite numbers (NaN, inf); give another checkpoint")
     return checkpoint
+
+
+def files_of_weights(folder: Path) -> list[Path]:
+    """Returns the files of weights in a folder of transformers.
+
+    Raises:
+        UserError: when there is none, or the list of them is broken.
+    """
+    for name in FOLDER_WEIGHTS:
+        if (folder / name).is_file():
+            return [folder / name]
+        listed = folder / f"{name}.index.json"
+        if listed.is_file():
+            parts = read_json(listed).get("weight_map")
+            if not isinstance(parts, dict) or not all(isinstance(part, str) for part in parts.values()):
+                raise UserError(f"{listed}: has no 'weight_map' of weights and their files; fetch the folder again")
+            return [folder / part for part in dict.fromkeys(parts.values())]
+    raise UserError(f"{folder}: a folder of transformers without {' or '.join(FOLDER_WEIGHTS)}; fetch it again")
 
 
 def _is_torchscript(path: Path) -> bool:
@@ -150,11 +175,11 @@ def load_weights(
     ]
     if shapes:
         keys = "'vit' and 'bert' (for CLIP 'clip'), 'image_size', 'sd_num' and 'tokenizer'"
-        raise UserError(f"{source}: shapes do not fit: {_first(shapes)}; check {keys}")
+        raise UserError(f"{source}: shapes do not fit: {first_names(shapes)}; check {keys}")
     missing = [name for name in expected if name not in weights]
     refused = [name for name in missing if not any(part in name for part in may_miss)]
     if refused:
-        raise UserError(f"{source}: lacks {_first(refused)}; is it a checkpoint of this kind of model?")
+        raise UserError(f"{source}: lacks {first_names(refused)}; is it a checkpoint of this kind of model?")
     unknown = [name for name in weights if name not in expected]
     refused = [name for name in unknown if not any(part in name for part in may_ignore)]
     if refused:
@@ -163,9 +188,9 @@ def load_weights(
             if is_pruned(weights) and not is_pruned(expected)
             else "is 'vit' another?"
         )
-        raise UserError(f"{source}: holds {_first(refused)}, which this model does not have; {hint}")
+        raise UserError(f"{source}: holds {first_names(refused)}, which this model does not have; {hint}")
     if new := [name for name in missing if is_read(name)]:
-        logger.info("%s lacks %s: new weights there", source, _first(new))
+        logger.info("%s lacks %s: new weights there", source, first_names(new))
     model.load_state_dict({name: tensor for name, tensor in weights.items() if name in expected}, strict=False)
     return missing
 
@@ -188,10 +213,13 @@ def check_readable(missing: Iterable[str], source: str) -> None:
     """
     random = [name for name in missing if is_read(name) and not any(part in name for part in ALIGNMENT)]
     if random:
-        raise UserError(f"{source}: lacks {_first(random)}, so its answers would be random; give a model trained for this task")
+        raise UserError(
+            f"{source}: lacks {first_names(random)}, so its answers would be random; give a model trained for this task"
+        )
 
 
-def _first(names: list[str], shown: int = 3) -> str:
+def first_names(names: list[str], shown: int = 3) -> str:
+    """Lists the first names, and says how many more there are."""
     more = f" and {len(names) - shown} more" if len(names) > shown else ""
     return ", ".join(names[:shown]) + more
 

@@ -25,7 +25,7 @@ from tools.checks import files, training
 TRAINING = "--no-evaluate --output_dir {folder}/out --set batch_size_train=2 --set max_epoch=3"
 STOPPING = {
     f"{section.lower()}: {bad.name}": bad
-    for section in ("Settings", "Weights", "Annotations", "Images")
+    for section in ("Settings", "Weights", "Annotations", "Own data", "Images")
     for bad in bad_inputs.TABLE[section]
 }
 TASKS = ("nlvr", "retrieval", "retrieval_clip", "caption", "vqa")

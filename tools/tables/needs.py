@@ -29,7 +29,7 @@ def needs_of(jobs: Sequence[Job], launch: str) -> str:
 def files_of(config: Config) -> list[str]:
     """Returns the files and folders that a run reads."""
     names = [*config.train_files, config.val_file, config.test_file, getattr(config, "answer_list", "")]
-    annotations = [str(config.annotation_file(name)) for name in dict.fromkeys(filter(None, names))]
+    annotations = [str(config.table or config.annotation_file(name)) for name in dict.fromkeys(filter(None, names))]
     folders = [str(getattr(config, key)) for key in config.image_keys]
     return [*folders, *annotations, *filter(None, (config.pretrained, config.teacher))]
 

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from transformers import CLIPConfig, CLIPModel
 
 from clip.model import ClipSize
+from configs import folder
 from configs.load import load_config
 from configs.schema import ClipRetrievalConfig
 from models.clip_retrieval import ClipRetrieval
-from models.weights import clip_config
 from models.weights.clip import VOCABULARY, load_clip_weights
 from models.weights.clip_config import read_beside
 from models.weights.reading import read_checkpoint
@@ -204,7 +204,7 @@ def test_heads_of_another_model_are_named(tmp_path):
 
 
 def test_pictures_are_normalised_as_the_check_expects():
-    assert (clip_config.MEAN, clip_config.STD) == (MEAN, STD)
+    assert (folder.MEAN, folder.STD) == (MEAN, STD)
 
 
 def test_an_activation_needs_its_heads(tmp_path):
