@@ -1,4 +1,5 @@
 # make setup: the .venv alone.   make demo [TASK=nlvr]: compress a small model, here.   make test: style, types and tests.
+# make gpu: measure on a GPU, in 25 minutes, what only a GPU can show.
 # make test-oldest: the tests with the oldest supported versions of the dependencies, in .venv-oldest.
 # TASK: nlvr, retrieval, retrieval_clip, caption or vqa.
 
@@ -9,7 +10,7 @@ OLDEST := constraints/oldest.txt
 # By files, so that what the tests of a file share is made once; some 2 GB of memory a process.
 PYTEST := -m pytest -q --numprocesses auto --maxprocesses 4 --dist loadfile
 
-.PHONY: setup demo test test-oldest
+.PHONY: setup demo test test-oldest gpu
 
 setup: .venv/.installed
 
@@ -28,6 +29,9 @@ test: setup
 	$(PY) -m ruff check .
 	$(PY) -m mypy
 	$(PY) $(PYTEST)
+
+gpu: setup
+	$(PY) tools/gpu_day.py
 
 test-oldest: .venv-oldest/.installed
 	.venv-oldest/bin/python $(PYTEST)
