@@ -19,12 +19,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from tools.demo import cpu_name
+from tools.tables.hours import Estimator
 from tools.tables.needs import needs_of
 from tools.tables.page import parts_of, write_page
 from tools.tables.plan import PLAN, Job, Plan, Table, config_of, distinct, jobs_of, read_plan, tables_of
 from tools.tables.render import as_csv, markdown
 from tools.tables.run import Ledger, data_arguments, make_data, run_all
-from utils import at_least_one, run_main
+from utils import at_least_one, init_run, run_main
 
 ROOT = Path(__file__).resolve().parents[1]
 OUTPUT, RESULTS = Path("output/tables"), Path("results/tables")
@@ -45,7 +46,7 @@ def main() -> None:
     for job in ordered:
         config_of(job)  # a wrong row must not be found out hours later
     if args.dry_run:
-        print(needs_of(ordered, scale.launch))
+        print(needs_of(ordered, scale.launch, scale.samples, Estimator(init_run().device)))
         return
     ledger = Ledger(args.results / f"{args.scale}.json", args.known)
     make_data(data)

@@ -12,11 +12,13 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from configs.load import read_yaml
-from tasks.registry import TASKS
+from tasks.registry import TASKS, load_any_config
 from tests.runs import refusal
 from tools import reproduce_tables
+from tools.tables.hours import Estimator
 from tools.tables.needs import needs_of
 from tools.tables.plan import PLAN, Row, Table, config_of, distinct, jobs_of, read_plan, tables_of
 from tools.tables.render import NOT_RUN, as_csv, compare, comparisons, markdown
@@ -297,12 +299,26 @@ def test_what_the_paper_needs_is_listed_and_its_models_have_their_real_sizes(mon
         for row in table.rows
         if row.name.startswith("MADTP")
     }
-    text = needs_of([job for each in jobs.values() for job in each], plan.scales["paper"].launch)
+    paper, estimator = plan.scales["paper"], Estimator(torch.device("cpu"))
+    monkeypatch.setattr(estimator, "measured", lambda config: (100.0, 0.01))
+    text = needs_of([job for each in jobs.values() for job in each], paper.launch, paper.samples, estimator)
     assert "torchrun --nproc_per_node=8 -- compress_nlvr_dtp.py --config configs/nlvr.yaml" in text
     assert "  pretrained/model_base_nlvr.pth" in text and "  datasets/annotations/nlvr_train.json" in text
     parameters = 259.45e6  # of BLIP-NLVR with its learnable tokens, 4 bytes each: kept twice and with two moments
-    alone = needs_of(jobs["2"], plan.scales["paper"].launch)
+    alone = needs_of(jobs["2"], paper.launch, paper.samples, estimator)
     assert f"writes {4 * 4 * parameters / 1e9:.2f} GB" in alone
+    # 15 epochs, of which five ramp up: at p = 0.8 they cost 10 * 0.2 + 0.84 + 0.68 + 0.52 + 0.36 + 0.2 epochs of a dense model.
+    assert f"trains for about {86373 * 4.6 * 100 * 0.01 / 3600:.1f} hours on this CPU" in alone
+
+
+def test_a_training_step_is_measured_per_gflop_of_the_image_encoder():
+    config = load_any_config("configs/shapes/nlvr.yaml", {"p": 0.5, "epoch_steps": 10, "batch_size_train": 4, "max_epoch": 3})
+    estimator = Estimator(torch.device("cpu"))
+    gflops, seconds = estimator.measured(config)
+    assert 0.3 < gflops < 1 and 0 < seconds < 10 and list(estimator.costs.values()) == [(gflops, seconds)]
+    # 40 samples an epoch; the first of two ramp epochs removes a quarter.
+    assert estimator.hours(config, 1000) == pytest.approx(40 * (0.75 + 0.5 + 0.5) * gflops * seconds / 3600)
+    assert estimator.hours(config, 20) == pytest.approx(estimator.hours(config, 1000) / 2)
 
 
 @pytest.mark.parametrize(

@@ -1,28 +1,39 @@
 """What a series of runs needs before it starts: commands, files, disk, and training compute."""
 
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 
 from configs.schema import Config
 from tasks.registry import TASKS
+from tools.tables.hours import Estimator
 from tools.tables.plan import Job, config_of
 
 
-def needs_of(jobs: Sequence[Job], launch: str) -> str:
-    """Describes the runs: the command of each, and the files and disk that they need."""
-    lines, files, disk = [], set(), 0
+def needs_of(jobs: Sequence[Job], launch: str, samples: Mapping[str, int], estimator: Estimator) -> str:
+    """Describes the runs: the command of each, and the files, the disk and the time that they need.
+
+    samples: data set -> training samples; for others no time is estimated
+    """
+    lines, files, disk, hours = [], set(), 0, 0.0
     for job in jobs:
         config = config_of(job)
         lines.append(f"{launch} {shlex.join(job.command)}")
         size = 0 if job.evaluates else checkpoint_bytes(config)
         disk += size
-        lines.append(f"    writes {size / 1e9:.2f} GB")
+        time = 0.0 if job.evaluates or job.data not in samples else estimator.hours(config, samples[job.data])
+        hours += time
+        lines.append(f"    writes {size / 1e9:.2f} GB" + (f"; trains for about {time:.1f} {estimator.unit}" if time else ""))
         files |= set(files_of(config)) if job.parent is None else set(files_of(config)) - {config.pretrained}
     found = [f"{'found' if Path(file).exists() else 'MISSING'}  {file}" for file in sorted(files)]
     total = [f"{len(jobs)} runs; disk: {disk / 1e9:.1f} GB in checkpoints."]
+    if hours:
+        total.append(
+            f"Training: about {hours:.0f} {estimator.unit}, without evaluations and reading; estimated from a training step of each"
+            " image encoder, measured here at its real size with random weights."
+        )
     return "\n".join([*lines, "", "Files:", *found, "", *total])
 
 

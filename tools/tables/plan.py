@@ -73,6 +73,7 @@ class Scale(Section):
     arguments: str = Field("", description="arguments of every run")
     launch: str = Field("python", description="command in front of the entry script")
     data: Literal["", "study", "fast"] = Field("", description="size of the Shapes data that is made first; empty: none is")
+    samples: dict[str, int] = Field({}, description="data set -> training samples, for an estimate of the time")
 
 
 class Plan(Section):
@@ -90,6 +91,7 @@ class Job:
     folder: where the run writes
     own: the arguments that tell it from other runs on its data set
     parent: the run whose checkpoint it evaluates
+    data: name of the data set
     """
 
     command: tuple[str, ...]
@@ -97,6 +99,7 @@ class Job:
     seed: int
     own: str
     parent: "Job | None" = None
+    data: str = ""
 
     @property
     def evaluates(self) -> bool:
@@ -172,7 +175,7 @@ def _job(
         evaluated = ("--evaluate", "--pretrained", str(parent.folder / "checkpoint_best.pth"))
     shared = ("--config", str(config), *shlex.split(data.get(dataset, "")), "--seed", str(seed), "--output_dir", str(where))
     command = (task_of(config).config_class.script, *shared, *shlex.split(f"{own} {scale.arguments}"), *evaluated)
-    return Job(command, where, seed, own, parent)
+    return Job(command, where, seed, own, parent, dataset)
 
 
 def _slug(arguments: str) -> str:
