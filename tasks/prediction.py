@@ -12,6 +12,7 @@ from torch import Tensor
 
 from engine.train import move
 from madtp.blocks import TowerRecord
+from madtp.flops import GIGA
 from madtp.sparsity.masks import counted_dense
 from tasks.opened import Opened
 from tasks.view import Sample, Samples
@@ -84,6 +85,12 @@ class Predictor:
 
     def predict(self) -> Prediction:
         raise NotImplementedError
+
+    def work(self) -> float:
+        """Estimates the GFLOPs of encoding the pictures without pruning: each weight is used once per patch."""
+        patches = (self.config.image_size // self.config.patch_size) ** 2
+        weights = sum(parameter.numel() for parameter in self.model.branches["vision"].parameters())
+        return len(self.images) * patches * weights / GIGA
 
     def shown(self) -> dict:
         """Returns the batch to draw, in the form of the task's view, without known answers."""

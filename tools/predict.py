@@ -22,6 +22,7 @@ import torch
 
 from data.text import clean_sentence
 from engine.sparse_inference import sparse_kernels
+from engine.threads import threads_for
 from engine.train import Precision
 from tasks.registry import TASKS, open_checkpoint
 from tools.visualize import write_drawings
@@ -70,6 +71,7 @@ def main() -> None:
     predictor = opened.task.predictor(opened, args.image, args.text)
     shown = predictor.shown() if args.explain else None
     with (
+        threads_for(predictor.work(), device),
         Precision(device, config.amp).autocast(),
         sparse_kernels(config.sparse_kernels, opened.model, opened.sparse, device, predictor.predict) as kernels,
     ):
