@@ -239,11 +239,11 @@ class Clip(AlignedModel):
         return total + block_flops(self.transformer.resblocks, encoded.record)
 
 
-def end_first(x: Tensor, end: Tensor) -> tuple[Tensor, Tensor]:
+def end_first(x: Tensor, end: Tensor, width: int | None = None) -> tuple[Tensor, Tensor]:
     """Moves the token at `end` (B,) of each text to the front and drops the tokens behind it.
 
-    x (B, L, C) -> (B, M, C) and its mask (B, M), M the tokens of the longest text
+    x (B, L, C) -> (B, M, C) and its mask (B, M), M the tokens of the longest text, or `width`
     """
-    places = torch.arange(int(end.max()) + 1, device=x.device)
+    places = torch.arange(int(end.max()) + 1 if width is None else width, device=x.device)
     source = torch.where(places == 0, end.unsqueeze(1), places - 1)
     return x.gather(1, source.unsqueeze(-1).expand(-1, -1, x.shape[-1])), places <= end.unsqueeze(1)

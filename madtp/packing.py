@@ -143,7 +143,8 @@ def halves(x: Tensor, layout: Layout) -> list[tuple[Tensor, Layout]]:
     """Splits a batch into two of the same number of samples, each with its layout."""
     if isinstance(layout, Packed):
         return [*layout.chunk(x, 2)]
-    return list(zip(x.chunk(2), (None, None) if layout is None else layout.chunk(2), strict=True))
+    halved = [None if part is None else part.unflatten(0, (2, -1)).unbind(0) for part in (x, layout)]  # for any batch, unlike chunk
+    return list(zip(*((None, None) if half is None else half for half in halved), strict=True))
 
 
 def select(x: Tensor, layout: Layout, samples: Tensor) -> tuple[Tensor, Layout]:
