@@ -6,17 +6,20 @@ import torch
 
 from engine.experiment import Experiment
 from engine.train import move
-from madtp.deploy import WHOLE, Counts, KeptTokens, fix_counts, recording, solve_counts
+from madtp.deploy import WHOLE, Branches, Counts, KeptTokens, fix_counts, recording, solve_counts
 from madtp.pruning import PruneSetting
 from utils import gather_objects, logger
 
 
 @torch.no_grad()
-def fix_tokens(experiment: Experiment, setting: PruneSetting, target: float) -> Counts:
-    """Gives the model the fixed numbers of tokens that meet `target` GFLOPs, from what samples keep at `setting`."""
+def fix_tokens(experiment: Experiment, setting: PruneSetting, target: float, branches: Branches | None = None) -> Counts:
+    """Gives the model the fixed numbers of tokens that meet `target` GFLOPs, from what samples keep at `setting`.
+
+    Only the blocks of `branches` get them, all of the model's by default.
+    """
     if setting.temperature is None:
         return {}
-    branches = experiment.model.branches
+    branches = experiment.model.branches if branches is None else branches
     experiment.model.eval()
     with recording(branches) as kept, experiment.precision.autocast():
         for batch in experiment.calibration_batches:

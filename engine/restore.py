@@ -23,7 +23,7 @@ BEFORE = {
     "merge": True,
     "guide": "shared",
 }
-SAVED = (*RULE, "batch_size", "temperature", "prune_from", "epoch", "masked")  # saved with the weights, and needed to use them
+SAVED = (*RULE, "batch_size", "temperature", "prune_from", "epoch", "masked", "counts")  # saved with the weights, to use them
 
 
 def rule_of(config: Config) -> dict:

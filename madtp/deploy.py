@@ -10,7 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from madtp.blocks import TowerRecord
 from madtp.packing import count_tokens
+from madtp.pruning import PruneSetting, PruningRule
 
 Branches = Mapping[str, Iterable[Any]]  # name -> `PrunedBlock`s
 Counts = dict[str, list[int]]  # branch -> tokens to keep in each block, WHOLE where it does not prune
@@ -57,6 +59,25 @@ def fix_counts(branches: Branches, counts: Counts) -> None:
                 block.pruner.fixed = count
 
 
+def fixed_record(counts: Sequence[int] | None, tokens: Tensor, rule: PruningRule, setting: PruneSetting, depth: int) -> TowerRecord:
+    """Returns the record that a pass with fixed numbers of tokens leaves, without running it; `kept` tells which blocks prune.
+
+    Args:
+        counts: of the blocks; None where nothing prunes.
+        tokens: (B,) of the samples that enter, prefix tokens included.
+    """
+    record = TowerRecord()
+    for block in range(depth):
+        left, kept = tokens, None
+        if counts is not None and setting.at(block) is not None:
+            kept = torch.zeros(len(tokens), 0, dtype=torch.bool)
+            fewer = rule.num_prefix_tokens + counts[block] + rule.merge
+            left = torch.where(tokens - rule.num_prefix_tokens > counts[block], fewer, tokens)
+        record.add(tokens, left, kept)
+        tokens = left
+    return record
+
+
 @contextmanager
 def recording(branches: Branches) -> Iterator[dict[str, KeptTokens]]:
     """Yields the kept tokens by branch, which fill while batches run through the blocks."""
@@ -82,9 +103,7 @@ def _recorder(found: KeptTokens, index: int) -> Callable[[nn.Module, tuple, tupl
     return record
 
 
-def solve_counts(
-    kept: Mapping[str, KeptTokens], measure: Callable[[Counts], float], target: float
-) -> tuple[Counts, float]:
+def solve_counts(kept: Mapping[str, KeptTokens], measure: Callable[[Counts], float], target: float) -> tuple[Counts, float]:
     """Finds the quantile at which fixed numbers of tokens cost `target` GFLOPs.
 
     Args:

@@ -46,9 +46,21 @@ def class_attention(class_row: Tensor, head_outputs: Tensor) -> Tensor:
     return (class_row.float() * norms / (norms.sum(dim=1, keepdim=True) + EPS)).sum(dim=1)
 
 
-def paper_columns(attention: Tensor, valid: Valid = None) -> Tensor:
-    """Returns the largest attention that any query pays to each token in any head (Eq. 5). (B, H, N, N) -> (B, N)."""
+def paper_columns(
+    attention: Tensor, valid: Valid = None, num_prefix_tokens: int = 0, weights: Tensor | None = None
+) -> Tensor:
+    """Returns the largest attention that any query pays to each token in any head (Eq. 5). (B, H, N, N) -> (B, N - P).
+
+    Args:
+        valid: (B, N - P).
+        num_prefix_tokens: P tokens in front that are left out, as queries and as tokens.
+        weights: (N - P,) of the queries.
+    """
     largest = attention.amax(dim=1)  # one dimension at a time: far faster than both at once
+    # Prefix tokens are left out only now: an exported model would copy what is sliced off the whole map.
+    largest = largest[:, num_prefix_tokens:, num_prefix_tokens:]
+    if weights is not None:
+        largest = largest * weights.unsqueeze(1)
     if valid is not None:
         largest = largest * valid.unsqueeze(2)
     return largest.amax(dim=1).float()

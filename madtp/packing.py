@@ -117,12 +117,12 @@ def class_tokens(x: Tensor, layout: Layout) -> Tensor:
     return x[layout.offsets[:-1]] if isinstance(layout, Packed) else x[:, 0]
 
 
-def end_first(x: Tensor, end: Tensor) -> tuple[Tensor, Tensor]:
+def end_first(x: Tensor, end: Tensor, width: int | None = None) -> tuple[Tensor, Tensor]:
     """Moves the token at `end` (B,) of each text to the front and drops the tokens behind it.
 
-    x (B, L, C) -> (B, M, C) and its mask (B, M), M the tokens of the longest text
+    x (B, L, C) -> (B, M, C) and its mask (B, M), M the tokens of the longest text, or `width`
     """
-    places = torch.arange(int(end.max()) + 1, device=x.device)
+    places = torch.arange(int(end.max()) + 1 if width is None else width, device=x.device)
     source = torch.where(places == 0, end.unsqueeze(1), places - 1)
     return x.gather(1, source.unsqueeze(-1).expand(-1, -1, x.shape[-1])), places <= end.unsqueeze(1)
 
@@ -153,7 +153,8 @@ def halves(x: Tensor, layout: Layout) -> list[tuple[Tensor, Layout]]:
     """Splits a batch into two of the same number of samples, each with its layout."""
     if isinstance(layout, Packed):
         return [*layout.chunk(x, 2)]
-    return list(zip(x.chunk(2), (None, None) if layout is None else layout.chunk(2), strict=True))
+    halved = [None if part is None else part.unflatten(0, (2, -1)).unbind(0) for part in (x, layout)]  # for any batch, unlike chunk
+    return list(zip(*((None, None) if half is None else half for half in halved), strict=True))
 
 
 def select(x: Tensor, layout: Layout, samples: Tensor) -> tuple[Tensor, Layout]:

@@ -334,14 +334,12 @@ class TokenPruner(nn.Module):
     ) -> tuple[Tensor, Layout, Tensor]:
         if isinstance(layout, Packed) or statistics is None:
             raise ValueError("a fixed number of tokens needs a padded batch and the scores of its tokens")
-        prefix, tokens = self.rule.num_prefix_tokens, x[:, self.rule.num_prefix_tokens :]
-        valid = None if layout is None else layout[:, prefix:]
-        if tokens.shape[1] <= count:
-            return x, layout, torch.ones(tokens.shape[:2], dtype=torch.bool, device=x.device) if valid is None else valid
+        prefix = self.rule.num_prefix_tokens
+        number, valid = x.shape[1] - prefix, None if layout is None else layout[:, prefix:]
+        if number <= count:
+            return x, layout, torch.ones(x.shape[0], number, dtype=torch.bool, device=x.device) if valid is None else valid
         importance = token_importance(statistics, attention, self.rule.scores, valid)
-        tokens, stay, kept = fixed_gather_and_merge(tokens, valid, importance, count, self.rule.merge)
-        mask = None if layout is None or stay is None else torch.cat([layout[:, :prefix], stay], dim=1)
-        return torch.cat([x[:, :prefix], tokens], dim=1), mask, kept
+        return fixed_gather_and_merge(x, layout, importance, count, self.rule.merge, prefix)
 
     def _merge_similar(
         self, x: Tensor, layout: Layout, statistics: AttentionStatistics | None, removed: Tensor | None

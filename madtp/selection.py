@@ -5,6 +5,7 @@ B batch, N prunable tokens (prefix tokens, such as the class token, left out), C
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from madtp.packing import Packed, Valid
@@ -162,31 +163,40 @@ def gather_and_merge(x: Tensor, valid: Valid, importance: Tensor, kept: Tensor, 
 
 
 def fixed_gather_and_merge(
-    x: Tensor, valid: Valid, importance: Tensor, count: int, merge: bool
+    x: Tensor, valid: Valid, importance: Tensor, count: int, merge: bool, num_prefix_tokens: int = 0
 ) -> tuple[Tensor, Valid, Tensor]:
     """Keeps the `count` best tokens of each sample in their order, then the merged token: shapes do not depend on values.
 
-    It is made of sorting, gathering and products, for exported models. Samples with fewer tokens than `count` keep all of them,
-    with padding.
+    It is made of sorting, one gather of rows and a product, for exported models: an inference engine copies whatever is sliced off
+    x or joined to it. Samples with fewer tokens than `count` keep all of them, with padding.
 
     Args:
-        x: (B, N, C).
-        valid: (B, N); None where nothing is padded.
+        x: (B, P + N, C).
+        valid: (B, P + N); None where nothing is padded.
+        importance: (B, N).
         count: below N.
+        num_prefix_tokens: P tokens in front that stay.
     Returns:
-        (B, count + 1, C), or `count` tokens without merging; the mask, None where there was none; kept (B, N) bool.
+        (B, P + count + 1, C), or a token less without merging; the mask, None where there was none; kept (B, N) bool.
     """
-    scores = importance if valid is None else importance.masked_fill(~valid, -1.0)
-    order = scores.topk(count, dim=1).indices.sort(dim=1).values
-    out = x.gather(1, order.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
-    kept = (order.unsqueeze(2) == torch.arange(x.shape[1], device=x.device)).any(dim=1)
+    prefix, batch = num_prefix_tokens, x.shape[0]  # len(x) would fix the batch size of an exported model
+    tokens = None if valid is None else valid[:, prefix:]
+    scores = importance if tokens is None else importance.masked_fill(~tokens, -1.0)
+    best = scores.topk(scores.shape[1], dim=1).indices
+    kept = best.argsort(dim=1) < count  # a token's place among the best
+    order = best[:, :count].sort(dim=1).values + prefix
+    order = torch.cat([torch.arange(prefix, device=x.device).expand(batch, -1), order], dim=1)
+    starts = torch.arange(batch, device=x.device).unsqueeze(1) * x.shape[1]
+    out = x.flatten(0, 1).index_select(0, (starts + order).flatten()).view(batch, prefix + count, -1)
     stay = None if valid is None else valid.gather(1, order)
     if merge:
-        pruned = ~kept if valid is None else valid & ~kept
-        token = merge_weights(importance, pruned).to(x.dtype).unsqueeze(1) @ x
-        out = torch.cat([out, token], dim=1)
+        pruned = ~kept if tokens is None else tokens & ~kept
+        weights = importance.masked_fill(~pruned, 0.0)
+        weights = weights / weights.sum(dim=-1, keepdim=True).clamp(min=EPS)  # torch.onnx drops "+ EPS" as if it were + 0
+        weights = F.pad(weights, (prefix, 0)).to(x.dtype)
+        out = torch.cat([out, weights.unsqueeze(1) @ x], dim=1)
         stay = None if stay is None else torch.cat([stay, pruned.any(dim=1, keepdim=True)], dim=1)
-    return out, stay, kept if valid is None else kept & valid
+    return out, stay, kept if tokens is None else kept & tokens
 
 
 def packed_gather_and_merge(

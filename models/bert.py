@@ -53,7 +53,7 @@ class Heads(nn.Module):
         """
         query, key, value = self.query(x), self.key(source), self.value(source)
         if not isinstance(layout, Packed):
-            query = query.reshape(len(source), -1, query.shape[-1])
+            query = query.reshape(source.shape[0], -1, query.shape[-1])  # len() would fix the batch size of an exported model
         elif layout is not source_layout:
             layout = layout.joined(source_layout)
         dropout = self.dropout if self.training else 0.0

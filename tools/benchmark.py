@@ -7,6 +7,7 @@
     python tools/benchmark.py --task retrieval_clip --against dense,transformers --p 0.5,0.75 --batch-sizes 4 --metered
     python tools/benchmark.py --task nlvr --sparse --amp --p 0.5,0.8 --batch-sizes 8,32
     python tools/benchmark.py --task nlvr --shapes --amp --p 0.5,0.8 --batch-sizes 8,32
+    python tools/benchmark.py --task vit --engine openvino --precision int8 --p 0.5,0.8 --batch-sizes 4 --device cpu
     python tools/benchmark.py --task rerank --candidates 256 --batch-sizes 4
     python tools/benchmark.py --task rank_answers --batch-sizes 32
 
@@ -26,6 +27,11 @@ Methods: dense is this project's model without pruners, with fused attention; co
 transformers are the image encoders of these libraries at the same size, for --task vit (transformers also for retrieval_clip).
 speedup is the throughput relative to the first method, dense, computed round by round.
 
+--engine times the deployment form instead, in which every sample keeps the same number of tokens in a block: dense against fixed
+numbers (method fixed), both in this engine and precision, on a CPU. onnxruntime and openvino run exported files, with a note on how
+far these deviate from PyTorch in fp32; torch and compile run the model itself, in bf16 under autocast. Quantised models are
+calibrated on noise: only their time is of interest.
+
 rerank and rank_answers time the scoring of candidates by an uncompressed model. Images and questions are encoded beforehand.
 rerank is BLIP's matching of images with --candidates texts each (unit: image-text pairs). separate repeats the image for each of
 its texts and computes keys and values for each; padded and shared compute them once per image; shared also packs the texts, as
@@ -41,16 +47,17 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import torch
 
 from engine.results import write_json
 from engine.train import Precision
 from tools.benchmarks.contenders import PRUNED, TASKS, build_methods, random_inputs
+from tools.benchmarks.engines import ENGINES, engine_methods, engine_version
 from tools.benchmarks.sparse_shapes import shapes_table, time_shapes
 from tools.benchmarks.workloads import Forward
-from utils import at_least_one, home_expanded, init_run, run_main, user_path
+from tools.exports.engines import instruction_sets
+from utils import UserError, at_least_one, home_expanded, init_run, run_main, user_path
 
 MIB = 2**20
 
@@ -60,6 +67,8 @@ class Row:
     """A row of the result.
 
     throughput: samples per second; image-text pairs for rerank
+    peak_memory_mib: of a pass, besides weights and inputs; None on a CPU, where earlier passes leave memory to reuse
+    engine, precision: that ran the pass
     keep: tokens after each block of the image encoder
     """
 
@@ -71,10 +80,12 @@ class Row:
     throughput_spread: float
     speedup: float
     latency_ms: float
-    peak_memory_mib: float
+    peak_memory_mib: float | None
     gflops: float | None
     keep: list[float]
     note: str
+    engine: str = "torch"
+    precision: str = "fp32"
 
 
 def main() -> None:
@@ -94,6 +105,8 @@ def main() -> None:
     parser.add_argument("--sparse", action="store_true", help="also time models with 2:4 weights")
     parser.add_argument("--shapes", action="store_true", help="instead, time each product of 2:4 weights, dense and sparse")
     parser.add_argument("--amp", action="store_true", help="bf16 under autocast")
+    parser.add_argument("--engine", choices=ENGINES, help="compare dense with fixed numbers of tokens in this engine, see above")
+    parser.add_argument("--precision", choices=("fp32", "bf16", "int8"), default="fp32", help="with --engine")
     parser.add_argument("--rounds", type=at_least_one, default=7)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=user_path, help="write the rows here")
@@ -101,10 +114,12 @@ def main() -> None:
     args = parser.parse_args()
     args.config = args.config or TASKS[args.task].path
     init_run(args.device, args.seed)
+    if args.precision != "fp32" and not args.engine:
+        raise UserError("--precision: goes with --engine; for bf16 without one use --amp")
     rows = time_shapes(args) if args.shapes else benchmark(args)
     print(shapes_table(rows) if args.shapes else table(rows))
     if args.json:
-        write_json({"command": " ".join(sys.argv), **machine(args.device), "rows": [asdict(row) for row in rows]}, args.json)
+        write_json({"command": " ".join(sys.argv), **machine(args), "rows": [asdict(row) for row in rows]}, args.json)
     if args.out:
         save(rows, args)
 
@@ -122,8 +137,10 @@ def numbers(kind: type) -> Callable[[str], tuple]:
 @torch.no_grad()
 def benchmark(args: argparse.Namespace) -> list[Row]:
     device = torch.device(args.device)
-    precision = Precision(device, args.amp)
-    methods = build_methods(args, device)
+    methods = engine_methods(args, device) if args.engine else build_methods(args, device)
+    in_torch = args.engine in (None, "torch", "compile")
+    rounded = "bf16" if args.amp else args.precision
+    precision = Precision(device, in_torch and rounded == "bf16")
     rows = []
     for batch_size in args.batch_sizes:
         inputs = random_inputs(args, batch_size, device)
@@ -138,16 +155,16 @@ def benchmark(args: argparse.Namespace) -> list[Row]:
             rate, latency = statistics.median(rates), 1000 * statistics.median(times)
             rows.append(
                 Row(method.name, method.p, batch_size, str(device), rate, spread, speedup, latency, mib, method.gflops,
-                    list(method.keep), "; ".join(filter(None, (note, method.note))))
+                    list(method.keep), "; ".join(filter(None, (note, method.note))), args.engine or "torch", rounded)
             )  # fmt: skip
     return rows
 
 
-def time_in_turn(forwards: Sequence[Forward], rounds: int, device: torch.device) -> tuple[list[list[float]], list[float]]:
+def time_in_turn(forwards: Sequence[Forward], rounds: int, device: torch.device) -> tuple[list[list[float]], list[float | None]]:
     """Times the forward passes in turn, after a warm-up, so that a slower phase of the machine affects all alike.
 
     Returns:
-        the seconds of each round of each pass, and the peak memory of each in MiB, above the memory in use before.
+        the seconds of each round of each pass, and the peak memory of each in MiB on a GPU, None on a CPU.
     """
     memory = [peak_memory(forward, device) for forward in forwards]
     for forward in forwards:
@@ -168,39 +185,35 @@ def synchronise(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def peak_memory(forward: Forward, device: torch.device) -> float:
-    """Measures the MiB that a forward pass needs besides weights and inputs. On a CPU this is Linux' count for the process."""
-    if device.type == "cuda":
-        forward()
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        forward()
-        return (torch.cuda.max_memory_allocated(device) - before) / MIB
-    try:
-        Path("/proc/self/clear_refs").write_text("5")  # resets the peak to the current use
-        before = status("VmRSS")
-        forward()
-        return (status("VmHWM") - before) / 1024
-    except OSError:  # not Linux
-        return float("nan")
+def peak_memory(forward: Forward, device: torch.device) -> float | None:
+    """Measures the MiB that a forward pass needs besides weights and inputs, on a GPU."""
+    if device.type != "cuda":
+        return None
+    forward()
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    forward()
+    return (torch.cuda.max_memory_allocated(device) - before) / MIB
 
 
-def status(key: str) -> int:
-    """Reads a value in KiB from Linux' status of this process."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(f"{key}:"))
-
-
-def machine(device: str) -> dict:
-    name = torch.cuda.get_device_name(device) if device.startswith("cuda") else f"{torch.get_num_threads()} threads"
-    return {"device": device, "machine": name, "torch": torch.__version__}
+def machine(args: argparse.Namespace) -> dict:
+    on_gpu = args.device.startswith("cuda")
+    name = torch.cuda.get_device_name(args.device) if on_gpu else f"{torch.get_num_threads()} threads"
+    found = {"device": args.device, "machine": name, "torch": torch.__version__}
+    if args.engine:
+        found |= {"engine": args.engine, "engine_version": engine_version(args.engine), "precision": args.precision}
+    if not on_gpu:
+        found |= {"cpu_capability": torch.backends.cpu.get_cpu_capability(), "instruction_sets": instruction_sets()}
+    return found
 
 
 def table(rows: Sequence[Row]) -> str:
     head = f"{'method':14}{'p':>7}{'batch':>7}{'a second':>12}{'+-':>8}{'speedup':>9}{'ms':>10}{'MiB':>9}{'GFLOPs':>10}"
     lines = [
         f"{r.method:14}{r.p:7.3f}{r.batch_size:7d}{r.throughput:12.2f}{r.throughput_spread:8.2f}{r.speedup:9.2f}"
-        f"{r.latency_ms:10.1f}{r.peak_memory_mib:9.0f}" + (f"{r.gflops:10.3f}" if r.gflops else f"{'':10}")
+        f"{r.latency_ms:10.1f}"
+        + (f"{'':9}" if r.peak_memory_mib is None else f"{r.peak_memory_mib:9.0f}")
+        + (f"{r.gflops:10.3f}" if r.gflops else f"{'':10}")
         for r in rows
     ]
     notes = dict.fromkeys(f"batch {r.batch_size}: {r.note}" for r in rows if r.note)
@@ -212,15 +225,18 @@ def save(rows: Sequence[Row], args: argparse.Namespace) -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     kind = f"{args.task}_shapes" if args.shapes else args.task
     name = args.out / f"{kind}_{args.device.replace(':', '')}_torch{torch.__version__.partition('+')[0]}"
+    if args.engine:
+        version = engine_version(args.engine).partition("+")[0]
+        name = args.out / f"{kind}_{args.device}_{args.engine}{version}_{args.precision}"
     with open(f"{name}.csv", "w", newline="", encoding="utf-8") as file:
-        file.write(f"# python {' '.join(sys.argv)}\n# {json.dumps(machine(args.device))}\n")
+        file.write(f"# python {' '.join(sys.argv)}\n# {json.dumps(machine(args))}\n")
         writer = csv.DictWriter(file, asdict(rows[0]))
         writer.writeheader()
         writer.writerows(
             {key: " ".join(f"{n:g}" for n in value) if isinstance(value, list) else value for key, value in asdict(row).items()}
             for row in rows
         )
-    if not args.shapes and any(row.method == "madtp" for row in rows):
+    if not args.shapes and not args.engine and any(row.method == "madtp" for row in rows):
         plot(rows, args).savefig(f"{name}.png")
 
 

@@ -1,15 +1,24 @@
-"""Exports the compressed weights of a run to a .safetensors file, with all that prediction and evaluation need.
+"""Exports the compressed weights of a run to a .safetensors file, or its model to ONNX or OpenVINO.
 
     python tools/export.py --checkpoint output/nlvr_p0.8/checkpoint_best.pth --out output/nlvr_p0.8_exported
     python tools/export.py --checkpoint output/nlvr_p0.8/checkpoint_best.pth --out output/small --packed --half
+    python tools/export.py --checkpoint output/nlvr_p0.8/checkpoint_best.pth --out output/nlvr_onnx --format onnx
+    python tools/export.py --checkpoint output/nlvr_p0.8/checkpoint_best.pth --out output/nlvr_int8 --format openvino --int8
 
---out is a folder for model.safetensors and config.yaml, or the path of a .safetensors file; config.yaml is then written next to it.
-Both are used like the files of a run: `tools/predict.py --checkpoint FILE`, `compress_*_dtp.py --config CONFIG --evaluate
---pretrained FILE`.
+safetensors: --out is a folder for model.safetensors and config.yaml, or the path of a .safetensors file; config.yaml is then
+written next to it. Both are used like the files of a run: `tools/predict.py --checkpoint FILE`, `compress_*_dtp.py --config CONFIG
+--evaluate --pretrained FILE`.
 Parts that only training uses, such as momentum encoders and queues, are left out. The GFLOPs of a retrieval training step are then
 counted as if the momentum encoders had the weights of the online encoders.
 --packed stores only the kept values of N:M sparse weights and their positions. Loading restores the weights to the bit. --half
 rounds to float16.
+
+onnx, openvino: --out is a folder for a file per part, config.yaml, and deployment.json, which describes them. The model is written
+in its deployment form: every sample keeps the same number of tokens in a block, found on the calibration slice of the run's own
+data as `keep: fixed` does, and the batch may have any size. NLVR2 is written whole (--parts image_encoder: its image encoder), CLIP
+as its two towers, and of VQA, captioning and BLIP's retrieval the image encoder. Each file is run on calibration samples and
+compared with PyTorch; one that deviates by more than 1e-4 is refused. --int8 quantises it afterwards: onnx by onnxruntime's dynamic
+quantisation, openvino by NNCF with the calibration slice. tools/evaluate.py and tools/predict.py run the files.
 """
 
 import argparse
@@ -27,7 +36,9 @@ from madtp.sparsity.masks import Pattern
 from models.weights.reading import is_read, read_checkpoint
 from models.weights.safetensors import save_exported
 from tasks.registry import TASKS, load_any_config
-from utils import UserError, run_main, user_path
+from tools.exports.engines import SUFFIXES
+from tools.exports.model import export_model
+from utils import UserError, at_least_one, run_main, user_path
 
 MIB = 2**20
 
@@ -133,10 +144,28 @@ def main() -> None:
     parser.add_argument("--config", type=user_path, metavar="FILE", help="config.yaml of the run, if not next to the checkpoint")
     parser.add_argument("--task", choices=TASKS, help="the task, if the config has no key 'task'")
     parser.add_argument("--out", type=user_path, required=True, help="a folder, or a .safetensors file")
+    parser.add_argument("--format", choices=("safetensors", *SUFFIXES), default="safetensors", help="default: safetensors")
     parser.add_argument("--packed", action="store_true", help="store only the kept values of sparse weights, and their positions")
     parser.add_argument("--half", action="store_true", help="round to float16")
+    parser.add_argument("--int8", action="store_true", help="onnx, openvino: quantise to 8 bits")
+    parser.add_argument("--parts", default="", help="onnx, openvino: parts to write, separated by commas; default: see above")
+    parser.add_argument(
+        "--text-tokens", type=at_least_one, help="onnx, openvino: length of texts; default: the longest of the data"
+    )
     args = parser.parse_args()
-    print(export(args.checkpoint, args.config, args.out, args.packed, args.half, args.task).report())
+    if args.format == "safetensors":
+        refuse(args, "onnx or openvino", "int8", "parts", "text_tokens")
+        print(export(args.checkpoint, args.config, args.out, args.packed, args.half, args.task).report())
+        return
+    refuse(args, "safetensors", "packed", "half")
+    parts = [name for name in args.parts.split(",") if name]
+    print(export_model(args.checkpoint, args.config, args.out, args.format, args.int8, parts, args.text_tokens, args.task))
+
+
+def refuse(args: argparse.Namespace, wanted: str, *names: str) -> None:
+    for name in names:
+        if getattr(args, name):
+            raise UserError(f"--{name.replace('_', '-')}: is for --format {wanted}; leave it out")
 
 
 if __name__ == "__main__":

@@ -9,6 +9,9 @@ The config.yaml of the run must be next to the checkpoint, or be given with --co
 or several images for one text. Weights without a temperature need a --config and run dense. GFLOPs are those of the whole answer;
 "uncompressed" is the same answer without pruned tokens or sparse weights. --explain draws the tokens kept in each block, like
 tools/visualize.py.
+
+--checkpoint may also be what `tools/export.py --format onnx` or `openvino` wrote of NLVR2 or CLIP, the folder or a file in it. That
+runs on the CPU and draws nothing.
 """
 
 import argparse
@@ -24,7 +27,9 @@ from data.text import clean_sentence
 from engine.sparse_inference import sparse_kernels
 from engine.threads import threads_for
 from engine.train import Precision
+from tasks.opened import Opened
 from tasks.registry import TASKS, open_checkpoint
+from tools.exports.folder import is_exported_model, open_exported
 from tools.visualize import write_drawings
 from utils import UserError, home_expanded, run_main, user_path
 
@@ -45,6 +50,16 @@ def check_inputs(images: Sequence[str], texts: Sequence[str], explain: Path | No
         raise UserError(f"--explain {explain}: must end in .png")
 
 
+def opened_model(args: argparse.Namespace) -> Opened:
+    """Opens the checkpoint or the exported model that the arguments name."""
+    if not is_exported_model(Path(args.checkpoint)):
+        return open_checkpoint(args.checkpoint, args.config, args.device, args.task)
+    if args.explain or args.config:
+        given = "--explain" if args.explain else "--config"
+        raise UserError(f"{given}: exported files tell no tokens, and have their own config.yaml; leave it out")
+    return open_exported(Path(args.checkpoint), device=args.device)
+
+
 @torch.no_grad()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -53,7 +68,7 @@ def main() -> None:
         type=home_expanded,
         required=True,
         metavar="FILE",
-        help="checkpoint of a run, or weights of a dense model",
+        help="checkpoint of a run, weights of a dense model, or an exported model",
     )
     parser.add_argument("--config", type=home_expanded, metavar="FILE", help="config.yaml of the run, if not beside it")
     parser.add_argument("--task", choices=TASKS, help="the task, if the config has no key 'task'")
@@ -66,7 +81,7 @@ def main() -> None:
     args = parser.parse_args()
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr)  # keeps log messages out of stdout, which is for the answer
     check_inputs(args.image, args.text, args.explain)
-    opened = open_checkpoint(args.checkpoint, args.config, args.device, args.task)
+    opened = opened_model(args)
     config, device = opened.task.config, opened.task.run.device
     predictor = opened.task.predictor(opened, args.image, args.text)
     shown = predictor.shown() if args.explain else None

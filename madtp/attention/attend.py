@@ -89,10 +89,10 @@ def merge_heads(x: Tensor) -> Tensor:
 
 def causal_mask(tokens: int, causal: Causal, device: torch.device) -> Tensor:
     """Marks the tokens (columns) that a token (row) may see: itself and those before it in the sequence's order, (N, N) bool."""
-    mask = torch.ones(tokens, tokens, dtype=torch.bool, device=device).tril()
+    order = torch.arange(tokens, device=device)
     if causal == "class_last":
-        mask[0], mask[1:, 0] = True, False
-    return mask
+        order = order.masked_fill(order == 0, tokens)
+    return order.unsqueeze(1) >= order
 
 
 def _attend_padded(

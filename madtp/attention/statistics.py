@@ -26,13 +26,14 @@ def map_statistics(
     """
     prefix = rule.num_prefix_tokens
     with torch.set_grad_enabled(torch.is_grad_enabled() and rule.traces_attention):
-        tokens = attention[:, :, prefix:, prefix:]
+        weights = None
         if visible is not None and rule.causal_scores != "plain":
-            tokens = tokens * _query_weights(visible[prefix:], rule.causal_scores).unsqueeze(1)
+            weights = _query_weights(visible[prefix:], rule.causal_scores)
         if rule.variant == "released":
-            columns = released.released_columns(tokens)
+            tokens = attention[:, :, prefix:, prefix:]
+            columns = released.released_columns(tokens if weights is None else tokens * weights.unsqueeze(1))
         else:
-            columns = paper_columns(tokens, None if valid is None else valid[:, prefix:])
+            columns = paper_columns(attention, None if valid is None else valid[:, prefix:], prefix, weights)
         importance = class_attention(attention[:, :, 0, prefix:], head_outputs[:, :, prefix:]) if prefix else None
         return AttentionStatistics(importance, columns)
 

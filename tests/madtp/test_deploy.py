@@ -5,11 +5,12 @@ import torch
 from torch import nn
 
 from madtp.blocks import Guidance
-from madtp.deploy import WHOLE, KeptTokens, fix_counts, recording, solve_counts
+from madtp.deploy import WHOLE, KeptTokens, fix_counts, fixed_record, recording, solve_counts
 from madtp.importance import token_importance
 from madtp.pruning import PruneSetting, PruningRule, TokenPruner
 from madtp.selection import fixed_gather_and_merge
 from models.vit import VisionTransformer
+from tests import tiny
 from tests.tiny import with_lively_weights
 
 IMAGE, PATCH, WIDTH, DEPTH, HEADS, DIM = 40, 8, 12, 3, 3, 8  # 25 patches
@@ -22,9 +23,7 @@ class Tower(nn.Module):
     def __init__(self, merge: bool = True):
         super().__init__()
         rule = PruningRule(keep="instance", merge=merge)
-        vision = VisionTransformer(
-            IMAGE, PATCH, WIDTH, DEPTH, HEADS, 2.0, make_pruner=lambda dim: TokenPruner(dim, 5, DIM, rule)
-        )
+        vision = VisionTransformer(IMAGE, PATCH, WIDTH, DEPTH, HEADS, 2.0, make_pruner=lambda dim: TokenPruner(dim, 5, DIM, rule))
         self.vision = with_lively_weights(vision)
         self.learnable = nn.Parameter(torch.randn(5, DIM, generator=torch.Generator().manual_seed(2)))
         self.eval()
@@ -145,3 +144,44 @@ def test_packed_batches_have_no_fixed_numbers():
     fix_counts(model.branches, {"vision": [14, 9, 6]})
     with pytest.raises(ValueError, match="a fixed number of tokens needs a padded batch"):
         model.vision(pictures(), Guidance(ON, packed=True, learnable_tokens=model.learnable))
+
+
+@pytest.mark.parametrize("merge", [True, False])
+@torch.no_grad()
+def test_the_record_of_fixed_numbers_is_known_without_a_pass(merge):
+    rule, setting = PruningRule(keep="instance", merge=merge), PruneSetting(0.0, prune_from=1)
+    model, (ids, mask) = tiny.nlvr(rule), tiny.text([3, 5, 9], width=12)
+    counts = {"vision": [3, 12, WHOLE], "language": [2, 5]}
+    fix_counts(model.branches, counts)
+    output = model(tiny.images(3), ids, mask, Guidance(setting))
+    for name, record, tokens in (
+        ("vision", output.vision, torch.full((6,), 17)),
+        ("language", output.language, mask.sum(dim=1)),
+    ):
+        said = fixed_record(counts[name], tokens, rule, setting, len(counts[name]))
+        for ours, theirs in ((said.entering, record.entering), (said.leaving, record.leaving)):
+            assert [each.tolist() for each in ours] == [each.tolist() for each in theirs]
+        assert [kept is None for kept in said.kept] == [kept is None for kept in record.kept]
+    dense = fixed_record(None, torch.tensor([17]), None, setting, 3)
+    assert [int(left) for left in dense.leaving] == [17] * 3 and dense.kept == [None] * 3
+
+
+@torch.no_grad()
+def test_the_whole_nlvr_model_is_exported_with_a_batch_of_any_size():
+    model, (ids, mask) = tiny.nlvr(PruningRule(keep="instance")), tiny.text([9, 12, 5, 7, 3], width=12)
+    fix_counts(model.branches, {"vision": [12, 9, 6], "language": [8, 5]})
+
+    class Logits(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = model
+
+        def forward(self, *inputs: torch.Tensor) -> torch.Tensor:
+            return self.model(*inputs, Guidance(ON)).logits
+
+    batch, images = torch.export.Dim("batch", min=1, max=64), tiny.images(5)
+    some = images[:3], ids[:3], mask[:3]
+    program = torch.export.export(Logits(), some, dynamic_shapes=(({0: batch},) * 3,), strict=False)
+    for number in (1, 5):
+        inputs = images[:number], ids[:number], mask[:number]
+        torch.testing.assert_close(program.module()(*inputs), Logits()(*inputs), atol=1e-5, rtol=1e-5)

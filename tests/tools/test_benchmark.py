@@ -196,3 +196,44 @@ def test_every_task_has_a_config_of_its_own(task, monkeypatch):
 def test_what_cannot_be_compared_is_refused(run, arguments, said):
     with pytest.raises(UserError, match=said):
         run(*arguments)
+
+
+@pytest.mark.parametrize("task", ["nlvr", "vit", "retrieval_clip"])
+def test_fixed_numbers_of_tokens_are_timed_in_an_engine_at_the_cost_asked_for(run, task, tmp_path):
+    rows = run("--task", task, "--p", "0.2,0.4", "--engine", "torch", "--precision", "bf16", "--out", str(tmp_path / "out"))
+    assert [(row["method"], row["batch_size"]) for row in rows] == [(m, n) for n in (1, 3) for m in ("dense", "fixed", "fixed")]
+    assert {(row["engine"], row["precision"], row["peak_memory_mib"]) for row in rows} == {("torch", "bf16", None)}
+    for row, p in zip(rows[1:3], (0.2, 0.4), strict=True):
+        assert row["p"] == pytest.approx(1 - row["gflops"] / rows[0]["gflops"], abs=1e-3) == pytest.approx(p, abs=0.04)
+        assert row["keep"] == sorted(row["keep"], reverse=True)
+    (table,) = (tmp_path / "out").iterdir()
+    header = json.loads(table.read_text().splitlines()[1].removeprefix("# "))
+    assert table.name.startswith(f"{task}_cpu_torch2") and table.name.endswith("_bf16.csv")
+    assert header["engine"] == "torch" and header["engine_version"] == torch.__version__ and "instruction_sets" in header
+
+
+@pytest.mark.parametrize(("engine", "precision"), [("onnxruntime", "fp32"), ("openvino", "fp32"), ("openvino", "bf16")])
+def test_exported_files_are_timed_and_compared_with_pytorch(run, engine, precision):
+    for package in ("onnx", "onnxscript", engine):
+        pytest.importorskip(package, reason="needs the extras onnx and openvino")
+    flags = ("--keep-schedule", "1,0.5,0.25", "--engine", engine, "--precision", precision, "--batch-sizes", "2")
+    rows = run("--task", "nlvr", *flags)
+    assert [row["method"] for row in rows] == ["dense", "fixed"]
+    assert {(row["engine"], row["precision"]) for row in rows} == {(engine, precision)}
+    assert rows[1]["keep"] == [65, 34, 10]  # 1 + 64; then half of 64, a quarter of 33, and a merged one
+    assert all(("deviates from PyTorch by" in row["note"]) == (precision == "fp32") for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (("--precision", "bf16"), "--precision: goes with --engine"),
+        (("--engine", "torch", "--precision", "int8"), "engine torch runs fp32 or bf16 here"),
+        (("--engine", "torch", "--train"), "--train: does not go with --engine"),
+        (("--engine", "torch", "--task", "block"), "--engine: is for --task nlvr, vit, retrieval_clip"),
+        (("--engine", "torch", "--keep-schedule", "1,0.5"), "--keep-schedule: 2 shares for 3 blocks"),
+    ],
+)
+def test_engines_refuse_what_they_do_not_compare(run, flags, said):
+    with pytest.raises(UserError, match=said):
+        run("--task", "vit", *flags) if "--task" not in flags else run(*flags)

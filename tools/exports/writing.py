@@ -1,0 +1,172 @@
+"""Writing a part of a model as ONNX or OpenVINO, quantising it, and checking the file against PyTorch."""
+
+import contextlib
+import io
+import logging
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from tasks.task import Inputs
+from tools.exports.engines import SUFFIXES, Engine, needed, opened_engine
+from tools.exports.parts import Part
+from utils import UserError
+
+TOLERANCE = 1e-4  # largest deviation from PyTorch in fp32, relative to the largest value of a sample's output
+ROUNDING = 1e-6  # relative size of a change of the inputs that is no more than rounding
+TRIES = 4  # of such changes
+LARGEST = 2**30  # bytes of weights in an .onnx file; more lie beside it, because its format ends at 2 GiB
+
+
+@dataclass
+class Check:
+    """The deviation of a file from PyTorch.
+
+    deviation: the largest one, relative to the largest value of a sample's output, over the decided samples
+    samples: compared ones
+    undecided: those left out: rounding alone makes PyTorch keep other tokens, because two are as important at the cut
+    """
+
+    engine: str
+    version: str
+    deviation: float
+    samples: int
+    undecided: int
+
+    def __str__(self) -> str:
+        left_out = f", {self.undecided} of them left out as ties" if self.undecided else ""
+        return f"deviates from PyTorch by {self.deviation:.1e} in {self.engine} ({self.samples} samples{left_out})"
+
+
+@torch.no_grad()
+def write_onnx(part: Part, example: Inputs, path: Path) -> None:
+    """Writes a part with a batch of any size. `example`: its inputs for a batch of two samples or more.
+
+    Raises:
+        UserError: when the model does not keep the batch free, or onnx or onnxscript is not installed.
+    """
+    needed("onnx"), needed("onnxscript")
+    batch = torch.export.Dim("batch", min=1, max=4096)
+    shapes = tuple({0: batch} for _ in example)
+    # Exported first: given the module, torch.onnx would fall back on a fixed batch without saying so.
+    program = torch.export.export(part.module.eval(), example, dynamic_shapes=shapes, strict=False)
+    size = sum(tensor.numel() * tensor.element_size() for tensor in part.module.parameters())
+    with quiet():
+        written = torch.onnx.export(
+            program, dynamo=True, input_names=list(part.inputs), output_names=list(part.outputs), verbose=False
+        )
+        written.save(str(path), external_data=size > LARGEST)
+
+
+def write_openvino(onnx: Path, path: Path) -> None:
+    """Converts an .onnx file to an .xml file with its .bin file."""
+    openvino = needed("openvino")
+    openvino.save_model(openvino.convert_model(onnx), path, compress_to_fp16=False)
+
+
+def quantise_onnx(source: Path, path: Path) -> None:
+    """Quantises weights ahead and activations as the file runs (onnxruntime's dynamic quantisation), per channel."""
+    needed("onnxruntime")
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    large = source.stat().st_size + sum(each.stat().st_size for each in source.parent.glob(f"{source.name}.data")) > LARGEST
+    with quiet():
+        quantize_dynamic(
+            source, path, op_types_to_quantize=["MatMul", "Gemm"], weight_type=QuantType.QInt8, per_channel=True,
+            use_external_data_format=large,
+        )  # fmt: skip
+
+
+def quantise_openvino(source: Path, path: Path, names: Sequence[str], samples: Sequence[Inputs]) -> None:
+    """Quantises weights and activations by NNCF, with the ranges that activations take on `samples`, inputs of the part."""
+    nncf, openvino = needed("nncf"), needed("openvino")
+    nncf.set_log_level(logging.ERROR)
+    dataset = nncf.Dataset(list(samples), lambda batch: {name: part.numpy() for name, part in zip(names, batch, strict=True)})
+    with quiet():
+        model = nncf.quantize(
+            openvino.Core().read_model(source), dataset, model_type=nncf.ModelType.TRANSFORMER, subset_size=len(samples)
+        )
+        openvino.save_model(model, path, compress_to_fp16=False)
+
+
+@contextlib.contextmanager
+def quiet():
+    """Keeps what exporters and quantisers say about their progress off the terminal, their warnings of each operator too."""
+    loggers = [logging.getLogger(name) for name in ("onnxscript", "onnx_ir", "torch.onnx", "root")]
+    levels = [each.level for each in loggers]
+    for each in loggers:
+        each.setLevel(logging.ERROR)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        for each, level in zip(loggers, levels, strict=True):
+            each.setLevel(level)
+
+
+def write(part: Part, kind: str, int8: bool, folder: Path, samples: Sequence[Inputs]) -> tuple[Path, Check, Check | None]:
+    """Writes a part and checks what was written against PyTorch.
+
+    Args:
+        kind: "onnx" or "openvino".
+        samples: real inputs of the part, in batches; the first ones check the file, all calibrate the quantisation.
+    Returns:
+        the file, the check in fp32, and that of the quantised file if it is one.
+    Raises:
+        UserError: when the file in fp32 deviates by more than TOLERANCE, or a package is missing.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{part.name}{'_int8' if int8 else ''}{SUFFIXES[kind]}"
+    with tempfile.TemporaryDirectory() as place:
+        plain = Path(place) / f"{part.name}.onnx"
+        example = tuple(torch.cat([tensor[:1]] * 3) for tensor in samples[0])
+        exact = path if kind == "onnx" and not int8 else plain
+        write_onnx(part, example, exact)
+        if kind == "openvino":
+            exact = Path(place) / f"{part.name}.xml" if int8 else path
+            write_openvino(plain, exact)
+        checked = check(part, opened_engine(exact), samples)
+        if not checked.deviation <= TOLERANCE:
+            raise UserError(f"{path}: {checked}; more than {TOLERANCE:g}, so the file is of no use")
+        if not int8:
+            return path, checked, None
+        if kind == "openvino":
+            quantise_openvino(exact, path, part.inputs, samples)
+        else:
+            quantise_onnx(exact, path)
+    return path, checked, check(part, opened_engine(path, "int8"), samples)
+
+
+@torch.no_grad()
+def check(part: Part, engine: Engine, samples: Sequence[Inputs], number: int = 8) -> Check:
+    """Compares an engine with PyTorch on the first samples: in batches of all and one by one."""
+    inputs = tuple(torch.cat(parts)[:number] for parts in zip(*samples, strict=True))
+    alone = [tuple(tensor[index : index + 1] for tensor in inputs) for index in range(len(inputs[0]))]
+    expected = [part.module(*sample) for sample in alone]
+    together = engine(*inputs)
+    batched = [deviation(expected[index], [each[index : index + 1] for each in together]) for index in range(len(alone))]
+    found = [max(first, deviation(wanted, engine(*sample))) for first, wanted, sample in zip(batched, expected, alone, strict=True)]
+    decided = [value for value, sample in zip(found, alone, strict=True) if value <= TOLERANCE or is_decided(part.module, sample)]
+    largest = max(decided) if decided else float("nan")
+    return Check(engine.name, engine.version, largest, len(found), len(found) - len(decided))
+
+
+def deviation(expected: Sequence[Tensor], found: Sequence[Tensor]) -> float:
+    """Returns the largest difference, relative to the largest value of its output; infinite where one is no number."""
+    parts = [(a - b).abs().max() / a.abs().max().clamp(min=1e-30) for a, b in zip(expected, found, strict=True)]
+    return max(float(part) if part.isfinite() else float("inf") for part in parts)
+
+
+def is_decided(run: Callable[..., Sequence[Tensor]], sample: Inputs) -> bool:
+    """Tells whether PyTorch's own result stays when its inputs change by no more than rounding."""
+    generator, expected = torch.Generator().manual_seed(0), run(*sample)
+    for _ in range(TRIES):
+        noise = [torch.randn(part.shape, generator=generator) if part.is_floating_point() else None for part in sample]
+        changed = (part if by is None else part * (1 + ROUNDING * by) for part, by in zip(sample, noise, strict=True))
+        if deviation(expected, run(*changed)) > TOLERANCE:
+            return False
+    return True
