@@ -4,11 +4,11 @@ import pytest
 import torch
 from transformers import CLIPConfig, CLIPModel
 
-from clip.model import Clip, ClipSize, end_first
+from clip.model import Clip, ClipSize
 from madtp.attention.attend import causal_mask
 from madtp.attention.statistics import map_statistics
 from madtp.blocks import Guidance
-from madtp.packing import pack
+from madtp.packing import end_first, pack
 from madtp.pruning import CAUSAL_SCORES, OFF, PruneSetting, PruningRule, TokenPruner
 from models.clip_retrieval import ClipRetrieval
 from models.weights.clip import load_clip_weights

@@ -10,10 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from clip.model import end_first
 from madtp.blocks import Encoded, Guidance, run_blocks
 from madtp.flops import GIGA
-from madtp.packing import class_tokens
+from madtp.packing import class_tokens, end_first
 from madtp.pruning import PruneSetting
 from models.blip_nlvr import BlipNlvr, per_sentence
 from models.clip_retrieval import ClipRetrieval
