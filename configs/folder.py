@@ -9,6 +9,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+from configs.hub import from_hub, is_name
 from configs.sizes import BERT_SIZES, VIT_SIZES, BertSizes
 from configs.vocabulary import lowers_case, read_vocabulary, vocabulary_file
 from utils import UserError, home_expanded
@@ -43,8 +44,12 @@ def with_folder_keys(task: str, values: dict[str, Any]) -> dict[str, Any]:
     """
     for key in ("pretrained", "teacher"):
         given = values.get(key)
-        if isinstance(given, str) and given and is_folder(home_expanded(given)):
-            values = {**values, **_agreed(Path(home_expanded(given)), task, values)}
+        if not isinstance(given, str) or not given:
+            continue
+        if is_name(given):
+            values = {**values, key: str(from_hub(given, key))}
+        if is_folder(home_expanded(values[key])):
+            values = {**values, **_agreed(Path(home_expanded(values[key])), task, values)}
     return values
 
 

@@ -3,7 +3,7 @@
     python tools/compress.py --model clip-vit-base-patch16 --images photos --p 0.5 --out clip-p0.5
     python tools/compress.py --model clip-vit-base-patch16 --images photos --texts captions.txt --p 0.5 --out clip-p0.5
 
---model is a folder as the Hub has them: of transformers (CLIP, SigLIP, SigLIP 2, DINOv2, BLIP), of open_clip, or of timm.
+--model is a folder as the Hub has them, or a name there: of transformers (CLIP, SigLIP, SigLIP 2, DINOv2, BLIP), open_clip or timm.
 --images is a folder of pictures, subfolders included, that are like those the model is for; they need no labels. With --texts, a
 file with a text per line, the text encoder is pruned too. A part of the pictures is kept aside to measure how far the features
 move. The folder --out gets the weights, the model's own configuration, how it prunes, and a model card; `madtp.load(FOLDER)`
@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from configs.hub import from_hub, is_name
 from madtp import UnreachableTarget, load, prune
 from madtp.patch import INITS
 from madtp.patch.base import Batch, Pruning
@@ -36,7 +37,7 @@ EVERY, MOST = 5, 64  # every 5th picture is kept aside, up to 64 of them
 def main() -> None:
     args = parse()
     check_out(args.out)
-    source = open_source(args.model)
+    source = open_source(user_path(str(from_hub(args.model, "--model"))) if is_name(args.model) else user_path(args.model))
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     source.model.to(device)
     pictures, skipped = read_pictures(args.images, args.samples)
@@ -56,7 +57,7 @@ def main() -> None:
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=user_path, required=True, metavar="DIR", help="folder of the model")
+    parser.add_argument("--model", required=True, metavar="DIR", help="folder of the model, or its name on the Hub")
     parser.add_argument("--images", type=user_path, required=True, metavar="DIR", help="folder of pictures")
     parser.add_argument("--texts", type=user_path, metavar="FILE", help="texts, one per line: prunes the text encoder too")
     parser.add_argument("--p", type=share, default=0.5, help="share of the GFLOPs to remove; default: 0.5")
