@@ -10,6 +10,7 @@ from torch import nn
 from configs.schema import Config
 from engine.sparse_inference import sparse_kernels
 from engine.train import Losses, Precision, move
+from engine.workers import side_by_side
 from madtp.pruning import PruneSetting
 from madtp.sparsity.layers import sparse_weights
 from madtp.sparsity.refit import can_be_fitted, second_moments
@@ -168,8 +169,8 @@ def portions(weights: Mapping[str, torch.Tensor], most: int) -> Iterator[dict[st
 def mean_cost(model: nn.Module, batches: Iterable[dict], cost: Cost, setting: PruneSetting, run: Run) -> float:
     """Returns the mean cost per sample over the batches of all processes, the same number on every process."""
     total = torch.zeros(2, dtype=torch.float64)
-    for batch in batches:
-        per_sample = cost(model, move(batch, run.device), setting)
+    costs = side_by_side(lambda batch: cost(model, move(batch, run.device), setting), batches, run.device, model)
+    for per_sample in costs:
         total += torch.tensor([float(per_sample.sum()), len(per_sample)], dtype=torch.float64)
     total = all_reduce_sum(total.to(run.device))
     return float(total[0] / total[1])

@@ -13,6 +13,7 @@ from data.nlvr import NlvrCollate, NlvrDataset, annotated, build_datasets, build
 from data.text import Tokenizer
 from engine.experiment import Evaluation
 from engine.train import move, progress
+from engine.workers import side_by_side
 from madtp.blocks import TowerRecord
 from madtp.pruning import PruneSetting
 from models.bert import FIRST_MERGE_LAYER, BertSize, PairedCrossAttention, TextEncoder
@@ -132,10 +133,14 @@ class NlvrTask(Task[NlvrConfig]):
 
     def evaluate(self, model: nn.Module, loader: Any, setting: PruneSetting) -> Evaluation:
         rows, right = {}, {}
-        for batch in progress(loader, "evaluate", self.run):
+
+        def judged(batch: dict) -> tuple[dict, list[float], list[int], list[float]]:
             output = model(*self.inputs(move(batch, self.run.device)), self.guidance(setting))
             scores = output.logits.float().softmax(dim=-1)[:, 1].tolist()
-            kept, costs = model.tokens_kept(output).tolist(), model.gflops(output).tolist()
+            return batch, scores, model.tokens_kept(output).tolist(), model.gflops(output).tolist()
+
+        batches = progress(loader, "evaluate", self.run)
+        for batch, scores, kept, costs in side_by_side(judged, batches, self.run.device, model):
             for sample, target, score, tokens, cost in zip(
                 batch["ids"], batch["targets"].tolist(), scores, kept, costs, strict=True
             ):

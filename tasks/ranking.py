@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from data.captions import Split
 from engine.train import progress
+from engine.workers import side_by_side
 from madtp.blocks import Guidance
 from madtp.packing import select
 from utils import Run, all_reduce_sum, gather_objects
@@ -31,20 +32,24 @@ class Ranking:
 
 def encode_images(model: nn.Module, split: Split, guidance: Guidance, run: Run) -> Tensor:
     """The normalised features of all images, (I, E) float32 on the CPU."""
-    features = [
-        model.encode_image(batch["image"].to(run.device, non_blocking=True), guidance).feature.cpu()
-        for batch in progress(split.images, "pictures", run)
-    ]
+
+    def encoded(batch: dict) -> Tensor:
+        return model.encode_image(batch["image"].to(run.device, non_blocking=True), guidance).feature.cpu()
+
+    features = list(side_by_side(encoded, progress(split.images, "pictures", run), run.device, model))
     return torch.stack(in_order(features))
 
 
 def encode_texts(model: nn.Module, split: Split, guidance: Guidance, run: Run) -> tuple[Tensor, list[Tensor]]:
     """The normalised features of all texts, (T, E) float32 on the CPU, and the token ids of each without padding."""
-    features, tokens = [], []
-    for batch in progress(split.texts, "captions", run):
+
+    def encoded(batch: dict) -> tuple[Tensor, list[Tensor]]:
         text = [batch[name].to(run.device, non_blocking=True) for name in ("input_ids", "attention_mask")]
-        features.append(model.encode_text(*text, guidance).feature.cpu())
-        tokens.append([ids[mask.bool()] for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)])
+        tokens = [ids[mask.bool()] for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)]
+        return model.encode_text(*text, guidance).feature.cpu(), tokens
+
+    batches = list(side_by_side(encoded, progress(split.texts, "captions", run), run.device, model))
+    features, tokens = [features for features, _ in batches], [tokens for _, tokens in batches]
     return torch.stack(in_order(features)), in_order(tokens)
 
 
@@ -87,11 +92,18 @@ def rerank(
     keys = torch.cat([_keys_of(by_image, texts, False).flatten(), _keys_of(by_text, texts, True).flatten()]).unique()
     bounds = torch.searchsorted(keys, torch.arange(len(by_image.candidates) + 1) * texts).tolist()
     logits = torch.zeros(len(keys))
-    place = run.rank
-    for batch in progress(split.images, "matching", run):
-        image = model.encode_image(batch["image"].to(run.device, non_blocking=True), guidance)
-        places = range(place, place + len(batch["image"]) * run.world_size, run.world_size)
-        place = places.stop
+
+    def placed() -> Iterator[tuple[Tensor, range]]:
+        """Yields the pictures of each batch with their places in the split."""
+        place = run.rank
+        for batch in progress(split.images, "matching", run):
+            places = range(place, place + len(batch["image"]) * run.world_size, run.world_size)
+            place = places.stop
+            yield batch["image"], places
+
+    def matched(given: tuple[Tensor, range]) -> None:
+        pictures, places = given
+        image = model.encode_image(pictures.to(run.device, non_blocking=True), guidance)
         for numbers, parts in _matching_passes([range(bounds[i], bounds[i + 1]) for i in places], guidance.packed):
             some, layout = select(image.tokens, image.layout, torch.tensor(numbers, device=run.device))
             if guidance.packed:
@@ -99,7 +111,10 @@ def rerank(
             wanted = torch.cat([torch.arange(part.start, part.stop) for part in parts])
             text = _padded([tokens[i] for i in (keys[wanted] % texts).tolist()], run.device)
             found, _ = model.match(*text, (some, layout), guidance.setting)
-            logits[wanted] = found[:, 1].float().cpu()
+            logits[wanted] = found[:, 1].float().cpu()  # each batch has pairs of its own
+
+    for _ in side_by_side(matched, placed(), run.device, model):
+        pass
     logits = all_reduce_sum(logits.to(run.device)).cpu()
     return tuple(
         _reordered(ranking, logits[torch.searchsorted(keys, _keys_of(ranking, texts, of_texts))])

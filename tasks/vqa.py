@@ -24,6 +24,7 @@ from data.vqa import (
 )
 from engine.experiment import Evaluation
 from engine.train import move, progress
+from engine.workers import side_by_side
 from madtp.blocks import Guidance, TowerRecord
 from madtp.pruning import PruneSetting
 from metrics.vqa import accuracy, agreement
@@ -225,13 +226,16 @@ class VqaTask(Task[VqaConfig]):
 
     def evaluate(self, model: nn.Module, loader: Any, setting: PruneSetting) -> Evaluation:
         rows, known = {}, {}
-        for batch in progress(loader, "answers", self.run):
+
+        def answered(batch: dict) -> tuple[dict, list[dict], list[float], list[int]]:
             question = self.encode(model, move(batch, self.run.device), setting)
             best = [answers[0] for answers in self.answer(model, question)[0]]
             tokens = encode_answers(self.tokenizer, [found["answer"] for found in best])["attention_mask"].sum(dim=1)
             tokens = tokens.to(self.run.device)
             costs = sum(model.gflops_by_module(question, tokens, torch.ones_like(tokens), len(tokens)).values()).tolist()
-            kept = (question.vision.leaving[-1] + question.language.leaving[-1]).tolist()
+            return batch, best, costs, (question.vision.leaving[-1] + question.language.leaving[-1]).tolist()
+
+        for batch, best, costs, kept in self._several(answered, progress(loader, "answers", self.run), model):
             for sample, found, left, cost, given in zip(batch["ids"], best, kept, costs, batch["answers"], strict=True):
                 score = {name: value for name, value in found.items() if name == "score"}
                 rows[sample] = {"prediction": found["answer"], **score, "tokens_kept": left, "gflops": cost}
@@ -242,6 +246,12 @@ class VqaTask(Task[VqaConfig]):
         gflops = sum(row["gflops"] for row in rows.values()) / len(rows)
         submission = [{"question_id": sample, "answer": row["prediction"]} for sample, row in rows.items()]
         return Evaluation(metrics, gflops, rows, {"vqa_result.json": submission})
+
+    def _several(self, function: Callable[[dict], Any], batches: Any, model: nn.Module) -> Any:
+        """Runs batches side by side where answers are chosen. Written ones come from a decoder of transformers, in turn."""
+        if self.config.inference == "generate":
+            return map(function, batches)
+        return side_by_side(function, batches, self.run.device, model)
 
     @classmethod
     def sample_scores(cls, config: VqaConfig, predictions: dict[str, Any]) -> dict[str, float]:

@@ -87,7 +87,7 @@ def _call(rank: int, group: dict[str, str], folder: Path, target: Callable, argu
         sys.stderr = said
         try:
             target(*arguments)
-        except BaseException:
+        except Exception:
             traceback.print_exc(file=said)  # the file is closed by the time that multiprocessing would print it
             raise
 

@@ -119,7 +119,8 @@ def main() -> None:
     rows = time_shapes(args) if args.shapes else benchmark(args)
     print(shapes_table(rows) if args.shapes else table(rows))
     if args.json:
-        write_json({"command": " ".join(sys.argv), **machine(args), "rows": [asdict(row) for row in rows]}, args.json)
+        here = machine(args.device, args.engine, args.precision)
+        write_json({"command": " ".join(sys.argv), **here, "rows": [asdict(row) for row in rows]}, args.json)
     if args.out:
         save(rows, args)
 
@@ -196,12 +197,12 @@ def peak_memory(forward: Forward, device: torch.device) -> float | None:
     return (torch.cuda.max_memory_allocated(device) - before) / MIB
 
 
-def machine(args: argparse.Namespace) -> dict:
-    on_gpu = args.device.startswith("cuda")
-    name = torch.cuda.get_device_name(args.device) if on_gpu else f"{torch.get_num_threads()} threads"
-    found = {"device": args.device, "machine": name, "torch": torch.__version__}
-    if args.engine:
-        found |= {"engine": args.engine, "engine_version": engine_version(args.engine), "precision": args.precision}
+def machine(device: str, engine: str | None = None, precision: str | None = None) -> dict:
+    on_gpu = device.startswith("cuda")
+    name = torch.cuda.get_device_name(device) if on_gpu else f"{torch.get_num_threads()} threads"
+    found = {"device": device, "machine": name, "torch": torch.__version__}
+    if engine:
+        found |= {"engine": engine, "engine_version": engine_version(engine), "precision": precision}
     if not on_gpu:
         found |= {"cpu_capability": torch.backends.cpu.get_cpu_capability(), "instruction_sets": instruction_sets()}
     return found
@@ -229,7 +230,8 @@ def save(rows: Sequence[Row], args: argparse.Namespace) -> None:
         version = engine_version(args.engine).partition("+")[0]
         name = args.out / f"{kind}_{args.device}_{args.engine}{version}_{args.precision}"
     with open(f"{name}.csv", "w", newline="", encoding="utf-8") as file:
-        file.write(f"# python {' '.join(sys.argv)}\n# {json.dumps(machine(args))}\n")
+        here = machine(args.device, args.engine, args.precision)
+        file.write(f"# python {' '.join(sys.argv)}\n# {json.dumps(here)}\n")
         writer = csv.DictWriter(file, asdict(rows[0]))
         writer.writeheader()
         writer.writerows(

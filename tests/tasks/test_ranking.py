@@ -216,6 +216,7 @@ def test_similarities_of_all_with_all_are_never_in_memory_together(monkeypatch):
 def test_matching_a_longer_split_holds_no_larger_tensors(monkeypatch):
     """Only the numbers of candidate pairs grow with the split, and here they are few."""
     monkeypatch.setattr(ranking, "PAIRS", 4)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)  # of one thread the tensors are seen
     model, (whole, _, _) = tiny.retrieval(PruningRule(keep="instance")), split("blip", 2)
     thrice = Split(3 * whole.images, 3 * whole.texts, [], 3 * IMAGE_OF_TEXT, [], 3 * whole.names)
     guidance = Guidance(SETTING, packed=True)
