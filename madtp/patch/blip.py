@@ -18,7 +18,7 @@ from madtp.importance import AttentionStatistics
 from madtp.packing import Layout, Valid, count_tokens, pack
 from madtp.patch.base import Batch, MakePruner, Tower
 from madtp.patch.layers import layers_flops
-from madtp.patch.transformers import check_layers, vision_tower
+from madtp.patch.transformers import check_layers, reads_text, vision_tower
 from madtp.pruning import PruningRule, TokenPruner
 
 
@@ -126,6 +126,9 @@ def mask_padding(
     return inputs, options | {"encoder_attention_mask": mask}
 
 
+__all__ = ["call", "reads_text", "towers"]
+
+
 def towers(model: Any, make_pruner: MakePruner, wanted: Callable[[str], bool]) -> list[Tower]:
     images = vision_tower(model, make_pruner, norm_of_all=True) if wanted("vision") else None
     encoder, decoder, texts = getattr(model, "text_encoder", None), getattr(model, "text_decoder", None), None
@@ -140,10 +143,6 @@ def towers(model: Any, make_pruner: MakePruner, wanted: Callable[[str], bool]) -
     built: list[Tower] = [tower for tower in (images, texts) if tower is not None]
     check_layers(model, built)
     return built
-
-
-def reads_text(batch: Batch) -> bool:
-    return isinstance(batch, Mapping) and "input_ids" in batch
 
 
 def call(model: Any, batch: Batch) -> Any:

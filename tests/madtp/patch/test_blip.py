@@ -9,7 +9,7 @@ from fvcore.nn import FlopCountAnalysis
 from torch import Tensor, nn
 
 import madtp
-from tests.madtp.patch.test_transformers import P, pictures
+from tests.madtp.patch.test_transformers import P, lively, pictures
 
 SIZES = {"hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 4, "num_attention_heads": 4}
 TEXT = {
@@ -29,16 +29,10 @@ def kind(request) -> str:
 
 
 def model_of(kind: str) -> nn.Module:
-    torch.manual_seed(0)
     # An answer's decoder is as wide as the question's encoder.
     text = TEXT | ({"hidden_size": 48, "num_attention_heads": 4} if kind == "question answering" else {})
     config = transformers.BlipConfig(text_config=text, vision_config={**SIZES, "image_size": 32, "patch_size": 8})
-    model = MODELS[kind](config).eval()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.dim() > 1 and "position" not in name:
-                parameter.normal_(std=0.15)
-    return model
+    return lively(lambda: MODELS[kind](config))
 
 
 def batch_of(kind: str, number: int = 6) -> dict[str, Tensor]:

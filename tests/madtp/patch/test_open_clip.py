@@ -11,7 +11,7 @@ from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg, CustomTextCLIP
 from torch import Tensor, nn
 
 import madtp
-from tests.madtp.patch.test_transformers import END, P, pictures, texts
+from tests.madtp.patch.test_transformers import END, P, lively, pictures, texts
 
 VISION = {"layers": 4, "width": 48, "head_width": 12, "patch_size": 8, "image_size": 32, "mlp_ratio": 2.0}
 TEXT = {"context_length": 12, "vocab_size": 50, "width": 32, "heads": 2, "layers": 4}
@@ -45,13 +45,7 @@ def kind(request) -> str:
 
 
 def model_of(kind: str) -> nn.Module:
-    torch.manual_seed(0)
-    model = MODELS[kind]().eval()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.dim() > 1 and "pos" not in name:
-                parameter.normal_(std=0.15)  # so that attention differs between tokens
-    return model
+    return lively(MODELS[kind])
 
 
 def batch_of(number: int = 6) -> tuple[Tensor, Tensor]:

@@ -63,14 +63,19 @@ def kind(request) -> str:
     return request.param
 
 
-def model_of(kind: str) -> nn.Module:
+def lively(build: Callable[[], nn.Module]) -> nn.Module:
+    """Builds a model with weights so large that attention differs between tokens."""
     torch.manual_seed(0)
-    model = MODELS[kind]().eval()
+    model = build().eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if parameter.dim() > 1 and "position" not in name:
-                parameter.normal_(std=0.15)  # so that attention differs between tokens
+            if parameter.dim() > 1 and "pos" not in name:
+                parameter.normal_(std=0.15)
     return model
+
+
+def model_of(kind: str) -> nn.Module:
+    return lively(MODELS[kind])
 
 
 def pictures(number: int) -> Tensor:
