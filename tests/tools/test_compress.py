@@ -65,6 +65,14 @@ def dino_folder(folder: Path) -> Path:
     return folder
 
 
+def encoder_folder(folder: Path) -> Path:
+    """An image encoder alone, whose configuration has a type of its own."""
+    test_transformers.model_of("clip's image encoder").save_pretrained(folder)
+    size = {"height": 32, "width": 32}
+    transformers.CLIPImageProcessor(size={"shortest_edge": 32}, crop_size=size).save_pretrained(folder)
+    return folder
+
+
 def open_clip_folder(folder: Path) -> Path:
     folder.mkdir()
     model = test_open_clip.model_of("clip")
@@ -91,7 +99,8 @@ def timm_folder(folder: Path) -> Path:
 
 
 FOLDERS: dict[str, Callable[[Path], Path]] = {
-    "clip": clip_folder, "dinov2": dino_folder, "open_clip": open_clip_folder, "timm": timm_folder,
+    "clip": clip_folder, "clip's image encoder": encoder_folder, "dinov2": dino_folder,
+    "open_clip": open_clip_folder, "timm": timm_folder,
 }  # fmt: skip
 
 

@@ -105,12 +105,12 @@ def _one_line(error: Exception) -> str:
 def _transformers(folder: Path, config: Mapping[str, Any]) -> Source:
     import transformers
 
-    family, named = config["model_type"], (config.get("architectures") or [None])[0]
-    known = HUGGING_FACE.get(family, ())
-    architecture = named if named in known else next(iter(known), None)
-    if architecture is None or (named is not None and named not in known):
-        supported = ", ".join(name for names in HUGGING_FACE.values() for name in names)
-        raise UserError(f"--model {folder}: is a {named or family} of transformers; supported are {supported}")
+    families = {name: family for family, names in HUGGING_FACE.items() for name in names}
+    named = (config.get("architectures") or HUGGING_FACE.get(config["model_type"]) or [None])[0]
+    if named not in families:
+        kind = named or config["model_type"]
+        raise UserError(f"--model {folder}: is a {kind} of transformers; supported are {', '.join(families)}")
+    architecture, family = named, families[named]
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     here = {"local_files_only": True}
