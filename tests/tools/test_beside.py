@@ -4,7 +4,6 @@ import csv
 import subprocess
 import sys
 
-import pytest
 import torch
 
 from tests.runs import refusal

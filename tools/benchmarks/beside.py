@@ -95,7 +95,7 @@ def measure(whole: View, pruned: View, batches: Sequence[dict], busy: int, round
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", type=user_path, required=True, metavar="FILE", help="checkpoint of a run, beside its config")
+    parser.add_argument("--checkpoint", type=user_path, required=True, metavar="FILE", help="of a run, beside its config")
     parser.add_argument("--busy", type=numbers(int), default=(0, 2), help="numbers of busy processes; default: 0,2")
     parser.add_argument("--batches", type=at_least_one, default=2, help="test batches; default: 2")
     parser.add_argument("--rounds", type=at_least_one, default=5)
