@@ -3,7 +3,7 @@
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -14,7 +14,7 @@ Batch, Result = TypeVar("Batch"), TypeVar("Result")
 
 
 def side_by_side(
-    function: Callable[[Batch], Result], batches: Iterable[Batch], device: torch.device, model: nn.Module
+    function: Callable[[Batch], Result], batches: Iterable[Batch], device: torch.device, model: Any
 ) -> Iterator[Result]:
     """Yields what `function` returns for each batch, in order. On a CPU, as many batches run at a time as there are threads.
 
@@ -22,11 +22,11 @@ def side_by_side(
     none waits for another, which matters most beside other busy processes. The mode of gradients and of autocast is the caller's.
 
     Args:
-        model: that the function runs; one whose pruning draws random numbers takes the batches in turn.
+        model: that the function runs. One whose pruning draws random numbers takes the batches in turn, and so does one that is
+            no module but an inference engine, with threads of its own.
     """
     threads = torch.get_num_threads()
-    drawn = any(isinstance(module, TokenPruner) and module.rule.method == "random" for module in model.modules())
-    if device.type != "cpu" or threads == 1 or drawn:
+    if device.type != "cpu" or threads == 1 or not isinstance(model, nn.Module) or _draws(model):
         yield from map(function, batches)
         return
     gradients, mixed, dtype = torch.is_grad_enabled(), torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")
@@ -47,3 +47,7 @@ def side_by_side(
     finally:
         pool.shutdown(cancel_futures=True)
         torch.set_num_threads(threads)  # of threads that start later
+
+
+def _draws(model: nn.Module) -> bool:
+    return any(isinstance(module, TokenPruner) and module.rule.method == "random" for module in model.modules())

@@ -50,6 +50,7 @@ def test_each_batch_has_one_thread_and_the_modes_of_the_caller(three_threads):
         assert set(side_by_side(modes, range(4), CPU, MODEL)) == {(1, False, True)}
     assert set(side_by_side(modes, range(4), CPU, MODEL)) == {(1, True, False)}
     assert set(side_by_side(modes, range(4), torch.device("cuda"), MODEL)) == {(3, True, False)}
+    assert set(side_by_side(modes, range(4), CPU, object())) == {(3, True, False)}  # an inference engine has its own threads
 
 
 def test_an_error_comes_through_and_ends_the_others(three_threads):
