@@ -17,7 +17,7 @@ from tools.exports.writing import Check, write
 from utils import UserError
 
 PACKAGES = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "openvino": ("onnx", "onnxscript", "openvino")}
-SAMPLES = 32  # of the calibration slice that find the ranges of a quantised model
+SAMPLES = 256  # of the calibration slice that find the ranges of a quantised model
 
 
 @torch.no_grad()
