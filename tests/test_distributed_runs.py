@@ -103,7 +103,13 @@ def test_two_processes_that_accumulate_take_the_step_of_one_batch(world, tmp_pat
         torch.testing.assert_close(ours["exp_avg"], theirs["exp_avg"], rtol=1e-3, atol=tolerance)
 
 
-SIZES = (1,)  # two processes have none; the tests of each task have uneven shares
+# One sample: two of three processes have none. The tests of each task have uneven shares.
+SIZES = tuple(map(int, os.environ.get("MADTP_SIZES", "1").split(",")))
+
+
+def spelled(number: int) -> str:
+    """A caption that no other number has."""
+    return " ".join(("star", "red")[number >> bit & 1] for bit in range(7))
 
 
 def evaluation(folder: Path, out: Path, task: str, size: int) -> list[str]:
@@ -113,7 +119,7 @@ def evaluation(folder: Path, out: Path, task: str, size: int) -> list[str]:
         test = folder / f"{name.split('_')[0]}_test.json"
         entries = json.loads((folder / "coco_karpathy_test.json" if "coco" in name else test).read_text())[:size]
         if "flickr" in name:
-            entries = [{**entry, "caption": ["star " * (2 * i + 1), "red " * (i + 2)]} for i, entry in enumerate(entries)]
+            entries = [{**entry, "caption": [spelled(i), f"a {spelled(i)}"]} for i, entry in enumerate(entries)]
         (folder / f"{name}.json").write_text(json.dumps(entries))
     (folder / "coco_karpathy_test.json").write_text((folder / "coco_karpathy_val.json").read_text())
     for stem in ("flickr30k", "coco_karpathy"):
@@ -122,15 +128,19 @@ def evaluation(folder: Path, out: Path, task: str, size: int) -> list[str]:
     return ["--config", str(folder / "config.yaml"), "--evaluate", "--output_dir", str(out), "--set", "num_workers=0"]
 
 
-def test_three_processes_measure_a_single_sample_as_one_does(tmp_path):
+def test_three_processes_measure_a_single_sample_as_one_does(tmp_path, monkeypatch):
+    """MADTP_SIZES=1,7,50 measures splits of these sizes, also with two processes."""
+    monkeypatch.setattr(tiny_run, "SAMPLES", max(4, *SIZES))
+    monkeypatch.setattr(tiny_run, "SENTENCES", ["a red star" + " and a red star" * (i % 3) for i in range(tiny_run.SAMPLES)])
     cases = {f"{task}_{size}": (task, size) for task in TASKS for size in SIZES}
     script = {task: Path(TASKS[task].config_class.script).stem for task in TASKS}
-    lines = []
     for name, (task, size) in cases.items():
-        lines.append([script[task], *evaluation(tmp_path / name, tmp_path / "three" / name, task, size)])
-    assert runs.in_processes(3, tmp_path, run_all, lines) == [0, 0, 0]
-    for name, (task, size) in cases.items():
-        runs.run_here(script[task], evaluation(tmp_path / name, tmp_path / "one" / name, task, size))
-        one, three = (read(tmp_path / folder / name, "result.json") for folder in ("one", "three"))
-        assert three["metrics"] == one["metrics"], name
-        assert three["gflops"] == pytest.approx(one["gflops"], rel=1e-9), name
+        runs.run_here(script[task], evaluation(tmp_path / name, tmp_path / "1" / name, task, size))
+    for processes in (3,) if SIZES == (1,) else (2, 3):
+        there = tmp_path / str(processes)
+        lines = [[script[task], *evaluation(tmp_path / name, there / name, task, size)] for name, (task, size) in cases.items()]
+        assert runs.in_processes(processes, tmp_path, run_all, lines) == [0] * processes
+        for name in cases:
+            one, several = (read(folder / name, "result.json") for folder in (tmp_path / "1", there))
+            assert several["metrics"] == one["metrics"], (processes, name)
+            assert several["gflops"] == pytest.approx(one["gflops"], rel=1e-9), (processes, name)
