@@ -369,7 +369,7 @@ def _result(
             "tokens": tokens_alone, "weights": experiment.measure(OFF),
             "val": val.gflops, "test": test.gflops,
             "reference": experiment.reference,
-            "deployment": experiment.mean(experiment.deployment, setting) if experiment.deployment else measured,
+            "deployment": experiment.mean(experiment.deployment, setting, in_turn=True) if experiment.deployment else measured,
         },
         "params": {**count_parameters(experiment.model), "sparse_nonzero": nonzero, "sparse_total": masked},
         "metrics": {"val": val.metrics, "test": test.metrics},

@@ -90,11 +90,11 @@ class Experiment:
         return self.mean(self.gflops, setting)
 
     @torch.no_grad()
-    def mean(self, cost: Cost, setting: PruneSetting) -> float:
-        """Returns the mean of a cost on the calibration subset."""
+    def mean(self, cost: Cost, setting: PruneSetting, in_turn: bool = False) -> float:
+        """Returns the mean of a cost on the calibration subset; `in_turn` is for one that writes texts, see `mean_cost`."""
         self.model.eval()
         with self.precision.autocast():
-            return mean_cost(self.model, self.calibration_batches, cost, setting, self.run)
+            return mean_cost(self.model, self.calibration_batches, cost, setting, self.run, in_turn)
 
     @property
     def calibration_batches(self) -> list[dict]:
@@ -166,11 +166,19 @@ def portions(weights: Mapping[str, torch.Tensor], most: int) -> Iterator[dict[st
         yield some
 
 
-def mean_cost(model: nn.Module, batches: Iterable[dict], cost: Cost, setting: PruneSetting, run: Run) -> float:
-    """Returns the mean cost per sample over the batches of all processes, the same number on every process."""
+def mean_cost(
+    model: nn.Module, batches: Iterable[dict], cost: Cost, setting: PruneSetting, run: Run, in_turn: bool = False
+) -> float:
+    """Returns the mean cost per sample over the batches of all processes, the same number on every process.
+
+    in_turn: take one batch after the other, for a cost that seeds random numbers or writes texts by a decoder of transformers
+    """
     total = torch.zeros(2, dtype=torch.float64)
-    costs = side_by_side(lambda batch: cost(model, move(batch, run.device), setting), batches, run.device, model)
-    for per_sample in costs:
+
+    def of_batch(batch: dict) -> torch.Tensor:
+        return cost(model, move(batch, run.device), setting)
+
+    for per_sample in map(of_batch, batches) if in_turn else side_by_side(of_batch, batches, run.device, model):
         total += torch.tensor([float(per_sample.sum()), len(per_sample)], dtype=torch.float64)
     total = all_reduce_sum(total.to(run.device))
     return float(total[0] / total[1])

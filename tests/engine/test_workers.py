@@ -7,10 +7,12 @@ import pytest
 import torch
 from torch import nn
 
+from engine.experiment import mean_cost
 from engine.workers import side_by_side
 from madtp.blocks import Guidance
 from madtp.pruning import PruneSetting, PruningRule
 from tests import tiny
+from utils import Run
 
 CPU, MODEL = torch.device("cpu"), nn.Identity()
 
@@ -62,6 +64,15 @@ def test_an_error_comes_through_and_ends_the_others(three_threads):
     with pytest.raises(ValueError, match="batch 2"):
         list(side_by_side(failing, range(100), CPU, MODEL))
     assert torch.get_num_threads() == 3
+
+
+def test_a_cost_is_measured_side_by_side_unless_it_must_be_in_turn(three_threads):
+    def threads(model, batch: dict, setting: PruneSetting) -> torch.Tensor:
+        return torch.full((2,), float(torch.get_num_threads()))
+
+    batches = [{"x": torch.zeros(2)} for _ in range(4)]
+    given = (MODEL, batches, threads, PruneSetting(), Run(CPU))
+    assert mean_cost(*given) == 1 and mean_cost(*given, in_turn=True) == 3
 
 
 @torch.no_grad()
