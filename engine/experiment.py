@@ -91,7 +91,7 @@ class Experiment:
 
     @torch.no_grad()
     def mean(self, cost: Cost, setting: PruneSetting, in_turn: bool = False) -> float:
-        """Returns the mean of a cost on the calibration subset; `in_turn` is for one that writes texts, see `mean_cost`."""
+        """Returns the mean of a cost on the calibration subset; in_turn: see `side_by_side`."""
         self.model.eval()
         with self.precision.autocast():
             return mean_cost(self.model, self.calibration_batches, cost, setting, self.run, in_turn)
@@ -171,14 +171,14 @@ def mean_cost(
 ) -> float:
     """Returns the mean cost per sample over the batches of all processes, the same number on every process.
 
-    in_turn: take one batch after the other, for a cost that seeds random numbers or writes texts by a decoder of transformers
+    in_turn: see `side_by_side`
     """
     total = torch.zeros(2, dtype=torch.float64)
 
     def of_batch(batch: dict) -> torch.Tensor:
         return cost(model, move(batch, run.device), setting)
 
-    for per_sample in map(of_batch, batches) if in_turn else side_by_side(of_batch, batches, run.device, model):
+    for per_sample in side_by_side(of_batch, batches, run.device, model, in_turn):
         total += torch.tensor([float(per_sample.sum()), len(per_sample)], dtype=torch.float64)
     total = all_reduce_sum(total.to(run.device))
     return float(total[0] / total[1])

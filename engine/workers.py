@@ -14,7 +14,7 @@ Batch, Result = TypeVar("Batch"), TypeVar("Result")
 
 
 def side_by_side(
-    function: Callable[[Batch], Result], batches: Iterable[Batch], device: torch.device, model: Any
+    function: Callable[[Batch], Result], batches: Iterable[Batch], device: torch.device, model: Any, in_turn: bool = False
 ) -> Iterator[Result]:
     """Yields what `function` returns for each batch, in order. On a CPU, as many batches run at a time as there are threads.
 
@@ -24,9 +24,11 @@ def side_by_side(
     Args:
         model: that the function runs. One whose pruning draws random numbers takes the batches in turn, and so does one that is
             no module but an inference engine, with threads of its own.
+        in_turn: take them in turn in any case, for a function that seeds random numbers or writes texts by a decoder of
+            transformers.
     """
     threads = torch.get_num_threads()
-    if device.type != "cpu" or threads == 1 or not isinstance(model, nn.Module) or _draws(model):
+    if in_turn or device.type != "cpu" or threads == 1 or not isinstance(model, nn.Module) or _draws(model):
         yield from map(function, batches)
         return
     gradients, mixed, dtype = torch.is_grad_enabled(), torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")

@@ -151,6 +151,10 @@ class CaptionTask(Task[CaptionConfig]):
         ids, record = self.generate(model, images, setting)
         return self.texts(ids), record, self.writing_gflops(model, record, ids)
 
+    @property
+    def writes_texts(self) -> bool:
+        return True
+
     def deployment(self, model: nn.Module, batch: dict, setting: PruneSetting) -> Tensor:
         return self.write(model, batch["image"], setting)[2]
 

@@ -64,6 +64,11 @@ class Task(Generic[ConfigT]):
         self.tokenizer = self.load_tokenizer(config)
         self.teacher: Distillation | None = None
 
+    @property
+    def writes_texts(self) -> bool:
+        """Tells whether a prediction is written word by word."""
+        return False
+
     @classmethod
     def name(cls) -> str:
         """The value of the key `task`."""

@@ -3,7 +3,7 @@
 B samples, P pictures each, L blocks of a tower, N text tokens of the longest text. Class tokens are left out.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -16,6 +16,7 @@ from configs.schema import Config
 from data.loading import Loader, build_loader
 from data.text import Tokenizer
 from engine.train import Precision, move
+from engine.workers import side_by_side
 from madtp.blocks import TowerRecord
 from madtp.pruning import OFF
 from madtp.trace import surviving, tokens_by_block
@@ -126,6 +127,10 @@ class View:
         batch = move(batch, self.run.device)
         with self.precision.autocast():
             return self.compute(batch)
+
+    def forwards(self, batches: Sequence[dict]) -> Iterator[object]:
+        """Yields the forward passes of batches, side by side where evaluation runs them so."""
+        return side_by_side(self.forward, batches, self.run.device, self.model, self.task.writes_texts)
 
     def tokens(self, output: object) -> dict[str, Tensor]:
         """Returns the tokens by block, one row per picture or text, by the name of the tower."""

@@ -202,7 +202,7 @@ class VqaTask(Task[VqaConfig]):
             the `number` best answers of each question as {"answer", "score"}, the score their likelihood; written ones have none
             the GFLOPs (B,) of answering, as a function of the questions' lengths (B,)
         """
-        if self.config.inference == "generate":
+        if self.writes_texts:
             ids, _ = model.generate(question, self.config.num_beams)
             cost = partial(model.writing_gflops, ids=ids, num_beams=self.config.num_beams)
             return [[{"answer": text}] for text in as_texts(self.tokenizer, ids)], cost
@@ -235,7 +235,8 @@ class VqaTask(Task[VqaConfig]):
             costs = sum(model.gflops_by_module(question, tokens, torch.ones_like(tokens), len(tokens)).values()).tolist()
             return batch, best, costs, (question.vision.leaving[-1] + question.language.leaving[-1]).tolist()
 
-        for batch, best, costs, kept in self._several(answered, progress(loader, "answers", self.run), model):
+        batches = progress(loader, "answers", self.run)
+        for batch, best, costs, kept in side_by_side(answered, batches, self.run.device, model, self.writes_texts):
             for sample, found, left, cost, given in zip(batch["ids"], best, kept, costs, batch["answers"], strict=True):
                 score = {name: value for name, value in found.items() if name == "score"}
                 rows[sample] = {"prediction": found["answer"], **score, "tokens_kept": left, "gflops": cost}
@@ -247,11 +248,9 @@ class VqaTask(Task[VqaConfig]):
         submission = [{"question_id": sample, "answer": row["prediction"]} for sample, row in rows.items()]
         return Evaluation(metrics, gflops, rows, {"vqa_result.json": submission})
 
-    def _several(self, function: Callable[[dict], Any], batches: Any, model: nn.Module) -> Any:
-        """Runs batches side by side where answers are chosen. Written ones come from a decoder of transformers, in turn."""
-        if self.config.inference == "generate":
-            return map(function, batches)
-        return side_by_side(function, batches, self.run.device, model)
+    @property
+    def writes_texts(self) -> bool:
+        return self.config.inference == "generate"
 
     @classmethod
     def sample_scores(cls, config: VqaConfig, predictions: dict[str, Any]) -> dict[str, float]:

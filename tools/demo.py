@@ -25,7 +25,6 @@ import numpy as np
 import torch
 
 from engine.results import write_json
-from engine.workers import side_by_side
 from tasks.registry import TASKS, demonstrated, load_any_config, open_view
 from tasks.task import Demo
 from tasks.view import View, spread
@@ -185,7 +184,7 @@ def throughput(views: Sequence[View]) -> tuple[list[float], int]:
     for _ in range(1 + TIMED_ROUNDS):
         for view, times in zip(views, seconds, strict=True):
             started = synchronised_time(view)
-            for _ in side_by_side(view.forward, batches, view.run.device, view.model):
+            for _ in view.forwards(batches):
                 pass
             times.append(synchronised_time(view) - started)
     images = len(views[0].labels) * len(ids)

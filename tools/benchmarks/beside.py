@@ -20,7 +20,6 @@ from pathlib import Path
 
 import torch
 
-from engine.workers import side_by_side
 from madtp.pruning import OFF
 from tasks.registry import load_any_config, open_view
 from tasks.view import View
@@ -59,7 +58,7 @@ def one_by_one(threads: int) -> Callable[[View, Sequence[dict]], None]:
 def parallel(threads: int) -> Callable[[View, Sequence[dict]], None]:
     def run(view: View, batches: Sequence[dict]) -> None:
         torch.set_num_threads(threads)
-        for _ in side_by_side(view.forward, batches, view.run.device, view.model):
+        for _ in view.forwards(batches):
             pass
 
     return run
