@@ -45,7 +45,7 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 import torch
@@ -223,23 +223,28 @@ def table(rows: Sequence[Row]) -> str:
 
 def save(rows: Sequence[Row], args: argparse.Namespace) -> None:
     """Saves a CSV file with the command that made it, and a plot of speed-up over p if models are pruned."""
-    args.out.mkdir(parents=True, exist_ok=True)
     kind = f"{args.task}_shapes" if args.shapes else args.task
     name = args.out / f"{kind}_{args.device.replace(':', '')}_torch{torch.__version__.partition('+')[0]}"
     if args.engine:
         version = engine_version(args.engine).partition("+")[0]
         name = args.out / f"{kind}_{args.device}_{args.engine}{version}_{args.precision}"
-    with open(f"{name}.csv", "w", newline="", encoding="utf-8") as file:
-        here = machine(args.device, args.engine, args.precision)
-        file.write(f"# python {' '.join(sys.argv)}\n# {json.dumps(here)}\n")
+    here = machine(args.device, args.engine, args.precision)
+    write_csv(Path(f"{name}.csv"), f"python {' '.join(sys.argv)}", here, rows)
+    if not args.shapes and not args.engine and any(row.method == "madtp" for row in rows):
+        plot(rows, args).savefig(f"{name}.png")
+
+
+def write_csv(path: Path, command: str, here: Mapping[str, Any], rows: Sequence[Any]) -> None:
+    """Writes dataclasses as a CSV file, with the command and the machine that made them above."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        file.write(f"# {command}\n# {json.dumps(here)}\n")
         writer = csv.DictWriter(file, asdict(rows[0]))
         writer.writeheader()
         writer.writerows(
             {key: " ".join(f"{n:g}" for n in value) if isinstance(value, list) else value for key, value in asdict(row).items()}
             for row in rows
         )
-    if not args.shapes and not args.engine and any(row.method == "madtp" for row in rows):
-        plot(rows, args).savefig(f"{name}.png")
 
 
 def plot(rows: Sequence[Row], args: argparse.Namespace):

@@ -7,15 +7,12 @@ of the Triton kernel, in bf16; on a CPU both are computed in chunks, in float32.
 """
 
 import argparse
-import csv
-import json
 import statistics
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -24,7 +21,7 @@ from madtp.attention import varlen
 from madtp.attention.attend import attend
 from madtp.packing import pack, padded
 from madtp.pruning import PruningRule
-from tools.benchmark import machine, numbers, synchronise
+from tools.benchmark import machine, numbers, synchronise, write_csv
 from utils import at_least_one, init_run, run_main, user_path
 
 RULE = PruningRule(keep="instance")
@@ -108,16 +105,8 @@ def main() -> None:
     for row in rows:
         print(row)
     if args.out:
-        save(rows, args.out, args.device)
-
-
-def save(rows: list[Row], folder: Path, device: str) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / f"attention_{device.replace(':', '')}.csv", "w", newline="", encoding="utf-8") as file:
-        file.write(f"# python -m tools.benchmarks.attention_cost {' '.join(sys.argv[1:])}\n# {json.dumps(machine(device))}\n")
-        writer = csv.DictWriter(file, asdict(rows[0]))
-        writer.writeheader()
-        writer.writerows(asdict(row) for row in rows)
+        command = f"python -m tools.benchmarks.attention_cost {' '.join(sys.argv[1:])}"
+        write_csv(args.out / f"attention_{args.device.replace(':', '')}.csv", command, machine(args.device), rows)
 
 
 if __name__ == "__main__":

@@ -7,23 +7,20 @@ turns on the same test samples, which are held in memory. Busy processes are end
 """
 
 import argparse
-import csv
-import json
 import os
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 
 import torch
 
 from madtp.pruning import OFF
 from tasks.registry import load_any_config, open_view
 from tasks.view import View
-from tools.benchmark import machine, numbers
+from tools.benchmark import machine, numbers, write_csv
 from utils import UserError, at_least_one, run_main, user_path
 
 LOOP = [sys.executable, "-c", "while True: pass"]
@@ -110,16 +107,8 @@ def main() -> None:
     for row in rows:
         print(f"{row.busy} busy, {row.way}: {row.ratio:.2f} times (lowest {row.lowest:.2f}, processor time {row.processor:.2f})")
     if args.out:
-        save(rows, args.out, config.task)
-
-
-def save(rows: Sequence[Row], folder: Path, task: str) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / f"beside_{task}_cpu.csv", "w", newline="", encoding="utf-8") as file:
-        file.write(f"# python -m tools.benchmarks.beside {' '.join(sys.argv[1:])}\n# {json.dumps(machine('cpu'))}\n")
-        writer = csv.DictWriter(file, asdict(rows[0]))
-        writer.writeheader()
-        writer.writerows(asdict(row) for row in rows)
+        command = f"python -m tools.benchmarks.beside {' '.join(sys.argv[1:])}"
+        write_csv(args.out / f"beside_{config.task}_cpu.csv", command, machine("cpu"), rows)
 
 
 if __name__ == "__main__":
