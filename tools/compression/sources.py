@@ -1,6 +1,5 @@
 """Models of other libraries as they lie in folders, with their own preparation of pictures and texts."""
 
-import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,13 +11,14 @@ from PIL import Image
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from configs.folder import CONFIG, read_json
 from madtp.patch import HUGGING_FACE
 from madtp.patch.base import Batch
 from madtp.patch.folders import build
 from models.weights.reading import read_checkpoint
 from utils import UserError
 
-CONFIG, OPEN_CLIP_CONFIG, CARD = "config.json", "open_clip_config.json", "README.md"
+OPEN_CLIP_CONFIG, CARD = "open_clip_config.json", "README.md"
 VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt", "spiece.model", "tokenizer.model")
 WEIGHTS = ("model.safetensors", "open_clip_model.safetensors", "pytorch_model.bin", "open_clip_pytorch_model.bin")
 HEAVY = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".onnx", ".h5", ".msgpack", ".gguf")  # weights in any format
@@ -62,7 +62,7 @@ def open_source(folder: Path) -> Source:
         raise UserError(f"--model {folder}: is a file; give {KNOWN}, which tools/convert_checkpoint.py makes of a file of weights")
     if (folder / OPEN_CLIP_CONFIG).is_file():
         return _open_clip(folder)
-    config = _json(folder / CONFIG) if (folder / CONFIG).is_file() else {}
+    config = read_json(folder / CONFIG) if (folder / CONFIG).is_file() else {}
     if "model_type" in config:
         return _transformers(folder, config)
     if "architecture" in config:
@@ -76,14 +76,6 @@ def licence_of(folder: Path) -> str:
     header = re.match(r"---\n(.*?)\n---", card.read_text(encoding="utf-8"), re.DOTALL) if card.is_file() else None
     found = re.search(r"^license:\s*(\S+)", header[1], re.MULTILINE) if header else None
     return found[1] if found else UNKNOWN_LICENCE
-
-
-def _json(file: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{file}: not readable JSON ({error}); fetch it again") from None
-    return content if isinstance(content, dict) else {}
 
 
 def _load(model: nn.Module, folder: Path) -> nn.Module:
@@ -144,7 +136,7 @@ def _open_clip(folder: Path) -> Source:
     import open_clip
     from open_clip.transform import PreprocessCfg, image_transform_v2
 
-    config = _json(folder / OPEN_CLIP_CONFIG)
+    config = read_json(folder / OPEN_CLIP_CONFIG)
     settings = config.get("model_cfg")
     if not isinstance(settings, dict) or "vision_cfg" not in settings or "multimodal_cfg" in settings:
         raise UserError(f"{folder / OPEN_CLIP_CONFIG}: describes no CLIP; give a folder that open_clip has written")
