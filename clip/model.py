@@ -19,7 +19,8 @@ from madtp.attention.attend import Causal, attend, recomputes_scores
 from madtp.blocks import UNPRUNED, AlignedModel, Encoded, Guidance, PreNormBlock, block_flops, run_blocks
 from madtp.importance import AttentionStatistics
 from madtp.packing import Layout, class_tokens, end_first, pack
-from madtp.pruning import PruningRule, TokenPruner
+from madtp.pruning import TokenPruner
+from madtp.rule import PruningRule
 
 MLP_RATIO = 4
 START_SCALE = math.log(1 / 0.07)

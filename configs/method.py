@@ -25,6 +25,12 @@ class MethodKeys(Section):
         " the same for all, from what the calibration subset keeps by itself, as an exported model does",
     )
     prune_from: int = Field(0, ge=0, description="index of the first block that prunes; higher keeps more tokens")
+    prune_every: int = Field(
+        1,
+        ge=1,
+        description="beyond the paper: one block in so many prunes, from prune_from on; the others keep fused attention, which is"
+        " faster at equal GFLOPs where tokens are scored from the attention map",
+    )
     tis: list[Literal["cls", "self", "token"]] = Field(
         ["cls", "self", "token"], min_length=1, description="terms of the token importance score"
     )

@@ -37,7 +37,7 @@ from engine.schedule import ROUNDING, WeightPlan, check_reach
 from engine.skipped import skipped_in_run, skipped_samples
 from engine.train import CosineSchedule, EpochSums, Trainer, move, parameter_groups, train_epoch
 from madtp.budget import WITHIN_BUDGET, UnreachableTarget, calibrate, within
-from madtp.pruning import OFF, PruneSetting
+from madtp.rule import OFF, PruneSetting
 from madtp.sparsity.masks import counted_dense
 from utils import SharedError, UserError, barrier, gather_objects, logger, seed_everything
 

@@ -6,8 +6,9 @@ import torch
 
 from engine.experiment import Experiment
 from engine.train import move
-from madtp.deploy import WHOLE, Branches, Counts, KeptTokens, fix_counts, recording, solve_counts
-from madtp.pruning import PruneSetting
+from madtp.deploy import Branches, Counts, KeptTokens, fix_counts, recording, solve_counts
+from madtp.pruning import WHOLE
+from madtp.rule import PruneSetting
 from utils import gather_objects, logger
 
 

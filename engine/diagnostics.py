@@ -17,7 +17,7 @@ from engine.experiment import Experiment, Pairs
 from engine.train import move
 from madtp.blocks import AlignedModel, Guidance, PrunedBlock
 from madtp.packing import Layout, Packed
-from madtp.pruning import PruneSetting
+from madtp.rule import PruneSetting
 
 Forward = Callable[[nn.Module, dict, PruneSetting], object]
 
@@ -100,8 +100,8 @@ class Decisions:
 
     def see(self, branch: str, block: PrunedBlock, x: Tensor, layout: Layout, guidance: Guidance) -> None:
         """Adds a block that is about to run on x (B, P + N, C), or packed (T, C)."""
-        pruner, temperature = block.pruner, guidance.temperature
-        if pruner is None or temperature is None:
+        pruner = block.pruner
+        if pruner is None or (temperature := guidance.temperature(pruner.rule)) is None:
             return
         prefix, rule = pruner.rule.num_prefix_tokens, pruner.rule
         whole = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device) if layout is None else layout

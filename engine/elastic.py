@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from configs.schema import Config
-from madtp.pruning import OFF, PruneSetting
+from madtp.rule import OFF, PruneSetting
 
 Meet = Callable[[float, PruneSetting], PruneSetting]  # target GFLOPs, setting to start from -> the nearest setting
 

@@ -11,7 +11,7 @@ from configs.schema import Config
 from engine.sparse_inference import sparse_kernels
 from engine.train import Losses, Precision, move
 from engine.workers import side_by_side
-from madtp.pruning import PruneSetting
+from madtp.rule import PruneSetting
 from madtp.sparsity.layers import sparse_weights
 from madtp.sparsity.refit import can_be_fitted, second_moments
 from utils import Run, all_reduce_sum, broadcast, logger

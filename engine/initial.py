@@ -8,7 +8,7 @@ from engine.experiment import Experiment
 from engine.train import move
 from madtp.blocks import AlignedModel
 from madtp.initial import TokenSample, tokens_from_data
-from madtp.pruning import OFF
+from madtp.rule import OFF
 from utils import UserError, broadcast, logger
 
 

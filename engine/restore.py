@@ -5,13 +5,13 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from configs.schema import Config
-from madtp.pruning import OFF, PruneSetting
+from madtp.rule import OFF, PruneSetting
 from madtp.sparsity.masks import Pattern, SparseWeights, most_in_a_group
 from utils import UserError
 
 RULE = (
     "method", "variant", "keep", "p", "sparsity_type", "sparse_layers", "tis", "mag", "causal_scores", "merge", "guide",
-    "image_size",
+    "prune_every", "image_size",
 )  # fmt: skip
 # The rule of checkpoints from before a key existed. Their image size is not known: it counts as the config's.
 BEFORE = {
@@ -22,6 +22,7 @@ BEFORE = {
     "causal_scores": "plain",
     "merge": True,
     "guide": "shared",
+    "prune_every": 1,
 }
 SAVED = (*RULE, "batch_size", "temperature", "prune_from", "epoch", "masked", "counts")  # saved with the weights, to use them
 

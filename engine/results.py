@@ -12,7 +12,7 @@ from torch import nn
 from configs.schema import Config
 from madtp.attention import varlen
 from madtp.budget import WITHIN_BUDGET, within
-from madtp.pruning import PruneSetting
+from madtp.rule import PruneSetting
 from utils import Run, logger, put_in_place
 
 OTHER_SPLITS = 0.03  # relative distance of the val and test GFLOPs from the target above which the log warns

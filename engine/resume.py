@@ -15,7 +15,7 @@ from engine.restore import other_rule, rule_of
 from engine.results import log_changed_settings, settings_of
 from engine.run_folder import RunFolder
 from engine.train import Control, EpochSums, Trainer
-from madtp.pruning import OFF, PruneSetting
+from madtp.rule import OFF, PruneSetting
 from utils import UserError, barrier, gather_objects
 
 PLAN = ("order", "mask_schedule", "sparse_unit", "refit_weights")  # a resumed run must keep these

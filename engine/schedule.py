@@ -16,7 +16,7 @@ from itertools import count
 from typing import NamedTuple
 
 from configs.schema import Config
-from madtp.pruning import OFF, PruneSetting
+from madtp.rule import OFF, PruneSetting
 from madtp.sparsity.layers import groups
 from madtp.sparsity.masks import SparseWeights
 from utils import UserError, logger

@@ -14,7 +14,7 @@ from torch.utils.data import Sampler
 from tqdm import tqdm
 
 from engine.bad_steps import BadSteps
-from madtp.pruning import PruneSetting
+from madtp.rule import PruneSetting
 from madtp.sparsity.masks import SparseWeights
 from utils import Run, all_reduce_sum, logger
 

@@ -4,10 +4,10 @@
 `attend`, `TokenPruner` and `run_blocks`.
 
 The method, in reading order: `alignment` (MAG, Eq. 1-3 of the paper), `importance` (token importance score, Eq. 4-6), `selection`
-(threshold, keep rule, gather and merge, Eq. 7-10), `pruning` (the pruner of a block), `blocks` (the order of a block's parts),
-`budget` (the temperature for a GFLOPs target), `flops` (the cost of a pass). For speed: `packing` (batches without padding) and
-`attention` (scores without the attention map). For MADTP++: `sparsity` (N:M weights) and `distillation`. `released` reproduces the
-authors' published code.
+(threshold, keep rule, gather and merge, Eq. 7-10), `rule` (how tokens are chosen), `pruning` (the pruner of a block), `blocks`
+(the order of a block's parts), `budget` (the temperature for a GFLOPs target), `flops` (the cost of a pass). For speed: `packing`
+(batches without padding) and `attention` (scores without the attention map). For MADTP++: `sparsity` (N:M weights) and
+`distillation`. `released` reproduces the authors' published code.
 """
 
 from madtp.alignment import similarity_loss
@@ -27,7 +27,8 @@ from madtp.packing import Packed, class_tokens, pack, padded
 from madtp.patch import prune, restore
 from madtp.patch.base import Pruning
 from madtp.patch.folders import load
-from madtp.pruning import OFF, PruneSetting, PruningRule, TokenPruner
+from madtp.pruning import TokenPruner
+from madtp.rule import OFF, PruneSetting, PruningRule
 from madtp.sparsity.layers import sparse_weights
 from madtp.sparsity.masks import Pattern, SparseWeights
 

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from madtp import flops
 from madtp.importance import AttentionStatistics
 from madtp.packing import Layout, Packed, count_tokens
-from madtp.pruning import OFF, Execution, PruneSetting, PruningRule, TokenPruner
+from madtp.pruning import WHOLE, Execution, TokenPruner
+from madtp.rule import OFF, PruneSetting, PruningRule
 from madtp.selection import static_removal
 
 
@@ -40,16 +41,17 @@ class Guidance:
     block: int = 0
     entered: Tensor | None = None
 
-    @property
-    def temperature(self) -> float | None:
-        """The temperature of the running block, None where it does not prune."""
-        return self.setting.at(self.block)
+    def temperature(self, rule: PruningRule) -> float | None:
+        """Returns the temperature of the running block, None where it does not prune."""
+        return self.setting.at(self.block, rule)
 
     def removal(self, rule: PruningRule) -> Tensor | None:
         """Returns the tokens (B,) that a static method removes in the running block; None for other methods."""
-        if not rule.is_static or self.entered is None or self.temperature is None:
+        temperature = self.temperature(rule)
+        if not rule.is_static or self.entered is None or temperature is None:
             return None
-        return static_removal(self.entered - rule.num_prefix_tokens, self.temperature, self.block - self.setting.prune_from)
+        pruned_before = (self.block - self.setting.prune_from) // rule.every
+        return static_removal(self.entered - rule.num_prefix_tokens, temperature, pruned_before)
 
     @property
     def is_on(self) -> bool:
@@ -203,7 +205,8 @@ class PrunedBlock(nn.Module):
         Args:
             x: (B, N, C), or packed (T, C).
         """
-        pruner, temperature = self.pruner, guidance.temperature
+        pruner = self.pruner
+        temperature = None if pruner is None or pruner.fixed == WHOLE else guidance.temperature(pruner.rule)
         scores, features, kept = None, None, None
         if pruner is not None and (temperature is not None or guidance.align):
             scores, features = pruner.align(x, layout, guidance.learnable_tokens, guidance.align)

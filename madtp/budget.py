@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import chain
 
-from madtp.pruning import PruneSetting
+from madtp.rule import PruneSetting
 
 Measure = Callable[[PruneSetting], float]  # mean GFLOPs per sample on the calibration slice
 

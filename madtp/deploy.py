@@ -12,12 +12,12 @@ from torch import Tensor, nn
 
 from madtp.blocks import TowerRecord
 from madtp.packing import count_tokens
-from madtp.pruning import PruneSetting, PruningRule
+from madtp.pruning import WHOLE
+from madtp.rule import PruneSetting, PruningRule
 
 Branches = Mapping[str, Iterable[Any]]  # name -> `PrunedBlock`s
 Counts = dict[str, list[int]]  # branch -> tokens to keep in each block, WHOLE where it does not prune
 
-WHOLE = 2**31 - 1  # more tokens than there are
 STEPS = 12  # of the bisection: a quantile to 1 in 4096
 TOLERANCE = 0.002  # relative distance from the target that ends it
 
@@ -69,7 +69,7 @@ def fixed_record(counts: Sequence[int] | None, tokens: Tensor, rule: PruningRule
     record = TowerRecord()
     for block in range(depth):
         left, kept = tokens, None
-        if counts is not None and setting.at(block) is not None:
+        if counts is not None and setting.at(block, rule) is not None and counts[block] != WHOLE:
             kept = torch.zeros(len(tokens), 0, dtype=torch.bool)
             fewer = rule.num_prefix_tokens + counts[block] + rule.merge
             left = torch.where(tokens - rule.num_prefix_tokens > counts[block], fewer, tokens)

@@ -17,7 +17,8 @@ from madtp.attention.attend import attend, recomputes_scores
 from madtp.blocks import UNPRUNED, Guidance, PrunedBlock, TowerRecord, block_flops, run_blocks
 from madtp.importance import AttentionStatistics
 from madtp.packing import Layout, Packed, pack
-from madtp.pruning import PruningRule, TokenPruner
+from madtp.pruning import TokenPruner
+from madtp.rule import PruningRule
 
 NORM_EPS = 1e-12
 FIRST_MERGE_LAYER = 6  # BLIP-NLVR: from here on a linear layer joins the two cross-attentions, before it their mean

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from madtp.blocks import UNPRUNED, Encoded, Guidance, TowerRecord, dense_record
 from madtp.flops import GIGA, linear
 from madtp.packing import Layout, Packed, class_tokens, concatenate, count_tokens, pack, select
-from madtp.pruning import OFF, PruneSetting
+from madtp.rule import OFF, PruneSetting
 from models.bert import TextEncoder
 from models.momentum import MomentumModel, PairPasses, dense_encoded, hard_negatives
 from models.vit import VisionTransformer

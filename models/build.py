@@ -3,7 +3,8 @@
 from collections.abc import Callable
 
 from configs.schema import Config
-from madtp.pruning import PruningRule, TokenPruner
+from madtp.pruning import TokenPruner
+from madtp.rule import PruningRule
 from models.vit import VisionTransformer
 from utils import UserError
 
@@ -24,6 +25,7 @@ def pruner_factory(config: Config) -> Callable[..., TokenPruner | None]:
             merge=config.merge,
             gradient=config.gradient,
             causal_scores=config.causal_scores,
+            every=config.prune_every,
         )
     except ValueError as error:
         raise _bad_rule(error) from None
@@ -45,7 +47,7 @@ def text_pruner_factory(config: Config) -> Callable[..., TokenPruner | None]:
 
 
 def _bad_rule(error: ValueError) -> UserError:
-    keys = "'method', 'variant', 'keep', 'tis', 'mag', 'merge', 'token_gradient' or 'mag_projection'"
+    keys = "'method', 'variant', 'keep', 'tis', 'mag', 'merge', 'prune_every', 'token_gradient' or 'mag_projection'"
     return UserError(f"{error}; change the keys {keys}")
 
 

@@ -14,7 +14,8 @@ from madtp.attention.attend import attend, recomputes_scores
 from madtp.blocks import UNPRUNED, Guidance, PreNormBlock, TowerRecord, block_flops, run_blocks
 from madtp.importance import AttentionStatistics
 from madtp.packing import Layout, pack
-from madtp.pruning import PruningRule, TokenPruner
+from madtp.pruning import TokenPruner
+from madtp.rule import PruningRule
 from models.checkpointing import checkpoint_last
 
 NORM_EPS = 1e-6  # of BLIP and timm

@@ -12,7 +12,7 @@ from data.text import Tokenizer, as_texts, dec_token_id, prompt_ids
 from engine.experiment import Evaluation, mean_cost
 from engine.train import progress
 from madtp.blocks import Guidance, TowerRecord
-from madtp.pruning import PruneSetting
+from madtp.rule import PruneSetting
 from metrics.caption import caption_scores
 from models.bert import BertSize
 from models.blip_caption import REFERENCE_TEXT_TOKENS, BlipCaption

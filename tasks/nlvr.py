@@ -15,7 +15,7 @@ from engine.experiment import Evaluation
 from engine.train import move, progress
 from engine.workers import side_by_side
 from madtp.blocks import TowerRecord
-from madtp.pruning import PruneSetting
+from madtp.rule import PruneSetting
 from models.bert import FIRST_MERGE_LAYER, BertSize, PairedCrossAttention, TextEncoder
 from models.blip_nlvr import REFERENCE_TEXT_TOKENS, BlipNlvr, NlvrOutput, per_sentence
 from models.build import learnable_tokens, pruner_factory, text_pruner_factory, vision_transformer

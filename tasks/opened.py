@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 from torch import nn
 
-from madtp.pruning import PruneSetting
+from madtp.rule import PruneSetting
 from madtp.sparsity.masks import SparseWeights
 from tasks.task import Task
 

@@ -11,7 +11,7 @@ from configs.load import load_config, read_yaml
 from configs.schema import Config
 from data.text import Tokenizer
 from engine.restore import is_authors, mask_as_saved, saved_rule, saved_setting
-from madtp.pruning import PruneSetting
+from madtp.rule import PruneSetting
 from madtp.sparsity.layers import sparse_weights
 from models.weights.reading import is_read, read_checkpoint
 from tasks.caption import CaptionTask

@@ -25,7 +25,7 @@ from data.text import Tokenizer, enc_token_id
 from engine.experiment import Evaluation, Experiment, mean_cost
 from madtp.blocks import Encoded, TowerRecord
 from madtp.flops import GIGA
-from madtp.pruning import PruneSetting
+from madtp.rule import PruneSetting
 from metrics.retrieval import CUTS, recalls
 from models.bert import BertSize, CrossAttention, TextEncoder
 from models.blip_retrieval import BlipRetrieval

@@ -13,7 +13,7 @@ from data.text import Tokenizer, load_tokenizer
 from engine.experiment import Evaluation, Experiment
 from madtp.blocks import Guidance
 from madtp.distillation import Distillation
-from madtp.pruning import OFF, PruneSetting
+from madtp.rule import OFF, PruneSetting
 from utils import Run, UserError
 
 ConfigT = TypeVar("ConfigT", bound=Config)

@@ -18,7 +18,7 @@ from data.text import Tokenizer
 from engine.train import Precision, move
 from engine.workers import side_by_side
 from madtp.blocks import TowerRecord
-from madtp.pruning import OFF
+from madtp.rule import OFF
 from madtp.trace import surviving, tokens_by_block
 from tasks.opened import Opened
 from transform.images import MEAN, STD

@@ -26,7 +26,7 @@ from engine.experiment import Evaluation
 from engine.train import move, progress
 from engine.workers import side_by_side
 from madtp.blocks import Guidance, TowerRecord
-from madtp.pruning import PruneSetting
+from madtp.rule import PruneSetting
 from metrics.vqa import accuracy, agreement
 from models.bert import BertSize, CrossAttention, TextEncoder
 from models.blip_vqa import (

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from madtp.attention.statistics import map_statistics
 from madtp.blocks import Guidance
-from madtp.pruning import PruneSetting, PruningRule, TokenPruner
+from madtp.pruning import TokenPruner
+from madtp.rule import PruneSetting, PruningRule
 from tests import tiny
 
 FOLDER = Path(__file__).parent / "recorded"

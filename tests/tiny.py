@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from clip.model import ClipSize
-from madtp.pruning import PruningRule, TokenPruner
+from madtp.pruning import TokenPruner
+from madtp.rule import PruningRule
 from models.bert import FIRST_MERGE_LAYER, BertSize, CrossAttention, PairedCrossAttention, TextEncoder
 from models.blip_nlvr import BlipNlvr
 from models.blip_retrieval import BlipRetrieval

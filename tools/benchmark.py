@@ -97,6 +97,7 @@ def main() -> None:
     parser.add_argument("--pretrained", type=home_expanded, help="weights to load")
     parser.add_argument("--p", type=numbers(float), default=PRUNED, help="shares of the GFLOPs to remove, such as 0.5,0.8")
     parser.add_argument("--keep-schedule", type=numbers(float), help="share of tokens that each block keeps, separated by commas")
+    parser.add_argument("--prune-every", type=at_least_one, default=1, help="one block in so many prunes; the key prune_every")
     parser.add_argument("--temperature", type=float, help="prune at this temperature, instead of --p")
     parser.add_argument("--batch-sizes", type=numbers(at_least_one), default=(8,))
     parser.add_argument("--candidates", type=at_least_one, help="rerank, rank_answers: candidates per item; default: k_test")

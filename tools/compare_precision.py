@@ -21,7 +21,7 @@ from engine.compress import meet
 from engine.restore import saved_setting
 from engine.start import start
 from engine.train import Precision, move
-from madtp.pruning import OFF, PruneSetting
+from madtp.rule import OFF, PruneSetting
 from madtp.trace import surviving
 from tasks.opened import Opened
 from tasks.registry import TASKS, load_any_config

@@ -27,7 +27,7 @@ from torch import nn
 from configs.load import parse_command_line, read_yaml
 from configs.schema import Config
 from engine.compress import build_trainer
-from madtp.pruning import OFF
+from madtp.rule import OFF
 from metrics.caption import not_computable
 from tasks.registry import TASKS
 from tasks.task import Task

@@ -24,7 +24,7 @@ from engine.flop_table import flop_table, fvcore_gflops
 from engine.results import count_parameters
 from madtp.blocks import Guidance
 from madtp.budget import UnreachableTarget, calibrate
-from madtp.pruning import OFF, PruneSetting
+from madtp.rule import OFF, PruneSetting
 from madtp.sparsity.layers import sparse_weights
 from madtp.sparsity.masks import SparseWeights
 from models.weights.reading import read_checkpoint

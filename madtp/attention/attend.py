@@ -14,7 +14,7 @@ from madtp.attention import varlen
 from madtp.attention.statistics import attend_with_statistics, map_statistics, packed_statistics
 from madtp.importance import AttentionStatistics
 from madtp.packing import Groups, Layout, Packed, Valid, padded
-from madtp.pruning import PruningRule
+from madtp.rule import PruningRule
 
 # The position of the class token in the order of a causal sequence; in memory it is the first token in any case.
 Causal = Literal["class_first", "class_last"] | None

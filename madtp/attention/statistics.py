@@ -10,7 +10,7 @@ from madtp import released
 from madtp.attention.chunked import attend_in_chunks, class_row, column_statistics
 from madtp.importance import AttentionStatistics, class_attention, paper_columns
 from madtp.packing import Packed, Valid
-from madtp.pruning import PruningRule
+from madtp.rule import PruningRule
 
 
 def map_statistics(

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from madtp.budget import calibrate
 from madtp.initial import METHODS, TokenSample, tokens_from_data
 from madtp.patch.base import ATTRIBUTE, Batch, Pruning, count_samples, first_samples
-from madtp.pruning import OFF, PruneSetting, PruningRule, TokenPruner
+from madtp.pruning import TokenPruner
+from madtp.rule import OFF, PruneSetting, PruningRule
 
 INSTANCE = PruningRule(keep="instance")
 INITS = ("random", *METHODS)

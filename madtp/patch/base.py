@@ -16,7 +16,8 @@ from madtp.blocks import Guidance, TowerRecord, block_flops, run_blocks
 from madtp.flops import GIGA
 from madtp.packing import Layout, Valid, class_tokens, end_first, pack, padded
 from madtp.patch.layers import WrappedBlock, layers_flops
-from madtp.pruning import OFF, PruneSetting, PruningRule, TokenPruner
+from madtp.pruning import TokenPruner
+from madtp.rule import OFF, PruneSetting, PruningRule
 
 ATTRIBUTE = "madtp"  # of the model, where the handle is registered, so that its parameters train and are saved
 

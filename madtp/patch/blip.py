@@ -19,7 +19,8 @@ from madtp.packing import Layout, Valid, count_tokens, pack
 from madtp.patch.base import Batch, MakePruner, Tower
 from madtp.patch.layers import layers_flops
 from madtp.patch.transformers import check_layers, reads_text, vision_tower
-from madtp.pruning import PruningRule, TokenPruner
+from madtp.pruning import TokenPruner
+from madtp.rule import PruningRule
 
 
 class BlipTextBlock(PrunedBlock):

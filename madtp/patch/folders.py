@@ -11,7 +11,7 @@ from torch import nn
 
 from madtp.patch import prune
 from madtp.patch.base import ATTRIBUTE, Pruning
-from madtp.pruning import PruneSetting, PruningRule
+from madtp.rule import PruneSetting, PruningRule
 
 WEIGHTS, DESCRIPTION = "model.safetensors", "madtp.json"
 

@@ -14,7 +14,8 @@ from madtp.attention.attend import Causal, attend
 from madtp.blocks import DropPath, PreNormBlock
 from madtp.importance import AttentionStatistics
 from madtp.packing import Layout
-from madtp.pruning import PruningRule, TokenPruner
+from madtp.pruning import TokenPruner
+from madtp.rule import PruningRule
 
 
 class WrappedBlock(PreNormBlock):

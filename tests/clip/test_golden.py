@@ -7,7 +7,8 @@ import torch
 
 from clip.model import Clip, ClipSize, ResidualAttentionBlock, VisionTower
 from madtp.blocks import Guidance
-from madtp.pruning import OFF, PruneSetting, PruningRule, TokenPruner
+from madtp.pruning import TokenPruner
+from madtp.rule import OFF, PruneSetting, PruningRule
 from models.clip_retrieval import ClipRetrieval
 from models.momentum import PairPasses
 from models.weights.clip import PRUNER, load_clip_weights

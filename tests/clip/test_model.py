@@ -9,7 +9,8 @@ from madtp.attention.attend import causal_mask
 from madtp.attention.statistics import map_statistics
 from madtp.blocks import Guidance
 from madtp.packing import end_first, pack
-from madtp.pruning import CAUSAL_SCORES, OFF, PruneSetting, PruningRule, TokenPruner
+from madtp.pruning import TokenPruner
+from madtp.rule import CAUSAL_SCORES, OFF, PruneSetting, PruningRule
 from models.clip_retrieval import ClipRetrieval
 from models.weights.clip import load_clip_weights
 from tests.tiny import ended_text, with_lively_weights

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from configs.schema import Config, NlvrConfig, RetrievalConfig
-from madtp.pruning import PruningRule
+from madtp.rule import PruningRule
 from models.build import learnable_tokens
 
 TITLE = "## Where `variant: paper` differs from the paper\n"

@@ -8,7 +8,7 @@ from torch import nn
 
 from engine.bad_steps import BadSteps
 from engine.train import Control, CosineSchedule, EpochSums, Precision, Trainer, train_epoch
-from madtp.pruning import OFF
+from madtp.rule import OFF
 from utils import Run, UserError
 
 CPU = Run(torch.device("cpu"))

@@ -13,7 +13,7 @@ from configs.load import load_config, parse_command_line
 from configs.schema import NlvrConfig
 from engine.compress import run_experiment
 from engine.experiment import Evaluation, Experiment
-from madtp.pruning import OFF, PruneSetting
+from madtp.rule import OFF, PruneSetting
 from utils import Run, UserError
 
 DENSE = 10.0

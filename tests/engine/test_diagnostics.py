@@ -5,7 +5,7 @@ import torch
 
 from engine.diagnostics import Decisions, PairSimilarity, gradient_norms, moved, rank_correlation, separation, watch
 from madtp.blocks import Guidance
-from madtp.pruning import PruneSetting, PruningRule
+from madtp.rule import PruneSetting, PruningRule
 from tests import tiny
 
 SETTING = PruneSetting(3.0)

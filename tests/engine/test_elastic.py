@@ -6,7 +6,7 @@ import pytest
 
 from configs.schema import NlvrConfig
 from engine.elastic import POINTS, Budgets
-from madtp.pruning import OFF, PruneSetting
+from madtp.rule import OFF, PruneSetting
 
 DENSE = 10.0
 MIDDLE = PruneSetting(5.0)

@@ -7,7 +7,7 @@ from configs.schema import NlvrConfig
 from engine import experiment
 from engine.experiment import Experiment, portions
 from madtp.blocks import Guidance
-from madtp.pruning import OFF, PruneSetting
+from madtp.rule import OFF, PruneSetting
 from madtp.sparsity.refit import second_moments
 from tests import tiny
 from utils import Run

@@ -10,7 +10,7 @@ from engine.initial import initialise_tokens
 from madtp.blocks import Guidance
 from madtp.initial import TokenSample
 from madtp.packing import pack
-from madtp.pruning import PruningRule
+from madtp.rule import PruningRule
 from tests import tiny
 from utils import Run, UserError
 

@@ -7,7 +7,7 @@ from torch import nn
 from configs.schema import NlvrConfig
 from engine.schedule import Option, WeightPlan
 from madtp.flops import multiplied
-from madtp.pruning import OFF, PruneSetting
+from madtp.rule import OFF, PruneSetting
 from madtp.sparsity.masks import Pattern, SparseWeights
 from utils import UserError
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from engine.train import CosineSchedule, Precision, Trainer, parameter_groups, train_epoch
-from madtp.pruning import OFF, PruningRule
+from madtp.rule import OFF, PruningRule
 from tests import tiny
 from utils import Run, UserError
 

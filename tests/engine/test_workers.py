@@ -10,7 +10,7 @@ from torch import nn
 from engine.experiment import mean_cost
 from engine.workers import side_by_side
 from madtp.blocks import Guidance
-from madtp.pruning import PruneSetting, PruningRule
+from madtp.rule import PruneSetting, PruningRule
 from tests import tiny
 from utils import Run
 

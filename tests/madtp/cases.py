@@ -5,7 +5,8 @@ from torch import Tensor
 
 from madtp.attention.statistics import map_statistics
 from madtp.importance import AttentionStatistics
-from madtp.pruning import PruningRule, TokenPruner
+from madtp.pruning import TokenPruner
+from madtp.rule import PruningRule
 
 WIDTH, LEARNABLE, HEADS = 6, 4, 3
 

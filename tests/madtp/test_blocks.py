@@ -7,7 +7,8 @@ from torch import nn
 from madtp.blocks import DropPath, Guidance, PrunedBlock, TowerRecord, block_flops, dense_record, run_blocks
 from madtp.importance import AttentionStatistics
 from madtp.packing import Packed, pack
-from madtp.pruning import PruneSetting, PruningRule, TokenPruner
+from madtp.pruning import TokenPruner
+from madtp.rule import PruneSetting, PruningRule
 
 WIDTH = 6
 

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from madtp.budget import COARSE_GRID, UnreachableTarget, calibrate
-from madtp.pruning import PruneSetting
+from madtp.rule import PruneSetting
 
 DENSE = 130.0
 quick = settings(max_examples=60, deadline=None, derandomize=True, database=None)

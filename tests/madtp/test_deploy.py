@@ -5,9 +5,10 @@ import torch
 from torch import nn
 
 from madtp.blocks import Guidance
-from madtp.deploy import WHOLE, KeptTokens, fix_counts, fixed_record, recording, solve_counts
+from madtp.deploy import KeptTokens, fix_counts, fixed_record, recording, solve_counts
 from madtp.importance import token_importance
-from madtp.pruning import PruneSetting, PruningRule, TokenPruner
+from madtp.pruning import WHOLE, TokenPruner
+from madtp.rule import PruneSetting, PruningRule
 from madtp.selection import fixed_gather_and_merge
 from models.vit import VisionTransformer
 from tests import tiny
@@ -83,6 +84,21 @@ def test_a_tower_with_fixed_numbers_is_a_loop_over_its_blocks():
             x = block.transform(x, None)
         expected.append(model.vision.norm(x)[:, 0])
     torch.testing.assert_close(model(images), torch.cat(expected), atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_a_block_that_keeps_all_is_the_dense_one():
+    """Nothing scores its tokens, so that its attention can be fused, and it costs no more than without a pruner."""
+    model = Tower()
+    fix_counts(model.branches, {"vision": [WHOLE, 14, WHOLE]})
+    rules = []
+    for block in model.vision.blocks:
+        plain = block.attend
+        block.attend = lambda x, layout, rule, plain=plain: (rules.append(rule), plain(x, layout, rule))[1]
+    model(pictures())
+    assert [rule is None for rule in rules] == [True, False, True]
+    record = fixed_record([WHOLE, 14, WHOLE], torch.tensor([17]), PruningRule(), PruneSetting(1.0), 3)
+    assert [kept is None for kept in record.kept] == [True, False, True]
 
 
 @torch.no_grad()

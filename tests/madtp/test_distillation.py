@@ -7,7 +7,7 @@ from torch import nn
 
 from madtp.blocks import Guidance
 from madtp.distillation import Distillation, logit_loss
-from madtp.pruning import PruneSetting, PruningRule
+from madtp.rule import PruneSetting, PruningRule
 from tests import tiny
 
 RULE = PruningRule(keep="instance")

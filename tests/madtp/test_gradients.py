@@ -9,7 +9,8 @@ from torch import Tensor
 from madtp.blocks import Guidance
 from madtp.importance import AttentionStatistics, token_importance
 from madtp.packing import pack
-from madtp.pruning import GRADIENTS, PruneSetting, PruningRule, TokenPruner
+from madtp.pruning import TokenPruner
+from madtp.rule import GRADIENTS, PruneSetting, PruningRule
 from madtp.selection import decision_gate, sparsemax, threshold
 from tests import tiny
 from tests.models.test_vit import LEARNABLE, pictures, tower

@@ -12,7 +12,8 @@ from madtp.blocks import Guidance, run_blocks
 from madtp.flops import GIGA
 from madtp.merging import merge_pairs, most_similar_pairs
 from madtp.packing import Packed, pack
-from madtp.pruning import PruneSetting, PruningRule, TokenPruner
+from madtp.pruning import TokenPruner
+from madtp.rule import PruneSetting, PruningRule
 from madtp.selection import static_removal
 from models.vit import VisionTransformer
 from tests.tiny import with_lively_weights

@@ -9,7 +9,8 @@ from madtp.alignment import token_attention
 from madtp.attention.statistics import packed_statistics
 from madtp.importance import AttentionStatistics, token_importance
 from madtp.packing import Packed, pack
-from madtp.pruning import PruneSetting, PruningRule, TokenPruner
+from madtp.pruning import TokenPruner
+from madtp.rule import PruneSetting, PruningRule
 from madtp.selection import threshold
 from tests.madtp.cases import HEADS, LEARNABLE, WIDTH, Sample, gathered_by_loops, importance_by_loops, parts
 
@@ -117,8 +118,17 @@ def test_random_pruning_keeps_a_fraction(temperature, count):
 
 def test_blocks_before_the_first_stay_whole():
     setting = PruneSetting(2.0, prune_from=3)
-    assert [setting.at(block) for block in range(5)] == [None, None, None, 2.0, 2.0]
-    assert PruneSetting().at(0) is None and PruneSetting(0.0).at(0) == 0.0
+    assert [setting.at(block, PruningRule()) for block in range(5)] == [None, None, None, 2.0, 2.0]
+    assert PruneSetting().at(0, PruningRule()) is None and PruneSetting(0.0).at(0, PruningRule()) == 0.0
+
+
+def test_one_block_in_so_many_prunes_from_the_first_on():
+    rule, setting = PruningRule(every=3), PruneSetting(2.0, prune_from=1)
+    assert [block for block in range(9) if setting.at(block, rule) is not None] == [1, 4, 7]
+    with pytest.raises(ValueError, match="every"):
+        PruningRule(every=0)
+    with pytest.raises(ValueError, match="every block"):
+        PruningRule(variant="released", every=2)
 
 
 @pytest.mark.parametrize(

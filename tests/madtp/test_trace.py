@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from madtp.blocks import Guidance, TowerRecord
-from madtp.pruning import PruneSetting, PruningRule
+from madtp.rule import PruneSetting, PruningRule
 from madtp.selection import gather_and_merge
 from madtp.trace import surviving, tokens_by_block
 from tests import tiny

@@ -6,7 +6,8 @@ from torch import nn
 from transformers import BertConfig, BertModel
 
 from madtp.blocks import Guidance
-from madtp.pruning import PruneSetting, PruningRule, TokenPruner
+from madtp.pruning import TokenPruner
+from madtp.rule import PruneSetting, PruningRule
 from models.bert import BertSize, Heads, PairedCrossAttention, TextEncoder
 from tests.tiny import text, with_lively_weights
 

@@ -6,7 +6,8 @@ from transformers import BlipForConditionalGeneration
 
 from engine.flop_table import fvcore_gflops
 from madtp.blocks import Guidance
-from madtp.pruning import OFF, PruneSetting, PruningRule, TokenPruner
+from madtp.pruning import TokenPruner
+from madtp.rule import OFF, PruneSetting, PruningRule
 from models import blip_caption
 from models.bert import BertSize
 from models.blip_caption import BlipCaption

@@ -8,7 +8,7 @@ from engine.flop_table import fvcore_gflops
 from engine.results import count_parameters
 from madtp.blocks import Guidance
 from madtp.flops import GIGA
-from madtp.pruning import OFF, PruneSetting, PruningRule
+from madtp.rule import OFF, PruneSetting, PruningRule
 from models.bert import FIRST_MERGE_LAYER
 from tests import tiny
 from tests.executed import counting_products
@@ -91,6 +91,7 @@ RULES = [  # each with a temperature at which the first blocks prune
     (PruningRule(method="stp"), 3.0),
     (PruningRule(method="stp", mag=False), 3.0),
     (PruningRule(mag=False), 1.0),
+    (PruningRule(every=2), 2.0),
     (PruningRule(variant="released"), 500.0),
 ]
 

@@ -7,7 +7,7 @@ from transformers import BlipConfig, BlipForImageTextRetrieval
 
 from madtp.blocks import Guidance
 from madtp.packing import count_tokens
-from madtp.pruning import OFF, PruneSetting, PruningRule
+from madtp.rule import OFF, PruneSetting, PruningRule
 from models.bert import BertSize, CrossAttention, TextEncoder
 from models.blip_retrieval import BlipRetrieval
 from models.momentum import hard_negatives

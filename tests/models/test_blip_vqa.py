@@ -7,7 +7,8 @@ from transformers import BlipForQuestionAnswering
 
 from engine.flop_table import fvcore_gflops
 from madtp.blocks import Guidance
-from madtp.pruning import OFF, PruneSetting, PruningRule, TokenPruner
+from madtp.pruning import TokenPruner
+from madtp.rule import OFF, PruneSetting, PruningRule
 from models.bert import BertSize, CrossAttention, TextEncoder
 from models.blip_vqa import BlipVqa, Question
 from models.vit import VisionTransformer

@@ -5,7 +5,7 @@ import torch
 from fairscale.nn.checkpoint import is_recomputing
 
 from madtp.blocks import Guidance
-from madtp.pruning import PruneSetting, PruningRule
+from madtp.rule import PruneSetting, PruningRule
 from tests.models.test_vit import LEARNABLE, pictures, tower
 
 

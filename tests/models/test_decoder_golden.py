@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from madtp.blocks import Guidance
-from madtp.pruning import OFF, PruneSetting, PruningRule, TokenPruner
+from madtp.pruning import TokenPruner
+from madtp.rule import OFF, PruneSetting, PruningRule
 from models.bert import BertSize, CrossAttention, TextEncoder
 from models.blip_caption import BlipCaption
 from models.blip_vqa import BlipVqa, weighted_loss

@@ -8,7 +8,7 @@ from torch import nn
 
 from engine.flop_table import fvcore_gflops
 from madtp.blocks import Guidance
-from madtp.pruning import OFF, PruneSetting, PruningRule
+from madtp.rule import OFF, PruneSetting, PruningRule
 from models.momentum import NO_IMAGE, can_number
 from tests import tiny
 

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from madtp.blocks import Guidance
-from madtp.pruning import OFF, PruneSetting, PruningRule, TokenPruner
+from madtp.pruning import TokenPruner
+from madtp.rule import OFF, PruneSetting, PruningRule
 from models.bert import FIRST_MERGE_LAYER, BertSize, PairedCrossAttention, TextEncoder
 from models.blip_nlvr import BlipNlvr
 from models.vit import VisionTransformer

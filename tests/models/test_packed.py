@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from madtp.blocks import Guidance
 from madtp.flops import GIGA
-from madtp.pruning import OFF, PruneSetting, PruningRule
+from madtp.rule import OFF, PruneSetting, PruningRule
 from tests import tiny
 from tests.executed import counting_products
 

@@ -10,7 +10,7 @@ from data.captions import PairCollate
 from data.text import enc_token_id, load_tokenizer
 from madtp.blocks import Guidance
 from madtp.packing import class_tokens
-from madtp.pruning import OFF, PruneSetting
+from madtp.rule import OFF, PruneSetting
 from models.blip_retrieval import BlipRetrieval
 from models.weights.blip import load_retrieval_weights
 from tasks.retrieval import retrieval_from_config

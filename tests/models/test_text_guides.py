@@ -7,7 +7,7 @@ import torch
 
 from engine.flop_table import fvcore_gflops
 from madtp.blocks import Guidance
-from madtp.pruning import OFF, PruneSetting, PruningRule
+from madtp.rule import OFF, PruneSetting, PruningRule
 from models.blip_nlvr import BlipNlvr
 from tests import tiny
 from tests.models.test_blip_caption import SMALL

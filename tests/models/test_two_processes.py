@@ -12,7 +12,7 @@ from engine.compress import distributed as as_distributed
 from engine.experiment import Experiment
 from madtp.blocks import Guidance
 from madtp.packing import Packed
-from madtp.pruning import OFF, PruneSetting, PruningRule
+from madtp.rule import OFF, PruneSetting, PruningRule
 from models.blip_retrieval import gather_samples
 from tests import tiny
 from utils import Run, leave_process_group

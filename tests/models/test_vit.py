@@ -6,7 +6,8 @@ import torch
 from transformers import BlipVisionConfig, BlipVisionModel
 
 from madtp.blocks import Guidance
-from madtp.pruning import OFF, PruneSetting, PruningRule, TokenPruner
+from madtp.pruning import TokenPruner
+from madtp.rule import OFF, PruneSetting, PruningRule
 from models.vit import VisionTransformer
 from tests.tiny import with_lively_weights
 
@@ -95,6 +96,28 @@ def test_a_batch_of_one_is_a_batch_of_many_under_instance():
         for block, alone_block in zip(record.kept, alone_record.kept, strict=True):
             kept = block[index].nonzero().squeeze(1)
             assert torch.equal(kept, alone_block[0].nonzero().squeeze(1))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+def test_blocks_between_those_that_prune_are_the_dense_ones(packed):
+    """They attend without the statistics of scores, so that attention stays fused."""
+    vit, asked = tower(PruningRule(keep="instance", every=2)), []
+    for block in vit.blocks:
+        plain = block.attend
+        block.attend = lambda x, layout, rule, plain=plain: (asked.append(rule), plain(x, layout, rule))[1]
+    record = vit(pictures(), Guidance(PruneSetting(8.0), learnable_tokens=LEARNABLE, packed=packed))[2]
+    assert [rule is not None for rule in asked] == [True, False, True] == [kept is not None for kept in record.kept]
+    assert torch.equal(record.entering[1], record.leaving[1]) and (record.leaving[2] < record.entering[2]).any()
+
+
+@torch.no_grad()
+def test_a_static_method_removes_as_many_in_each_block_that_prunes():
+    vit = tower(PruningRule(method="stp", keep="instance", every=2))
+    record = vit(pictures(), Guidance(PruneSetting(9.0), learnable_tokens=LEARNABLE))[2]
+    removed = [int((before - after)[0]) for before, after in zip(record.entering, record.leaving, strict=True)]
+    tokens = int(record.entering[0][0]) - 1
+    assert removed == [tokens // 10, 0, 2 * tokens // 10 - tokens // 10]
 
 
 @torch.no_grad()

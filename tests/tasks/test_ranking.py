@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from data.captions import Split
 from madtp.blocks import Guidance
-from madtp.pruning import OFF, PruneSetting, PruningRule
+from madtp.rule import OFF, PruneSetting, PruningRule
 from tasks import ranking
 from tasks.ranking import best_candidates, predictions, rank
 from tests import tiny

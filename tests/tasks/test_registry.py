@@ -18,7 +18,7 @@ from engine.experiment import Evaluation
 from engine.start import start
 from madtp.blocks import UNPRUNED, AlignedModel, Guidance, TowerRecord
 from madtp.flops import GIGA
-from madtp.pruning import PruneSetting
+from madtp.rule import PruneSetting
 from models.build import learnable_tokens, pruner_factory, vision_transformer
 from models.weights.reading import load_weights
 from tasks import registry

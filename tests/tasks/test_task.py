@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from configs.schema import NlvrConfig
-from madtp.pruning import OFF
+from madtp.rule import OFF
 from tasks.task import Task
 from utils import Run
 

@@ -119,7 +119,7 @@ def test_shapes_are_those_of_all_2_4_products_in_16_bits(tmp_path):
     (tmp_path / "tiny.yaml").write_text(CONFIG)
     given = {
         "task": "vit", "config": tmp_path / "tiny.yaml", "p": (0.6,), "batch_sizes": (2,), "amp": True, "train": False,
-        "pretrained": None, "keep_schedule": None, "temperature": None, "candidates": None,
+        "pretrained": None, "keep_schedule": None, "temperature": None, "candidates": None, "prune_every": 1,
     }  # fmt: skip
     products = sparse_shapes.products_in(argparse.Namespace(**given), torch.device("cpu"))
     tokens = 2 * (1 + 64)

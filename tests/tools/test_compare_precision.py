@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from madtp.pruning import PruneSetting
+from madtp.rule import PruneSetting
 from tasks.view import View
 from tests.tiny_run import TEMPERATURE, write_run
 from tools import compare_precision

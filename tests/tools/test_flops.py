@@ -10,7 +10,7 @@ import torch
 from configs.schema import NlvrConfig
 from engine.flop_table import analyse, flop_table
 from madtp.blocks import Guidance
-from madtp.pruning import OFF, PruneSetting
+from madtp.rule import OFF, PruneSetting
 from madtp.sparsity.layers import sparse_weights
 from models.blip_vqa import ANSWER_TOKENS
 from models.build import learnable_tokens

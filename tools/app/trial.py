@@ -13,7 +13,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from engine.threads import threads_for
 from engine.train import Precision
 from madtp.budget import UnreachableTarget, calibrate
-from madtp.pruning import OFF, PruneSetting
+from madtp.rule import OFF, PruneSetting
 from tasks.opened import Opened
 from tasks.prediction import Prediction, Predictor
 from tasks.view import Sample

@@ -20,7 +20,7 @@ from torch import Tensor
 from madtp.attention import varlen
 from madtp.attention.attend import attend
 from madtp.packing import pack, padded
-from madtp.pruning import PruningRule
+from madtp.rule import PruningRule
 from tools.benchmark import machine, numbers, synchronise, write_csv
 from utils import at_least_one, init_run, run_main, user_path
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 import torch
 
-from madtp.pruning import OFF
+from madtp.rule import OFF
 from tasks.registry import load_any_config, open_view
 from tasks.view import View
 from tools.benchmark import machine, numbers, write_csv

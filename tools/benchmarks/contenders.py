@@ -14,7 +14,7 @@ from configs.schema import Config
 from engine.sparse_inference import sparse_kernels
 from engine.train import Precision
 from madtp.blocks import Guidance
-from madtp.pruning import OFF, PruneSetting
+from madtp.rule import OFF, PruneSetting
 from madtp.sparsity.kernels import PATTERN
 from madtp.sparsity.layers import sparse_weights
 from madtp.sparsity.masks import SparseWeights
@@ -81,7 +81,8 @@ def loaded(args: argparse.Namespace, config: Config) -> nn.Module:
 
 
 def model_of(args: argparse.Namespace, p: float) -> nn.Module:
-    config = load_config(WORKLOADS[args.task].config, args.config, {"p": p, "keep": "instance", "sd_init_std": LIVELY})
+    keys = {"p": p, "keep": "instance", "sd_init_std": LIVELY, "prune_every": args.prune_every}
+    config = load_config(WORKLOADS[args.task].config, args.config, keys)
     return loaded(args, config).train(args.train)
 
 

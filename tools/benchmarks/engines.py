@@ -9,9 +9,10 @@ import torch
 from torch import nn
 
 from madtp.blocks import Encoded, Guidance
-from madtp.deploy import WHOLE, fixed_record
+from madtp.deploy import fixed_record
 from madtp.flops import GIGA
-from madtp.pruning import OFF, PruneSetting
+from madtp.pruning import WHOLE
+from madtp.rule import OFF, PruneSetting
 from models.blip_nlvr import NlvrOutput
 from tasks.task import Inputs
 from tools.benchmarks.contenders import BISECTIONS, cost_of, model_of, random_inputs, strengths
@@ -131,7 +132,8 @@ def fix_shares(args: argparse.Namespace, model: nn.Module, entering: list[int], 
         for index, block in enumerate(tower):
             pruner = block.pruner
             wanted = max(1, round((tokens - 1) * shares[min(index, len(shares) - 1)]))
-            pruner.fixed = wanted if tokens - 1 - wanted >= 2 else WHOLE  # of a single token, the merged one takes the place
+            prunes = ON.at(index, pruner.rule) is not None and tokens - 1 - wanted >= 2  # for one token comes the merged one
+            pruner.fixed = wanted if prunes else WHOLE
             tokens = tokens if pruner.fixed == WHOLE else 1 + wanted + pruner.rule.merge
 
 

@@ -16,7 +16,7 @@ from data.captions import Split
 from madtp.blocks import Encoded, Guidance, TowerRecord
 from madtp.flops import GIGA
 from madtp.packing import Layout, count_tokens, select
-from madtp.pruning import PruneSetting
+from madtp.rule import PruneSetting
 from models.blip_retrieval import BlipRetrieval
 from models.blip_vqa import BlipVqa, Question, next_token_losses
 from models.decoder import IGNORED, decoder_flops

@@ -26,7 +26,7 @@ from engine.run_folder import RunFolder
 from engine.schedule import WeightPlan
 from engine.start import start
 from engine.train import Trainer, train_epoch
-from madtp.pruning import OFF, PruneSetting
+from madtp.rule import OFF, PruneSetting
 from models.weights.reading import read_checkpoint
 from tasks.task import Task
 from tools.checks.findings import Findings

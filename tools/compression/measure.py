@@ -11,7 +11,7 @@ from torch import Tensor
 
 from madtp.blocks import TowerRecord
 from madtp.patch.base import Batch, Pruning, count_samples
-from madtp.pruning import OFF, PruneSetting
+from madtp.rule import OFF, PruneSetting
 from tools.compression.sources import Source, features
 from tools.demo import cpu_name
 

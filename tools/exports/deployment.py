@@ -19,7 +19,7 @@ from engine.start import start
 from madtp.blocks import Guidance
 from madtp.deploy import Counts, fix_counts
 from madtp.flops import GIGA
-from madtp.pruning import OFF, PruneSetting
+from madtp.rule import OFF, PruneSetting
 from models.weights.reading import read_checkpoint
 from tasks.registry import TASKS, load_any_config
 from tasks.task import Inputs, Task

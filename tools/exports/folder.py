@@ -9,9 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from madtp.blocks import UNPRUNED, Encoded, Guidance, TowerRecord
-from madtp.deploy import WHOLE, fixed_record
+from madtp.deploy import fixed_record
 from madtp.flops import GIGA
-from madtp.pruning import OFF, PruneSetting
+from madtp.pruning import WHOLE
+from madtp.rule import OFF, PruneSetting
 from models.blip_nlvr import NlvrOutput, per_sentence
 from tasks.opened import Opened
 from tasks.registry import TASKS, load_any_config

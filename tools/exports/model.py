@@ -6,8 +6,8 @@ from pathlib import Path
 import torch
 
 from configs.load import save_config
-from madtp.deploy import WHOLE
-from madtp.pruning import OFF
+from madtp.pruning import WHOLE
+from madtp.rule import OFF
 from tasks.task import Inputs
 from tools.exports.deployment import Deployment, calibration, deployed, text_length
 from tools.exports.engines import needed

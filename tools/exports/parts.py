@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from madtp.blocks import Encoded, Guidance, run_blocks
 from madtp.flops import GIGA
 from madtp.packing import class_tokens, end_first
-from madtp.pruning import PruneSetting
+from madtp.rule import PruneSetting
 from models.blip_nlvr import BlipNlvr, per_sentence
 from models.clip_retrieval import ClipRetrieval
 from models.vit import VisionTransformer

@@ -12,7 +12,7 @@ from engine.schedule import WeightPlan
 from engine.train import Precision
 from madtp.blocks import UNPRUNED
 from madtp.flops import GIGA
-from madtp.pruning import OFF
+from madtp.rule import OFF
 from tasks.registry import TASKS
 from tools.flops import total
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from madtp.attention.attend import attend, causal_mask, merge_heads, similar
 from madtp.attention.statistics import map_statistics
 from madtp.packing import pack
-from madtp.pruning import PruningRule
+from madtp.rule import PruningRule
 from tests.madtp.attention.cases import Attention
 
 

@@ -9,7 +9,8 @@ from transformers import CLIPConfig, CLIPModel
 
 from clip.model import ClipSize
 from madtp.blocks import Guidance
-from madtp.pruning import PruneSetting, PruningRule, TokenPruner
+from madtp.pruning import TokenPruner
+from madtp.rule import PruneSetting, PruningRule
 from models.clip_retrieval import ClipRetrieval
 from models.momentum import NO_IMAGE
 from models.weights.blip import load_retrieval_weights

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from madtp.pruning import PruningRule
+from madtp.rule import PruningRule
 from models.weights.blip import load_nlvr_weights
 from models.weights.reading import interpolate_position_embedding, load_weights, read_checkpoint
 from tests import tiny
