@@ -41,6 +41,8 @@ from madtp.rule import OFF, PruneSetting
 from madtp.sparsity.masks import counted_dense
 from utils import SharedError, UserError, barrier, gather_objects, logger, seed_everything
 
+WAITING = 0.1  # share of an epoch's training that may wait for pictures without a hint
+
 
 def run_experiment(experiment: Experiment) -> dict:
     """Trains or evaluates, as set in the config, and writes the files of the run. Returns the content of result.json."""
@@ -155,13 +157,13 @@ class _Training:
             val = experiment.evaluated("val", setting)
         selectable = plan.settled(epoch) and within(measured, dense * (1 - config.p), setting)
         score = val.metrics[experiment.score] if selectable else float("-inf")
-        selected, bad = score > keeper.now.best_score, int(self.trainer.bad.total)
+        selected, bad, sums = score > keeper.now.best_score, int(self.trainer.bad.total), keeper.now.sums
         entry = {
             "epoch": epoch, "loss": losses, "lr": self.trainer.schedule.rate(self.trainer.step - 1), **asdict(setting),
             "gflops": {"target": target, "measured": measured, "val": val.gflops}, "val": val.metrics,
             "alignment": self.watch.report(setting), "selected": selected, "bad_steps": bad,
             **skipped_samples(config, experiment.loaders["train"]),
-            "seconds": {"train": keeper.now.sums.seconds, "all": time.time() - started},
+            "seconds": {"train": sums.seconds, "waiting": sums.waited, "all": time.time() - started},
         }  # fmt: skip
         keeper.now = Standing(setting, max(score, keeper.now.best_score), epoch)
         with keeper.interruption.held():
@@ -170,10 +172,10 @@ class _Training:
             log.write(entry)  # before the checkpoint: a run that is killed between the two trains the epoch again and logs it anew
             keeper.save_epoch()
         logger.info(
-            "epoch %d: loss %.4f, val %s %.2f at %.4f GFLOPs (target %.4f), temperature %s, %.0f s%s",
+            "epoch %d: loss %.4f, val %s %.2f at %.4f GFLOPs (target %.4f), temperature %s, %.0f s%s%s",
             epoch + 1, losses["total"], experiment.score, val.metrics[experiment.score], measured, target,
             "off" if setting.temperature is None else f"{setting.temperature:.4g}", entry["seconds"]["all"],
-            f"; {bad} steps skipped so far, as not finite" if bad else "",
+            f"; {bad} steps skipped so far, as not finite" if bad else "", of_waiting(sums),
         )  # fmt: skip
 
     def _train(self, epoch: int, target: float) -> dict[str, float]:
@@ -196,6 +198,12 @@ class _Training:
             )  # fmt: skip
             keeper.after_steps()
         return losses
+
+
+def of_waiting(sums: EpochSums) -> str:
+    """Returns a hint where the training of an epoch waited for its pictures, and nothing where it did not."""
+    share = sums.waited / max(sums.seconds, 1e-9)
+    return f"; {share:.0%} of the training waited for pictures: raise num_workers" if share > WAITING else ""
 
 
 def _enter_epoch(experiment: Experiment, plan: WeightPlan, epoch: int, target: float, setting: PruneSetting) -> PruneSetting:

@@ -149,14 +149,23 @@ class EpochSums:
 
     steps: those taken, skipped ones included
     seconds: that they took
+    waited: seconds of these in which no batch was ready
     counted: () number of batches in `losses`; those of skipped steps are left out
     losses: sums by name
     """
 
     steps: int = 0
     seconds: float = 0.0
+    waited: float = 0.0
     counted: Tensor = field(default_factory=lambda: torch.zeros(()))
     losses: dict[str, Tensor] = field(default_factory=dict)
+
+    def wait_for(self, batches: Iterator[dict]) -> dict:
+        """Takes the next batch, and counts the seconds until it is ready."""
+        asked = time.time()
+        batch = next(batches)
+        self.waited += time.time() - asked
+        return batch
 
     def add(self, batches: Sequence[Mapping[str, Tensor]], skipped: Tensor) -> None:
         """Adds the losses of the batches of a step."""
@@ -234,7 +243,7 @@ def train_epoch(
             done: list[dict[str, Tensor]] = []
             ids: list[str] = []
             for number in range(trainer.accumulate):
-                batch = next(batches)
+                batch = sums.wait_for(batches)
                 with trainer.collecting(last=number == trainer.accumulate - 1):
                     with precision.autocast():
                         batch = {**move(batch, run.device), "epoch": trainer.step / steps}

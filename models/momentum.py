@@ -76,8 +76,8 @@ class MomentumModel(AlignedModel):
     @torch.no_grad()
     def follow(self) -> None:
         """Moves the momentum weights one step towards the online weights."""
-        for part, follower in self.followers():
-            follower.mul_(self.momentum).add_(part, alpha=1 - self.momentum)
+        parts, followers = zip(*self.followers(), strict=True)
+        torch._foreach_lerp_(followers, parts, 1 - self.momentum)  # one kernel for many small tensors
 
     @torch.no_grad()
     def enqueue(self, passes: PairPasses, image_ids: Tensor) -> None:

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from engine.train import CosineSchedule, Precision, Trainer, parameter_groups, train_epoch
+from engine.compress import of_waiting
+from engine.train import CosineSchedule, EpochSums, Precision, Trainer, parameter_groups, train_epoch
 from madtp.rule import OFF, PruningRule
 from tests import tiny
 from utils import Run, UserError
@@ -103,3 +104,24 @@ def test_the_first_losses_of_an_epoch_are_shown_before_the_step():
     losses = lambda model, batch, setting: {"task": model(batch["x"]).sum()}  # noqa: E731
     train_epoch(state, batches, losses, {}, lambda step: OFF, Precision(CPU.device), CPU, "test", inspect)
     assert seen == [(1.0, ["task"])]
+
+
+def test_the_seconds_in_which_no_batch_was_ready_are_counted(monkeypatch):
+    """Of three batches, each 2 s late and then 3 s of work, by a clock of the test's own."""
+    clock, sums = [100.0], EpochSums()
+    monkeypatch.setattr("engine.train.time.time", lambda: clock[0])
+
+    class Late(list):
+        def __iter__(self):
+            for batch in list.__iter__(self):
+                clock[0] += 2.0
+                yield batch
+
+    def losses(model, batch, setting):
+        clock[0] += 3.0
+        return {"task": model.weight.sum()}
+
+    train_epoch(trainer(), Late([{}] * 3), losses, {}, lambda step: OFF, Precision(CPU.device), CPU, "test", sums=sums)
+    assert (sums.waited, sums.seconds) == (6.0, 15.0)
+    assert of_waiting(sums) == "; 40% of the training waited for pictures: raise num_workers"
+    assert of_waiting(EpochSums(seconds=10.0, waited=0.5)) == of_waiting(EpochSums()) == ""
