@@ -15,7 +15,8 @@ Images are noise and weights are random, so token scores carry no information. T
 tokens: the share at which the GFLOPs fall by p, including the cost of pruning. Scores and thresholds are still computed, so that
 their time counts. --keep-schedule sets the share of each block instead. --temperature prunes by the scores, as with the weights of
 --pretrained. --train times a forward and a backward pass, with the similarity loss. --metered adds a row for each pruned model in
-which the pass also counts the GFLOPs of each sample, as evaluation does.
+which the pass also counts the GFLOPs of each sample, as evaluation does. --profile adds the parts of the blocks to each row: the
+share of the time that attention, MLP, alignment and the choice of tokens take.
 
 --sparse adds models with 2:4 weights in all blocks: one with all tokens, and one per p with as few tokens as p still requires. On a
 GPU with --amp, a layer uses sparse kernels if these are measured to be faster. Otherwise dense kernels multiply zeros, and the note
@@ -47,17 +48,19 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from engine.results import write_json
+from engine.results import code_version, write_json
 from engine.train import Precision
 from tools.benchmarks.contenders import PRUNED, TASKS, build_methods, random_inputs
 from tools.benchmarks.engines import ENGINES, engine_methods, engine_version
+from tools.benchmarks.profile import described, profile
 from tools.benchmarks.sparse_shapes import shapes_table, time_shapes
-from tools.benchmarks.workloads import Forward
+from tools.benchmarks.workloads import Forward, Method
 from tools.exports.engines import instruction_sets
 from utils import UserError, at_least_one, home_expanded, init_run, run_main, user_path
 
@@ -72,6 +75,7 @@ class Row:
     peak_memory_mib: of a pass, besides weights and inputs; None on a CPU, where earlier passes leave memory to reuse
     engine, precision: that ran the pass
     keep: tokens after each block of the image encoder
+    parts: shares of the parts of the blocks in the time of a pass, with --profile
     """
 
     method: str
@@ -88,6 +92,7 @@ class Row:
     note: str
     engine: str = "torch"
     precision: str = "fp32"
+    parts: str = ""
 
 
 def main() -> None:
@@ -110,6 +115,7 @@ def main() -> None:
     parser.add_argument("--amp", action="store_true", help="bf16 under autocast")
     parser.add_argument("--engine", choices=ENGINES, help="compare dense with fixed numbers of tokens in this engine, see above")
     parser.add_argument("--precision", choices=("fp32", "bf16", "int8"), default="fp32", help="with --engine")
+    parser.add_argument("--profile", action="store_true", help="also time the parts of the blocks, in passes of their own")
     parser.add_argument("--rounds", type=at_least_one, default=7)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=user_path, help="write the rows here")
@@ -151,17 +157,27 @@ def benchmark(args: argparse.Namespace) -> list[Row]:
         with precision.autocast():
             forwards = [method.prepare(inputs) for method in methods]
             seconds, memory = time_in_turn(forwards, args.rounds, device)
+            parts = profiles(args, forwards, methods, device)
         first, note = seconds[0], TASKS[args.task].note(inputs)
-        for method, times, mib in zip(methods, seconds, memory, strict=True):
+        for method, times, mib, shares in zip(methods, seconds, memory, parts, strict=True):
             speedup = statistics.median(a / b for a, b in zip(first, times, strict=True))
             rates = sorted(method.each * batch_size / t for t in times)
             spread = (rates[-1 - len(rates) // 4] - rates[len(rates) // 4]) / 2  # half the interquartile range
             rate, latency = statistics.median(rates), 1000 * statistics.median(times)
             rows.append(
                 Row(method.name, method.p, batch_size, str(device), rate, spread, speedup, latency, mib, method.gflops,
-                    list(method.keep), "; ".join(filter(None, (note, method.note))), args.engine or "torch", rounded)
+                    list(method.keep), "; ".join(filter(None, (note, method.note))), args.engine or "torch", rounded, shares)
             )  # fmt: skip
     return rows
+
+
+def profiles(args: argparse.Namespace, forwards: Sequence[Forward], methods: Sequence[Method], device: torch.device) -> list[str]:
+    """Returns the parts of each pass in words, empty without --profile and for models that have no blocks of this project."""
+    wait = partial(synchronise, device)
+    return [
+        described(profile(forward, method.blocks, args.rounds, wait)) if args.profile and method.blocks else ""
+        for forward, method in zip(forwards, methods, strict=True)
+    ]
 
 
 def time_in_turn(forwards: Sequence[Forward], rounds: int, device: torch.device) -> tuple[list[list[float]], list[float | None]]:
@@ -203,7 +219,7 @@ def peak_memory(forward: Forward, device: torch.device) -> float | None:
 def machine(device: str, engine: str | None = None, precision: str | None = None) -> dict:
     on_gpu = device.startswith("cuda")
     name = torch.cuda.get_device_name(device) if on_gpu else f"{torch.get_num_threads()} threads"
-    found = {"device": device, "machine": name, "torch": torch.__version__}
+    found = {"commit": code_version(), "device": device, "machine": name, "torch": torch.__version__}
     if engine:
         found |= {"engine": engine, "engine_version": engine_version(engine), "precision": precision}
     if not on_gpu:
@@ -221,13 +237,16 @@ def table(rows: Sequence[Row]) -> str:
         for r in rows
     ]
     notes = dict.fromkeys(f"batch {r.batch_size}: {r.note}" for r in rows if r.note)
-    return "\n".join([head, *lines, *notes])
+    parts = [f"{r.method} {r.p:.3f}, batch {r.batch_size}: {r.parts}" for r in rows if r.parts]
+    return "\n".join([head, *lines, *notes, *parts])
 
 
 def save(rows: Sequence[Row], args: argparse.Namespace) -> None:
     """Saves a CSV file with the command that made it, and a plot of speed-up over p if models are pruned."""
-    kind = f"{args.task}_shapes" if args.shapes else args.task
+    kind = f"{args.task}_shapes" if args.shapes else f"{args.task}_train" if args.train else args.task
+    kind += f"_every{args.prune_every}" if args.prune_every > 1 else ""
     name = args.out / f"{kind}_{args.device.replace(':', '')}_torch{torch.__version__.partition('+')[0]}"
+    name = Path(f"{name}_bf16") if args.amp else name
     if args.engine:
         version = engine_version(args.engine).partition("+")[0]
         name = args.out / f"{kind}_{args.device}_{args.engine}{version}_{args.precision}"

@@ -43,6 +43,8 @@ def build_methods(args: argparse.Namespace, device: torch.device) -> list[Method
         raise UserError("--train: times only models of this project, for --task nlvr, vit or retrieval_clip")
     if args.sparse:
         check_sparse(args)
+    if args.train and args.profile:
+        raise UserError("--profile: times the parts of forward passes; leave out --train")
     if args.train and args.metered:
         raise UserError("--metered: training counts nothing; leave out --train")
     names = [name for name in names if name != "dense"]
@@ -121,9 +123,14 @@ def cost_of(args: argparse.Namespace, model: nn.Module, setting: PruneSetting, p
     return gflops, tuple(float(n.double().mean()) for n in workload.record(output).leaving)
 
 
+def blocks_of(args: argparse.Namespace, model: nn.Module) -> list[nn.Module]:
+    return [block for tower in WORKLOADS[args.task].towers(model) for block in tower]
+
+
 def dense_method(args: argparse.Namespace, device: torch.device) -> Method:
     model = model_of(args, 0.0).to(device)
-    return Method("dense", 0.0, of_one_shape(forward_of(args, model, OFF, False)), *cost_of(args, model, OFF, False))
+    forward_with = of_one_shape(forward_of(args, model, OFF, False))
+    return Method("dense", 0.0, forward_with, *cost_of(args, model, OFF, False), blocks=blocks_of(args, model))
 
 
 def compiled_method(args: argparse.Namespace, device: torch.device) -> Method:
@@ -205,7 +212,8 @@ def pruned_methods(args: argparse.Namespace, device: torch.device, p: float | No
     model = model_of(args, 0.5).to(device)
     setting = prune(args, model, p, dense)
     gflops, keep = cost_of(args, model, setting, True)
-    pruned = Method("madtp", round(1 - gflops / dense, 4), forward_of(args, model, setting, True), gflops, keep)
+    forward_with, blocks = forward_of(args, model, setting, True), blocks_of(args, model)
+    pruned = Method("madtp", round(1 - gflops / dense, 4), forward_with, gflops, keep, blocks=blocks)
 
     def metered(inputs: Inputs) -> list[float]:
         return workload.gflops(model, workload.run(model, inputs, Guidance(setting, packed=True))).tolist()

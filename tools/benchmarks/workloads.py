@@ -29,6 +29,7 @@ Prepare = Callable[[Inputs], Forward]
 class Method:
     """A method to time: `prepare(inputs)` returns the forward pass. `gflops` and `keep` (tokens kept) refer to one sample.
 
+    blocks: all blocks of its model; empty where there are none to profile
     each: number of items in a sample that throughput counts
     note: a remark for the reader about the pass that was prepared last
     """
@@ -38,6 +39,7 @@ class Method:
     prepare: Prepare
     gflops: float | None = None
     keep: tuple[float, ...] = ()
+    blocks: Sequence[nn.Module] = ()
     each: int = 1
     note: str = ""
 
