@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Literal, NamedTuple
 from pydantic import Field, PrivateAttr, ValidationInfo, field_validator, model_validator
 
 from configs.method import MethodKeys
-from configs.sizes import BERT_SIZES, VIT_SIZES, Bert, BertSizes, ClipSizes, Section, Text, Vit, VitSizes, require
+from configs.sizes import BERT_SIZES, VIT_SIZES, Bert, BertSizes, ClipSizes, Pictures, Section, Text, Vit, VitSizes, require
 from configs.table import SPLITS, TableKeys, TablePart
 from utils import home_expanded
 
@@ -60,6 +60,7 @@ class Config(MethodKeys, TableKeys):
     tokenizer: Path = Field(Path("pretrained/bert-base-uncased"), description="BERT's vocab.txt, or its folder")
     image_size: int = Field(384, ge=1, description="pixels along one side; higher shows more detail, GFLOPs grow with its square")
     augment: Augment = Field(Augment(), description="augmentation of training images")
+    pictures: Pictures = Field(Pictures(), description="resizing and normalisation of images; a SigLIP's folder brings its own")
     text_only: bool = Field(False, description="ablation: blank all images")
     on_bad_sample: Literal["stop", "skip"] = Field(
         "stop",
@@ -268,7 +269,7 @@ class RetrievalConfig(Config):
 
 
 class ClipRetrievalConfig(RetrievalConfig):
-    """Keys of image-text retrieval with CLIP. The keys `vit` and `bert`, which published files hold, have no effect."""
+    """Keys of image-text retrieval with CLIP or SigLIP. The keys `vit` and `bert`, which published files hold, have no effect."""
 
     script: ClassVar[str] = "compress_retrieval_clip_dtp.py"
 
@@ -276,7 +277,7 @@ class ClipRetrievalConfig(RetrievalConfig):
     output_dir: Path = Field(Path("output/retrieval_clip"), description="folder that the run writes to")
     tokenizer: str = Field("clip", description="clip (OpenAI's vocabulary), a word list, or a folder of transformers")
     image_size: int = Field(336, ge=1, description="pixels along one side; higher shows more detail, GFLOPs grow with its square")
-    clip: ClipSizes = Field(ClipSizes(), description="sizes of both towers; missing keys: as in ViT-L/14")
+    clip: ClipSizes = Field(ClipSizes(), description="family and sizes of both towers; missing keys: as in ViT-L/14")
     max_text_tokens: int = Field(77, ge=3, description="largest length of a caption in tokens; cut captions keep their end token")
     mag_projection: Literal["auto", "on", "off"] = Field("on", description="map tokens to sd_dim before alignment, a map per block")
 
@@ -287,6 +288,12 @@ class ClipRetrievalConfig(RetrievalConfig):
             self.variant == "paper",
             "variant: the authors' CLIP reads another token than the end of text once it prunes; use paper",
         )
+
+    @model_validator(mode="after")
+    def _siglip_pads_its_texts(self) -> "ClipRetrievalConfig":
+        length, longest = self.max_text_tokens, self.clip.context_length
+        whole = self.clip.family == "clip" or length == longest
+        return require(self, whole, f"max_text_tokens is {length}; SigLIP pads its texts to clip.context_length, {longest}")
 
     @property
     def longest_text(self) -> tuple[str, int]:
