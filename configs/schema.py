@@ -135,7 +135,7 @@ class Config(MethodKeys, TableKeys):
     @model_validator(mode="after")
     def _keys_fit_one_another(self) -> "Config":
         patch, both = self.patch_size, self.order == "adaptive" and self.mask_schedule == "refresh"
-        require(self, self.image_size % patch == 0, f"image_size must be a multiple of the patch size, {patch}")
+        require(self, self.patches_fit, f"image_size must be a multiple of the patch size, {patch}")
         require(self, not both, "order: adaptive chooses its masks once; mask_schedule must be once")
         if self.train_budget is not None:
             low, high = self.train_budget
@@ -162,6 +162,10 @@ class Config(MethodKeys, TableKeys):
     @property
     def patch_size(self) -> int:
         return self.vit_sizes.patch_size
+
+    @property
+    def patches_fit(self) -> bool:
+        return self.image_size % self.patch_size == 0
 
     @property
     def depth(self) -> int:
@@ -282,18 +286,16 @@ class ClipRetrievalConfig(RetrievalConfig):
     mag_projection: Literal["auto", "on", "off"] = Field("on", description="map tokens to sd_dim before alignment, a map per block")
 
     @model_validator(mode="after")
-    def _authors_read_another_token(self) -> "ClipRetrievalConfig":
-        return require(
-            self,
-            self.variant == "paper",
-            "variant: the authors' CLIP reads another token than the end of text once it prunes; use paper",
-        )
-
-    @model_validator(mode="after")
-    def _siglip_pads_its_texts(self) -> "ClipRetrievalConfig":
+    def _texts_are_read_where_they_end(self) -> "ClipRetrievalConfig":
         length, longest = self.max_text_tokens, self.clip.context_length
         whole = self.clip.family == "clip" or length == longest
-        return require(self, whole, f"max_text_tokens is {length}; SigLIP pads its texts to clip.context_length, {longest}")
+        require(self, whole, f"max_text_tokens is {length}; SigLIP pads its texts to clip.context_length, {longest}")
+        authors = "variant: the authors' CLIP reads another token than the end of text once it prunes; use paper"
+        return require(self, self.variant == "paper", authors)
+
+    @property
+    def patches_fit(self) -> bool:
+        return super().patches_fit or self.clip.family == "siglip"  # which leaves out the edge of a picture
 
     @property
     def longest_text(self) -> tuple[str, int]:

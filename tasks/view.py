@@ -155,7 +155,8 @@ class View:
         records = self.records(output)
         patches = self._patches(records["image"])
         texts = self._texts(batch, records["text"]) if "text" in records else [[] for _ in names]
-        images = batch[self.image_key]
+        edge = self.config.image_size // self.config.patch_size * self.config.patch_size
+        images = batch[self.image_key][..., :edge, :edge]
         images = displayable(images.reshape(len(names), len(self.labels), *images.shape[-3:]), self.config.pictures)
         strength = "uncompressed" if self.config.p == 0 else f"p = {self.config.p:g}"
         strength += "" if self.setting == OFF else f" (T = {self.setting.temperature:.4g})"
