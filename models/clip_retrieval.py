@@ -8,6 +8,7 @@ from torch import Tensor
 
 from clip.model import Clip, ClipSize, MakePruner
 from clip.siglip import Siglip
+from configs.schema import ClipRetrievalConfig
 from madtp.blocks import UNPRUNED, Encoded, Guidance
 from models.checkpointing import checkpoint_last
 from models.momentum import MomentumModel, PairPasses, dense_encoded
@@ -75,6 +76,15 @@ class ClipRetrieval(Clip, MomentumModel):
 
 class SiglipRetrieval(ClipRetrieval, Siglip):
     """SigLIP in the place of CLIP: what `ClipRetrieval` asks of its base class, `Siglip` answers, which comes before `Clip`."""
+
+
+FAMILIES = {"clip": ClipRetrieval, "siglip": SiglipRetrieval}  # by the key clip.family
+
+
+def clip_size(config: ClipRetrievalConfig, words: int) -> ClipSize:
+    """Returns the sizes of a config's model. words: of the tokenizer, the model's vocabulary unless the config has its number"""
+    sizes = config.clip.model_dump()
+    return ClipSize(image_size=config.image_size, **{**sizes, "vocab_size": sizes["vocab_size"] or words})
 
 
 def _normalised(encoded: Encoded) -> Encoded:

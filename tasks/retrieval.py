@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from clip.model import ClipSize
 from clip.siglip_tokenizer import SiglipTokenizer, load_siglip_tokenizer
 from clip.tokenizer import OPENAI, ClipTokenizer, load_clip_tokenizer
 from configs.schema import ClipRetrievalConfig, RetrievalConfig
@@ -31,7 +30,7 @@ from metrics.retrieval import CUTS, recalls
 from models.bert import BertSize, CrossAttention, TextEncoder
 from models.blip_retrieval import BlipRetrieval
 from models.build import checkpoint_blocks, learnable_tokens, pruner_factory, text_pruner_factory, vision_transformer
-from models.clip_retrieval import ClipRetrieval, SiglipRetrieval
+from models.clip_retrieval import FAMILIES, ClipRetrieval, clip_size
 from models.momentum import MomentumModel, can_number
 from models.weights.blip import load_retrieval_weights
 from models.weights.clip import load_clip_weights
@@ -75,11 +74,10 @@ def retrieval_from_config(config: RetrievalConfig, vocab_size: int, enc_token: i
 
 def clip_from_config(config: ClipRetrievalConfig, words: int) -> ClipRetrieval:
     """words: of the tokenizer"""
-    vocab_size = config.clip.vocab_size or words
-    if words > vocab_size:
-        raise UserError(f"{config.tokenizer}: has {words} words, clip.vocab_size is {vocab_size}; give the weights' own tokenizer")
-    size = ClipSize(image_size=config.image_size, **{**config.clip.model_dump(), "vocab_size": vocab_size})
-    return (SiglipRetrieval if config.clip.family == "siglip" else ClipRetrieval)(
+    size = clip_size(config, words)
+    if words > size.vocab_size:
+        raise UserError(f"{config.tokenizer}: has {words} words, more than clip.vocab_size; give the weights' own tokenizer")
+    return FAMILIES[config.clip.family](
         size,
         config.queue_size,
         config.momentum,

@@ -4,6 +4,7 @@ import json
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -11,10 +12,13 @@ from configs.load import load_config
 from configs.schema import ClipRetrievalConfig
 from data.shapes.write import make_shapes
 from models.weights.reading import read_checkpoint
+from tasks.registry import load_any_config, open_view
 from tests import runs
 from tests.folders import SIDE, SIGLIP_WORDS, siglip_folder
 from tests.runs import FILES, assert_same_run, assert_same_weights, assert_tokens_weights_and_teacher, log_of, read
-from tools import predict, visualize
+from tools import export, predict, visualize
+from tools.exports.deployment import deployed
+from utils import UserError
 
 LENGTH = 24
 SETTINGS = {
@@ -82,6 +86,34 @@ def test_tokens_weights_and_a_teacher_work_together(world, tmp_path):
     settings = {"sparsity_type": "2:4", "distill": "true", "p": 0.4}
     run(world, tmp_path, *(f"--set={key}={value}" for key, value in settings.items()))
     assert_tokens_weights_and_teacher(tmp_path)
+
+
+def test_what_is_drawn_is_what_the_record_says(trained):
+    view = open_view(load_any_config(trained / "config.yaml"), trained / "checkpoint_best.pth")
+    (batch, *_) = view.batches(view.ids)
+    records = view.records(view.forward(batch))
+    for i, sample in enumerate(view.samples(batch)):
+        (_, picture, alive), (words, read_on) = sample.pictures[0], sample.texts[0]
+        assert picture.shape == (SIDE, SIDE, 3) and len(words) == LENGTH - 1  # the last place is no word
+        for name, found, prefix in (("image", alive.reshape(len(alive), -1), 0), ("text", read_on, 1)):
+            record, standing = records[name], np.arange(found.shape[1])
+            for block, (kept, leaving) in enumerate(zip(record.kept, record.leaving, strict=True)):
+                if kept is not None:
+                    standing = standing[kept[i, : len(standing)].numpy()]
+                    merged = int(leaving[i]) - prefix - len(standing)
+                    standing = np.append(standing, [-1] * merged)
+                assert found[block].nonzero()[0].tolist() == [place for place in standing if place >= 0]
+
+
+def test_exported_weights_answer_alike_and_other_formats_are_refused(trained, tmp_path):
+    best = trained / "checkpoint_best.pth"
+    export.export(best, None, tmp_path, packed=False, half=False)
+    views = [open_view(load_any_config(path.with_name("config.yaml")), path) for path in (best, tmp_path / "model.safetensors")]
+    (batch, *_) = views[0].batches(views[0].ids)
+    features = [view.forward(batch)[side].feature for view in views for side in (0, 1)]
+    assert torch.equal(features[0], features[2]) and torch.equal(features[1], features[3])
+    with pytest.raises(UserError, match="a SigLIP, which is not exported to onnx or openvino; give --format safetensors"):
+        deployed(best, None, None)
 
 
 def test_a_checkpoint_predicts_and_is_drawn(trained, world, tmp_path, monkeypatch, capsys):
