@@ -62,10 +62,12 @@ def checked_config(file: Path, content: dict[str, Any]) -> tuple[Any, Any]:
     Raises:
         UserError: when they are of another kind than SigLIP's.
     """
-    from transformers import SiglipConfig  # slow to import, and few configs name a folder
+    from transformers import SiglipTextConfig, SiglipVisionConfig  # slow to import, and few configs name a folder
 
-    config = SiglipConfig.from_dict(content)
-    vision, text = config.vision_config, config.text_config
+    vision = SiglipVisionConfig.from_dict(content.get("vision_config") or {})
+    # The published special ids are another model's and lie outside of the vocabulary, of which transformers would warn.
+    special = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
+    text = SiglipTextConfig.from_dict({**(content.get("text_config") or {}), **special})
     for name, value, ours in (
         ("vision_config.hidden_act", vision.hidden_act, ACTIVATION),
         ("text_config.hidden_act", text.hidden_act, ACTIVATION),
