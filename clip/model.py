@@ -242,7 +242,8 @@ class Clip(AlignedModel):
             make_text_pruner: builds those of the text tower, if not `make_pruner`.
             learnable_tokens: number K, channels D and initial std of the tokens that both towers share; None without pruners.
             text_order: "class_first" reproduces the authors' code: the start token is the class token, and padding takes part. Once
-                tokens are pruned it reads the wrong token, so it only serves to compare unpruned texts.
+                tokens are pruned it reads the wrong token, so it only serves to compare unpruned texts. None: all tokens see one
+                another.
         """
         super().__init__()
         width, self.text_order = size.text_width, text_order
@@ -253,7 +254,7 @@ class Clip(AlignedModel):
         )
         self.token_embedding = nn.Embedding(size.vocab_size, width)
         self.positional_embedding = nn.Parameter(torch.randn(size.context_length, width) * 0.01)
-        self.ln_final = nn.LayerNorm(width)
+        self.ln_final = nn.LayerNorm(width, self.text_form.norm_eps)
         self.text_projection = self.text_head(width, size.embed_dim)
         self.logit_scale = nn.Parameter(torch.tensor(START_SCALE))
         nn.init.normal_(self.token_embedding.weight, std=0.02)

@@ -108,6 +108,7 @@ class Siglip(Clip):
         """
         size = replace(size, activation=size.activation or FORM.activation)
         super().__init__(size, make_pruner, learnable_tokens, text_order, make_text_pruner)
+        self.adopt(size.activation, size.vision_heads, size.text_heads)
         # The sigmoid loss adds it to every similarity. It changes no ranking and no softmax, so nothing here reads it; it is kept
         # so that weights go back to transformers whole.
         self.register_buffer("logit_bias", torch.tensor(START_BIAS))

@@ -5,10 +5,11 @@ from functools import partial
 
 import pytest
 import torch
+from torch import nn
 from transformers import SiglipConfig, SiglipModel
 
 import madtp
-from clip.model import ClipSize
+from clip.model import ClipSize, QuickGelu
 from clip.siglip import Siglip
 from madtp.blocks import Guidance
 from madtp.flops import GIGA
@@ -66,6 +67,15 @@ def test_dense_equals_transformers(size):
     slow = model.encode_image(images, slow=True), model.encode_text(ids, slow=True)
     torch.testing.assert_close(slow[0].feature, image.feature, atol=1e-6, rtol=0)
     torch.testing.assert_close(slow[1].feature, text.feature, atol=1e-6, rtol=0)
+
+
+def test_the_norms_are_theirs():
+    """Their epsilon is too small to be seen in features."""
+    ours, theirs = (
+        sorted(module.eps for module in model.modules() if isinstance(module, nn.LayerNorm))
+        for model in (Siglip(SMALL), transformers_model(SMALL))
+    )
+    assert ours == theirs
 
 
 @SIZES
@@ -128,6 +138,8 @@ def test_another_activation_and_other_heads_are_adopted_by_the_pooling_as_well()
     load_clip_weights(model, other.state_dict(), "ours")
     images = inputs(tiny.SIGLIP)[0]
     assert torch.equal(model.encode_image(images).feature, other.encode_image(images).feature)
+    plain = tiny.siglip(size=replace(tiny.SIGLIP, activation="quick_gelu"))
+    assert {type(block.mlp.gelu) for block in (*plain.branches["vision"], plain.visual.pool)} == {QuickGelu}
 
 
 def test_in_mixed_precision_the_residual_stream_stays_exact():
