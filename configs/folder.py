@@ -4,18 +4,17 @@ The folder is one that `save_pretrained` wrote, or that is published: config.jso
 preprocessor_config.json. Keys that a YAML file leaves out are taken from it; keys that contradict it are refused.
 """
 
-import json
 import math
 from pathlib import Path
 from typing import Any
 
+from configs.folder_files import CONFIG, one_side, other_model, picture_settings, read_json
 from configs.hub import from_hub, is_name
-from configs.sizes import BERT_SIZES, VIT_SIZES, BertSizes
+from configs.siglip_folder import NAFLEX, NAFLEX_REFUSED, SIGLIP, same_tokenizer, siglip_keys
+from configs.sizes import BERT_SIZES, VIT_SIZES, BertSizes, Pictures
 from configs.vocabulary import lowers_case, read_vocabulary, vocabulary_file
 from utils import UserError, home_expanded
 
-CONFIG = "config.json"
-PICTURES = ("preprocessor_config.json", "processor_config.json")
 CLASSES = {  # of transformers, by task
     "retrieval": "BlipForImageTextRetrieval",
     "vqa": "BlipForQuestionAnswering",
@@ -23,8 +22,7 @@ CLASSES = {  # of transformers, by task
     "retrieval_clip": "CLIPModel",
 }
 BLIP, CLIP = "blip", "clip"  # model types
-# The normalisation of pictures of OpenAI's CLIP and of BLIP, the only one of this project.
-MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+MEAN, STD = Pictures().mean, Pictures().std  # the normalisation of pictures of OpenAI's CLIP and of BLIP
 BERT_NORM_EPS = 1e-12
 DEC, ENC = "[DEC]", "[ENC]"  # which the tokenizer adds where the word list lacks them
 CLIP_WORDS, CLIP_ENDS = 49408, ("<|startoftext|>", "<|endoftext|>")  # of OpenAI's tokenizer
@@ -61,7 +59,7 @@ def _agreed(path: Path, task: str, values: dict[str, Any]) -> dict[str, Any]:
         if ours in (None, ""):
             continue
         if key == "tokenizer":
-            _check_words(path, str(ours), keys[key])
+            _check_words(path, str(ours), keys)
             keys[key] = ours
         elif found := _difference(key, ours, theirs):
             name, mine, other = found
@@ -90,26 +88,22 @@ def folder_keys(path: Path, task: str) -> dict[str, Any]:
         raise UserError(f"{path}: a folder of transformers, which has no BLIP for NLVR2; give BLIP's .pth or one of this project")
     if task not in CLASSES:
         return {}
-    wanted = CLASSES[task]
-    if kind != (CLIP if task == "retrieval_clip" else BLIP) or classes and wanted not in classes:
+    kinds = {CLIP: CLASSES[task], SIGLIP: "SiglipModel"} if task == "retrieval_clip" else {BLIP: CLASSES[task]}
+    if kind == NAFLEX and SIGLIP in kinds:
+        raise UserError(f"{path}: {NAFLEX_REFUSED}")
+    if kind not in kinds or classes and kinds[kind] not in classes:
         held = ", ".join(map(str, classes)) or f"a model of type {kind!r}"
+        wanted = " or ".join(kinds.values())
         raise UserError(f"{path}: holds {held}, and task '{task}' takes {wanted}; give a folder with its weights")
+    if kind == SIGLIP:
+        return siglip_keys(path, content)
     try:
-        return _clip_keys(path, content) if kind == CLIP else _blip_keys(path, content, task)
+        keys = _clip_keys(path, content) if kind == CLIP else _blip_keys(path, content, task)
+        return {"pictures": Pictures().model_dump(mode="json"), **keys}  # the folder's, or reading it has said no
     except UserError:
         raise
     except Exception:  # transformers checks what it is given in ways of its own
         raise UserError(f"{path / CONFIG}: not a config of {kind.upper()}; fetch the folder again") from None
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(file.read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError):
-        content = None
-    if not isinstance(content, dict):
-        raise UserError(f"{file}: not a JSON object; fetch the folder again")
-    return content
 
 
 def _blip_keys(path: Path, content: dict[str, Any], task: str) -> dict[str, Any]:
@@ -125,14 +119,14 @@ def _blip_keys(path: Path, content: dict[str, Any], task: str) -> dict[str, Any]
         ("text_config.encoder_hidden_size", text.encoder_hidden_size, vision.hidden_size),
     ):
         if value != ours:
-            raise _other_model(path / CONFIG, f"{name}: {value!r}")
-    size = _one(vision.image_size)
+            raise other_model(path / CONFIG, f"{name}: {value!r}")
+    size = one_side(vision.image_size)
     _check_pictures(path, size)
     _check_text(path, text)
     keys = {
         "image_size": size,
         "vit": {
-            "patch_size": _one(vision.patch_size),
+            "patch_size": one_side(vision.patch_size),
             "embed_dim": vision.hidden_size,
             "depth": vision.num_hidden_layers,
             "num_heads": vision.num_attention_heads,
@@ -157,7 +151,7 @@ def _clip_keys(path: Path, content: dict[str, Any]) -> dict[str, Any]:
     vision, text = config.vision_config, config.text_config
     _check_pictures(path)
     sizes = {
-        "patch_size": _one(vision.patch_size),
+        "patch_size": one_side(vision.patch_size),
         "vision_width": vision.hidden_size,
         "vision_layers": vision.num_hidden_layers,
         "vision_heads": vision.num_attention_heads,
@@ -169,9 +163,9 @@ def _clip_keys(path: Path, content: dict[str, Any]) -> dict[str, Any]:
     }
     if vision.hidden_act == text.hidden_act and vision.hidden_act in ("quick_gelu", "gelu"):  # or reading the weights says no
         sizes["activation"] = vision.hidden_act
-    keys: dict[str, Any] = {"image_size": _one(vision.image_size), "clip": sizes}
+    keys: dict[str, Any] = {"image_size": one_side(vision.image_size), "clip": sizes}
     if text.eos_token_id not in (ANY_END, text.vocab_size - 1):
-        raise _other_model(path / CONFIG, f"text_config.eos_token_id: {text.eos_token_id}, which is not the highest,")
+        raise other_model(path / CONFIG, f"text_config.eos_token_id: {text.eos_token_id}, which is not the highest,")
     if vocabulary_file(path).is_file():
         words = _words(path)
         _check_count(path, len(words) + 2 * (vocabulary_file(path).suffix == ".txt"), text.vocab_size)
@@ -196,13 +190,11 @@ def other_normalisation(mean: list[float] | None, std: list[float] | None) -> st
 
 def _check_pictures(path: Path, size: int | None = None) -> None:
     """Checks how the folder prepares pictures; `size`: to which they have to be resized, None for any."""
-    file = next((path / name for name in PICTURES if (path / name).is_file()), None)
+    file, content = picture_settings(path)
     if file is None:
         return
-    content = read_json(file)
-    content = content.get("image_processor", content)
     if other := other_normalisation(content.get("image_mean"), content.get("image_std")):
-        raise _other_model(file, other)
+        raise other_model(file, other)
     given = content.get("size")
     sides = {int(side) for side in given.values()} if isinstance(given, dict) else {given or size}
     if size is not None and sides != {size}:
@@ -223,7 +215,7 @@ def _check_text(path: Path, text: Any) -> None:
                 f" {vocabulary_file(path).name}; give the weights' own tokenizer"
             )
     if not lowers_case(path):
-        raise _other_model(vocabulary_file(path), "a tokenizer that keeps upper case")
+        raise other_model(vocabulary_file(path), "a tokenizer that keeps upper case")
 
 
 def _check_count(path: Path, words: int, wanted: int) -> None:
@@ -231,9 +223,12 @@ def _check_count(path: Path, words: int, wanted: int) -> None:
         raise UserError(f"{vocabulary_file(path)}: has {words} words, but {CONFIG} says {wanted}; give the weights' own tokenizer")
 
 
-def _check_words(path: Path, given: str, theirs: str) -> None:
-    """Checks that the key `tokenizer` names the same words as the folder's tokenizer, `theirs`."""
-    if "clip" in (given, theirs):
+def _check_words(path: Path, given: str, keys: dict[str, Any]) -> None:
+    """Checks that the key `tokenizer` names the same words as the folder's tokenizer, which is among its `keys`."""
+    theirs = keys["tokenizer"]
+    if keys.get("clip", {}).get("family") == SIGLIP:
+        same = same_tokenizer(Path(home_expanded(given)), path)
+    elif "clip" in (given, theirs):
         same = given == theirs
     else:
         try:
@@ -267,17 +262,3 @@ def _difference(key: str, ours: Any, theirs: Any) -> tuple[str, Any, Any] | None
         return None
     differing = (name for name, value in ours.items() if name in theirs and value not in (None, theirs[name]))
     return next(((f"{key}.{name}", ours[name], theirs[name]) for name in differing), None)
-
-
-def _one(size: Any) -> int:
-    """Returns one side of a square size, a number or two."""
-    if isinstance(size, list | tuple):
-        first, *others = size
-        if any(other != first for other in others):
-            raise ValueError("not a square")
-        return first
-    return size
-
-
-def _other_model(file: Path, setting: str) -> UserError:
-    return UserError(f"{file}: {setting} is of a model that this project does not have; give weights of another model")

@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Literal, NamedTuple
 from pydantic import Field, PrivateAttr, ValidationInfo, field_validator, model_validator
 
 from configs.method import MethodKeys
-from configs.sizes import BERT_SIZES, VIT_SIZES, Bert, BertSizes, ClipSizes, Section, Text, Vit, VitSizes, require
+from configs.sizes import BERT_SIZES, VIT_SIZES, Bert, BertSizes, ClipSizes, Pictures, Section, Text, Vit, VitSizes, require
 from configs.table import SPLITS, TableKeys, TablePart
 from utils import home_expanded
 
@@ -60,6 +60,7 @@ class Config(MethodKeys, TableKeys):
     tokenizer: Path = Field(Path("pretrained/bert-base-uncased"), description="BERT's vocab.txt, or its folder")
     image_size: int = Field(384, ge=1, description="pixels along one side; higher shows more detail, GFLOPs grow with its square")
     augment: Augment = Field(Augment(), description="augmentation of training images")
+    pictures: Pictures = Field(Pictures(), description="resizing and normalisation of images; a SigLIP's folder brings its own")
     text_only: bool = Field(False, description="ablation: blank all images")
     on_bad_sample: Literal["stop", "skip"] = Field(
         "stop",
@@ -134,7 +135,7 @@ class Config(MethodKeys, TableKeys):
     @model_validator(mode="after")
     def _keys_fit_one_another(self) -> "Config":
         patch, both = self.patch_size, self.order == "adaptive" and self.mask_schedule == "refresh"
-        require(self, self.image_size % patch == 0, f"image_size must be a multiple of the patch size, {patch}")
+        require(self, self.patches_fit, f"image_size must be a multiple of the patch size, {patch}")
         require(self, not both, "order: adaptive chooses its masks once; mask_schedule must be once")
         if self.train_budget is not None:
             low, high = self.train_budget
@@ -161,6 +162,10 @@ class Config(MethodKeys, TableKeys):
     @property
     def patch_size(self) -> int:
         return self.vit_sizes.patch_size
+
+    @property
+    def patches_fit(self) -> bool:
+        return self.image_size % self.patch_size == 0
 
     @property
     def depth(self) -> int:
@@ -268,7 +273,7 @@ class RetrievalConfig(Config):
 
 
 class ClipRetrievalConfig(RetrievalConfig):
-    """Keys of image-text retrieval with CLIP. The keys `vit` and `bert`, which published files hold, have no effect."""
+    """Keys of image-text retrieval with CLIP or SigLIP. The keys `vit` and `bert`, which published files hold, have no effect."""
 
     script: ClassVar[str] = "compress_retrieval_clip_dtp.py"
 
@@ -276,17 +281,21 @@ class ClipRetrievalConfig(RetrievalConfig):
     output_dir: Path = Field(Path("output/retrieval_clip"), description="folder that the run writes to")
     tokenizer: str = Field("clip", description="clip (OpenAI's vocabulary), a word list, or a folder of transformers")
     image_size: int = Field(336, ge=1, description="pixels along one side; higher shows more detail, GFLOPs grow with its square")
-    clip: ClipSizes = Field(ClipSizes(), description="sizes of both towers; missing keys: as in ViT-L/14")
+    clip: ClipSizes = Field(ClipSizes(), description="family and sizes of both towers; missing keys: as in ViT-L/14")
     max_text_tokens: int = Field(77, ge=3, description="largest length of a caption in tokens; cut captions keep their end token")
     mag_projection: Literal["auto", "on", "off"] = Field("on", description="map tokens to sd_dim before alignment, a map per block")
 
     @model_validator(mode="after")
-    def _authors_read_another_token(self) -> "ClipRetrievalConfig":
-        return require(
-            self,
-            self.variant == "paper",
-            "variant: the authors' CLIP reads another token than the end of text once it prunes; use paper",
-        )
+    def _texts_are_read_where_they_end(self) -> "ClipRetrievalConfig":
+        length, longest = self.max_text_tokens, self.clip.context_length
+        whole = self.clip.family == "clip" or length == longest
+        require(self, whole, f"max_text_tokens is {length}; SigLIP pads its texts to clip.context_length, {longest}")
+        authors = "variant: the authors' CLIP reads another token than the end of text once it prunes; use paper"
+        return require(self, self.variant == "paper", authors)
+
+    @property
+    def patches_fit(self) -> bool:
+        return super().patches_fit or self.clip.family == "siglip"  # which leaves out the edge of a picture
 
     @property
     def longest_text(self) -> tuple[str, int]:

@@ -55,9 +55,22 @@ def _heads_of(width: str) -> Callable[[dict[str, Any]], int]:
     return lambda given: max(1, given.get(width, HEAD_WIDTH) // HEAD_WIDTH)
 
 
-class ClipSizes(Section):
-    """The sizes of CLIP's towers. The defaults are those of ViT-L/14."""
+class Pictures(Section):
+    """How pictures are resized and normalised. The defaults are those of OpenAI's CLIP and of BLIP."""
 
+    mean: tuple[float, float, float] = Field((0.48145466, 0.4578275, 0.40821073), description="subtracted from red, green and blue")
+    std: tuple[float, float, float] = Field((0.26862954, 0.26130258, 0.27577711), description="divides red, green and blue")
+    resample: Literal["bicubic", "bilinear"] = Field("bicubic", description="interpolation of resized pictures")
+
+    @model_validator(mode="after")
+    def _divides(self) -> "Pictures":
+        return require(self, min(self.std) > 0, "std must be above 0")
+
+
+class ClipSizes(Section):
+    """The sizes of the towers of CLIP or SigLIP. The defaults are those of CLIP's ViT-L/14."""
+
+    family: Literal["clip", "siglip"] = Field("clip", description="siglip: SigLIP, or SigLIP 2 of one resolution")
     patch_size: int = Field(14, ge=1, description="pixels along one side of a patch")
     vision_width: int = Field(1024, ge=1, description="channels of an image token")
     vision_layers: int = Field(24, ge=1, description="number of blocks of the image tower")
@@ -75,14 +88,23 @@ class ClipSizes(Section):
     )
     context_length: int = Field(77, ge=3, description="largest length of a text, in tokens with its start and end")
     embed_dim: int = Field(768, ge=1, description="channels of the space in which images and texts are compared")
-    activation: Literal["quick_gelu", "gelu"] | None = Field(
-        None, description="of the MLPs; none: as the weights' file or the config beside it says, quick_gelu for new weights"
+    activation: Literal["quick_gelu", "gelu", "gelu_tanh"] | None = Field(
+        None,
+        description="of the MLPs; none: as the weights' file or the config beside it says, for new weights quick_gelu, of SigLIP"
+        " gelu_tanh",
     )
+    vision_hidden: int | None = Field(None, ge=1, description="siglip: channels within the image tower's MLPs; none: 4 * width")
+    text_hidden: int | None = Field(None, ge=1, description="siglip: channels within the text tower's MLPs; none: 4 * width")
+    vocab_size: int | None = Field(None, ge=1, description="siglip: number of token embeddings; none: the tokenizer's words")
 
     @model_validator(mode="after")
     def _heads_divide(self) -> "ClipSizes":
         divides = self.vision_width % self.vision_heads == 0 and self.text_width % self.text_heads == 0
         require(self, divides, "vision_width and text_width must be multiples of vision_heads and text_heads")
+        if self.family == "siglip":
+            return require(self, self.embed_dim == self.vision_width, "of siglip, embed_dim must be vision_width")
+        own = self.vision_hidden or self.text_hidden or self.vocab_size
+        require(self, not own, "vision_hidden, text_hidden and vocab_size are for family: siglip")
         told = self.activation is None or {"vision_heads", "text_heads"} <= self.model_fields_set
         return require(self, told, "activation needs vision_heads and text_heads with it: weights do not show these either")
 

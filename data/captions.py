@@ -232,11 +232,11 @@ def build_datasets(config: Config, prompt: str = "") -> dict[str, Any]:
     (CaptionImages, CaptionTexts). `prompt` is put in front of the captions of pairs.
     """
     train_files = [config.annotation_file(name) for name in config.train_files]
-    untouched = {"image_root": config.image_root, "transform": eval_transform(config.image_size, config.text_only)}
+    untouched = {"image_root": config.image_root, "transform": eval_transform(config.image_size, config.text_only, config.pictures)}
     train = CaptionPairs(train_files, **untouched, prompt=prompt)
     datasets: dict[str, Any] = {"calibration": calibration_subset(train, config.calibration_size)}
     datasets["train"] = copy(train)  # a shallow copy shares the entries: COCO has half a million
-    datasets["train"].transform = train_transform(config.image_size, config.augment, config.text_only)
+    datasets["train"].transform = train_transform(config.image_size, config.augment, config.text_only, config.pictures)
     for split, name in (("val", config.val_file), ("test", config.test_file)):
         entries = read_captioned(config.annotation_file(name))
         datasets[split] = CaptionImages(entries, **untouched), CaptionTexts(entries)

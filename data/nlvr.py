@@ -132,14 +132,14 @@ def build_datasets(config: NlvrConfig) -> dict[str, Dataset]:
     train = read_statements(*map(config.annotation_file, config.train_files))
     untouched = {
         "image_root": config.image_root,
-        "transform": eval_transform(config.image_size, config.text_only),
+        "transform": eval_transform(config.image_size, config.text_only, config.pictures),
         "images": config.images,
     }
     return {
         "train": NlvrDataset(
             train,
             config.image_root,
-            train_transform(config.image_size, config.augment, config.text_only),
+            train_transform(config.image_size, config.augment, config.text_only, config.pictures),
             swap=config.augment.swap,
             statements_per_pair=config.statements_per_pair,
             images=config.images,

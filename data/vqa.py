@@ -174,8 +174,8 @@ def build_datasets(config: VqaConfig) -> dict[str, Dataset]:
     if not config.evaluate and config.annotation_file(config.test_file) in map(config.annotation_file, config.train_files):
         raise UserError(f"test_file: {config.test_file} is among the train_files; name a file that is not trained on")
     test = _evaluated(read_test_questions(config), config.test_file)
-    roots, untouched = (config.vqa_root, config.vg_root), eval_transform(config.image_size, config.text_only)
-    augmented = train_transform(config.image_size, config.augment, config.text_only)
+    roots, untouched = (config.vqa_root, config.vg_root), eval_transform(config.image_size, config.text_only, config.pictures)
+    augmented = train_transform(config.image_size, config.augment, config.text_only, config.pictures)
     calibration = VqaDataset(train, *roots, untouched, "likeliest")
     return {
         "train": VqaDataset(train, *roots, augmented, "weighted"),

@@ -111,7 +111,7 @@ class Decisions:
         self._correlate({name: attention.amax(dim=1) if name == "token" else statistics.term(name) for name in rule.scores}, valid)
         kept = pruner.choose(attention, statistics, valid, temperature).kept
         changed = {"changed_redrawn": pruner.choose(other, statistics, valid, temperature).kept}
-        if rest := tuple(term for term in rule.terms if term != "token"):
+        if rest := tuple(term for term in rule.scores if term != "token"):
             without = copy(pruner)  # shallow: the same weights under another rule
             without.rule = replace(rule, terms=rest)
             changed["changed_without_token"] = without.choose(attention, statistics, valid, temperature).kept

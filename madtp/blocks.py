@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from madtp import flops
 from madtp.importance import AttentionStatistics
-from madtp.packing import Layout, Packed, count_tokens
+from madtp.packing import Layout, Packed, class_tokens, count_tokens
 from madtp.pruning import WHOLE, Execution, TokenPruner
 from madtp.rule import OFF, PruneSetting, PruningRule
 from madtp.selection import static_removal
@@ -127,8 +127,12 @@ class AlignedModel(nn.Module):
 
     @property
     def branches(self) -> Mapping[str, nn.ModuleList]:
-        """The blocks of each branch that has a class token: "vision" and, where there is one, "language"."""
+        """The blocks of each branch with a `class_token`: "vision" and, where there is one, "language"."""
         raise NotImplementedError
+
+    def class_token(self, branch: str, x: Tensor, layout: Layout) -> Tensor:
+        """Returns what stands for each sample behind a block of a branch, (B, C): its class token, or what takes its place."""
+        return class_tokens(x, layout)
 
     @property
     def depth(self) -> int:

@@ -1,6 +1,7 @@
 """Distillation from the frozen uncompressed model (MADTP++): class-token features of both branches, layer by layer, and logits."""
 
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Any, Protocol, cast
 
 import torch
@@ -12,6 +13,8 @@ from madtp.packing import class_tokens
 
 class Distilled(Protocol):
     """The parts of a teacher or a student that distillation compares.
+
+    Where a branch has no class token, `class_token(branch, tokens, layout)` returns what takes its place, (B, C).
 
     branches: "vision" and, where there is one, "language" -> its blocks, which return tokens and layout first
     answer_head: the module that outputs the logits (..., classes); None where `pair_logits` computes them
@@ -48,9 +51,10 @@ class OutputRecorder:
         return recorded
 
 
-def first_tokens(output: tuple) -> Tensor:
-    """Returns the class tokens (B, C) of a block's output."""
-    return class_tokens(*output[:2])
+def first_tokens(model: Distilled, branch: str, output: tuple) -> Tensor:
+    """Returns the class tokens (B, C) of a block's output, or what the model has in their place."""
+    own = getattr(model, "class_token", None)
+    return class_tokens(*output[:2]) if own is None else own(branch, *output[:2])
 
 
 def logits(output: Any) -> Tensor:
@@ -63,7 +67,9 @@ class _Recorded:
 
     def __init__(self, model: Distilled, training: bool):
         self.model = model
-        self.branches = {name: OutputRecorder(blocks, first_tokens, training) for name, blocks in model.branches.items()}
+        self.branches = {
+            name: OutputRecorder(blocks, partial(first_tokens, model, name), training) for name, blocks in model.branches.items()
+        }
         self.head = OutputRecorder([model.answer_head], logits, training) if model.answer_head is not None else None
 
     def take(self) -> tuple[dict[str, list[Tensor]], list[Tensor]]:

@@ -1,6 +1,7 @@
 """Parts of models from a config: the pruners, the image encoder and the learnable tokens that its keys ask for."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 from configs.schema import Config
 from madtp.pruning import TokenPruner
@@ -12,7 +13,10 @@ SD_INIT_STD = {"paper": 0.02, "released": 1.0}  # of the learnable tokens, by de
 
 
 def pruner_factory(config: Config) -> Callable[..., TokenPruner | None]:
-    """Returns a function that builds a block's pruner from its channels, or None for `method: none` or p = 0."""
+    """Returns a function that builds a block's pruner from its channels, or None for `method: none` or p = 0.
+
+    It also takes `num_prefix_tokens`, and options of `TokenPruner`.
+    """
     if config.uncompressed:
         return lambda dim, **options: None
     try:
@@ -30,9 +34,10 @@ def pruner_factory(config: Config) -> Callable[..., TokenPruner | None]:
     except ValueError as error:
         raise _bad_rule(error) from None
 
-    def make_pruner(dim: int, **options: bool) -> TokenPruner:
+    def make_pruner(dim: int, num_prefix_tokens: int = 1, **options: bool) -> TokenPruner:
         try:
-            return TokenPruner(dim, config.sd_num, config.sd_dim, rule, config.mag_projection, **options)
+            own = replace(rule, num_prefix_tokens=num_prefix_tokens)
+            return TokenPruner(dim, config.sd_num, config.sd_dim, own, config.mag_projection, **options)
         except ValueError as error:
             raise _bad_rule(error) from None
 

@@ -1,4 +1,4 @@
-"""CLIP for image-text retrieval, trained with momentum encoders and queues."""
+"""CLIP and SigLIP for image-text retrieval, trained with momentum encoders and queues."""
 
 import math
 
@@ -7,6 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from clip.model import Clip, ClipSize, MakePruner
+from clip.siglip import Siglip
+from configs.schema import ClipRetrievalConfig
 from madtp.blocks import UNPRUNED, Encoded, Guidance
 from models.checkpointing import checkpoint_last
 from models.momentum import MomentumModel, PairPasses, dense_encoded
@@ -22,7 +24,7 @@ class ClipRetrieval(Clip, MomentumModel):
         size: ClipSize,
         queue_size: int = 57600,
         momentum: float = 0.995,
-        make_pruner: MakePruner = lambda dim: None,
+        make_pruner: MakePruner = lambda dim, **options: None,
         learnable_tokens: tuple[int, int, float] | None = None,
         checkpoint_blocks: int = 0,
         make_text_pruner: MakePruner | None = None,
@@ -34,8 +36,8 @@ class ClipRetrieval(Clip, MomentumModel):
 
     def pair_logits(self, vision: Tensor, language: Tensor) -> Tensor:
         """Returns the similarities (B, B) of the class tokens (B, C) behind the last blocks."""
-        image = F.normalize((self.visual.ln_post(vision) @ self.visual.proj).float(), dim=-1)
-        text = F.normalize((self.ln_final(language) @ self.text_projection).float(), dim=-1)
+        image = F.normalize(self.visual.project(vision).float(), dim=-1)
+        text = F.normalize(self.project_text(self.ln_final(language), self.text_projection).float(), dim=-1)
         with torch.autocast(vision.device.type, enabled=False):  # a low temperature amplifies rounding errors
             return image @ text.t() / self.contrastive_temperature
 
@@ -59,7 +61,7 @@ class ClipRetrieval(Clip, MomentumModel):
         guidance: Guidance = UNPRUNED,
         slow: bool = False,
     ) -> Encoded:
-        """Encodes texts (B, L) into normalised features. The mask is not used: the end-of-text token marks the end of a text."""
+        """Encodes texts (B, L) into normalised features. The mask is not used: the texts show where they end."""
         return _normalised(super().encode_text(input_ids, guidance, SLOW if slow else ""))
 
     def tower_flops(self, image: Encoded, text: Encoded) -> tuple[Tensor, Tensor]:
@@ -70,6 +72,19 @@ class ClipRetrieval(Clip, MomentumModel):
         image = dense_encoded(len(self.visual.transformer.resblocks), len(self.visual.positional_embedding))
         text = dense_encoded(len(self.transformer.resblocks), text_tokens)
         return PairPasses(image, text, image, text)
+
+
+class SiglipRetrieval(ClipRetrieval, Siglip):
+    """SigLIP in the place of CLIP: what `ClipRetrieval` asks of its base class, `Siglip` answers, which comes before `Clip`."""
+
+
+FAMILIES = {"clip": ClipRetrieval, "siglip": SiglipRetrieval}  # by the key clip.family
+
+
+def clip_size(config: ClipRetrievalConfig, words: int) -> ClipSize:
+    """Returns the sizes of a config's model. words: of the tokenizer, the model's vocabulary unless the config has its number"""
+    sizes = config.clip.model_dump()
+    return ClipSize(image_size=config.image_size, **{**sizes, "vocab_size": sizes["vocab_size"] or words})
 
 
 def _normalised(encoded: Encoded) -> Encoded:

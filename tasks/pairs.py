@@ -18,7 +18,7 @@ class PairView(View):
     ) -> Samples:
         """`prompt` and `first_token_id` are as for data.captions.build_loaders."""
         entries = read_captioned(config.annotation_file(config.test_file))
-        images = CaptionImages(entries, config.image_root, eval_transform(config.image_size, config.text_only))
+        images = CaptionImages(entries, config.image_root, eval_transform(config.image_size, config.text_only, config.pictures))
         pairs = FirstPairs(images, CaptionTexts(entries), prompt)
         return Samples(pairs, images.names, PairCollate(tokenizer, config.max_text_tokens, first_token_id))
 

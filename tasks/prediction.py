@@ -75,7 +75,7 @@ class Predictor:
         self.opened, self.images, self.texts = opened, images, texts
         self.task, self.config, self.model = opened.task, opened.task.config, opened.model
         self.guidance = self.task.guidance(opened.setting)
-        self.transform = eval_transform(self.config.image_size, self.config.text_only)
+        self.transform = eval_transform(self.config.image_size, self.config.text_only, self.config.pictures)
         if not self.fits():
             raise UserError(f"task {self.config.task!r} wants {self.wants}; got {len(images)} --image and {len(texts)} --text")
 

@@ -1,4 +1,4 @@
-"""Image-text retrieval by BLIP and by CLIP: which caption belongs to an image, and which image to a caption?"""
+"""Image-text retrieval by BLIP and by CLIP or SigLIP: which caption belongs to an image, and which image to a caption?"""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from clip.model import ClipSize
-from clip.tokenizer import OPENAI, load_clip_tokenizer
+from clip.siglip_tokenizer import SiglipTokenizer, load_siglip_tokenizer
+from clip.tokenizer import OPENAI, ClipTokenizer, load_clip_tokenizer
 from configs.schema import ClipRetrievalConfig, RetrievalConfig
 from data.captions import (
     CaptionImages,
@@ -30,7 +30,7 @@ from metrics.retrieval import CUTS, recalls
 from models.bert import BertSize, CrossAttention, TextEncoder
 from models.blip_retrieval import BlipRetrieval
 from models.build import checkpoint_blocks, learnable_tokens, pruner_factory, text_pruner_factory, vision_transformer
-from models.clip_retrieval import ClipRetrieval
+from models.clip_retrieval import FAMILIES, ClipRetrieval, clip_size
 from models.momentum import MomentumModel, can_number
 from models.weights.blip import load_retrieval_weights
 from models.weights.clip import load_clip_weights
@@ -72,9 +72,12 @@ def retrieval_from_config(config: RetrievalConfig, vocab_size: int, enc_token: i
     )
 
 
-def clip_from_config(config: ClipRetrievalConfig, vocab_size: int) -> ClipRetrieval:
-    size = ClipSize(image_size=config.image_size, vocab_size=vocab_size, **config.clip.model_dump())
-    return ClipRetrieval(
+def clip_from_config(config: ClipRetrievalConfig, words: int) -> ClipRetrieval:
+    """words: of the tokenizer"""
+    size = clip_size(config, words)
+    if words > size.vocab_size:
+        raise UserError(f"{config.tokenizer}: has {words} words, more than clip.vocab_size; give the weights' own tokenizer")
+    return FAMILIES[config.clip.family](
         size,
         config.queue_size,
         config.momentum,
@@ -114,7 +117,7 @@ class MatchingView(TowersView):
 
 class ClipView(TowersView):
     def words(self, ids: list[int]) -> list[str]:
-        """The class token is the end-of-text token: it comes first in memory, and the others follow in their order."""
+        """The class token is the last of a text: it comes first in memory, and the others follow in their order."""
         return self.tokenizer.convert_ids_to_tokens(ids)[:-1]
 
 
@@ -281,7 +284,7 @@ class RetrievalTask(PairTask):
 
 
 class ClipRetrievalTask(PairTask):
-    """Retrieval by CLIP."""
+    """Retrieval by CLIP or SigLIP."""
 
     config_class = ClipRetrievalConfig
     view = ClipView
@@ -293,7 +296,7 @@ class ClipRetrievalTask(PairTask):
 
     @staticmethod
     def load_tokenizer(config: ClipRetrievalConfig) -> Tokenizer:
-        return load_clip_tokenizer(config.tokenizer)
+        return clip_tokenizer(config)
 
     def build(self, config: ClipRetrievalConfig) -> ClipRetrieval:
         return clip_from_config(config, len(self.tokenizer))
@@ -308,10 +311,16 @@ class ClipRetrievalTask(PairTask):
         return clip_from_config(config, vocabulary), inputs
 
 
+def clip_tokenizer(config: ClipRetrievalConfig) -> ClipTokenizer | SiglipTokenizer:
+    return (load_siglip_tokenizer if config.clip.family == "siglip" else load_clip_tokenizer)(config.tokenizer)
+
+
 def clip_vocabulary(config: ClipRetrievalConfig) -> int:
-    """Returns the tokenizer's size, or CLIP's without a tokenizer file."""
+    """Returns the model's vocabulary: the tokenizer's, or CLIP's without a tokenizer file."""
+    if config.clip.vocab_size or config.tokenizer == OPENAI:
+        return config.clip.vocab_size or CLIP_VOCABULARY
     try:
-        return CLIP_VOCABULARY if config.tokenizer == OPENAI else len(load_clip_tokenizer(config.tokenizer))
+        return len(clip_tokenizer(config))
     except UserError:
         return CLIP_VOCABULARY
 

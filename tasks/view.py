@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, Subset
 
 from configs.schema import Config
+from configs.sizes import Pictures
 from data.loading import Loader, build_loader
 from data.text import Tokenizer
 from engine.train import Precision, move
@@ -21,7 +22,7 @@ from madtp.blocks import TowerRecord
 from madtp.rule import OFF
 from madtp.trace import surviving, tokens_by_block
 from tasks.opened import Opened
-from transform.images import MEAN, STD
+from transform.images import Preparation
 from utils import Run, UserError
 
 
@@ -154,8 +155,9 @@ class View:
         records = self.records(output)
         patches = self._patches(records["image"])
         texts = self._texts(batch, records["text"]) if "text" in records else [[] for _ in names]
-        images = batch[self.image_key]
-        images = images.reshape(len(names), len(self.labels), *images.shape[-3:])
+        edge = self.config.image_size // self.config.patch_size * self.config.patch_size
+        images = batch[self.image_key][..., :edge, :edge]
+        images = displayable(images.reshape(len(names), len(self.labels), *images.shape[-3:]), self.config.pictures)
         strength = "uncompressed" if self.config.p == 0 else f"p = {self.config.p:g}"
         strength += "" if self.setting == OFF else f" (T = {self.setting.temperature:.4g})"
         costs = zip(self.tokens_left(output).tolist(), gflops.tolist(), strict=True)
@@ -163,7 +165,7 @@ class View:
             Sample(
                 name,
                 f"{name}, {strength}: {headings[i]}{'; ' if headings[i] else ''}{left} tokens left, {cost:.4g} GFLOPs",
-                [(label, displayable(images[i, place]), patches[place, i]) for place, label in enumerate(self.labels)],
+                [(label, images[i, place], patches[place, i]) for place, label in enumerate(self.labels)],
                 texts[i],
                 said[i],
             )
@@ -174,7 +176,8 @@ class View:
         """Marks the surviving patches, (P, B, L, rows, columns) bool."""
         pictures, side = len(record.leaving[-1]), self.config.image_size // self.config.patch_size
         whole = torch.ones(pictures, side * side, dtype=torch.bool, device=self.run.device)
-        alive = surviving(record, whole).unflatten(-1, (side, side))
+        prefix = int(record.entering[0][0]) - side * side  # the class token, which SigLIP has not
+        alive = surviving(record, whole, prefix).unflatten(-1, (side, side))
         return alive.unflatten(0, (len(self.labels), -1)).cpu().numpy()
 
     def _texts(self, batch: dict, record: TowerRecord) -> list[list[tuple[list[str], np.ndarray]]]:
@@ -188,10 +191,11 @@ class View:
         return texts
 
 
-def displayable(picture: Tensor) -> np.ndarray:
-    """Undoes the normalisation of a picture: (3, H, W) -> (H, W, 3) in 0 ... 1."""
-    mean, std = torch.tensor(MEAN).view(3, 1, 1), torch.tensor(STD).view(3, 1, 1)
-    return (picture.float().cpu() * std + mean).clamp(0, 1).permute(1, 2, 0).numpy()
+def displayable(images: Tensor, pictures: Pictures) -> np.ndarray:
+    """Undoes the normalisation of pictures: (..., 3, H, W) -> (..., H, W, 3) in 0 ... 1."""
+    preparation = Preparation.of(pictures)
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (preparation.mean, preparation.std))
+    return (images.float().cpu() * std + mean).clamp(0, 1).movedim(-3, -1).numpy()
 
 
 def spread(ids: Sequence[str], number: int) -> list[str]:

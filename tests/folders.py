@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 import transformers
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import (
     BertTokenizerFast,
     BlipConfig,
@@ -16,6 +17,10 @@ from transformers import (
     CLIPModel,
     CLIPTokenizer,
     PreTrainedModel,
+    PreTrainedTokenizerFast,
+    SiglipConfig,
+    SiglipImageProcessor,
+    SiglipModel,
 )
 
 from configs.folder import CLASSES
@@ -73,6 +78,34 @@ def clip_folder(folder: Path, activation: str = "gelu", head: int = 0) -> CLIPMo
     model.save_pretrained(folder)
     CLIPTokenizer(vocab=PIECES, merges=MERGES).save_pretrained(folder)
     CLIPImageProcessor(size={"shortest_edge": SIDE}, crop_size={"height": SIDE, "width": SIDE}).save_pretrained(folder)
+    return model
+
+
+SIGLIP_WORDS = ("<pad>", "</s>", "<unk>", "\u2581a", "\u2581red", "\u2581star", "\u2581and")
+SIGLIP_LENGTH = 10
+
+
+def siglip_folder(folder: Path, words: tuple[str, ...] = SIGLIP_WORDS, length: int = SIGLIP_LENGTH) -> SiglipModel:
+    """Saves a SigLIP with its tokenizer and image processor, and returns it. It has two embeddings more than words."""
+    shared = {"num_hidden_layers": 2, "num_attention_heads": 2}
+    special = {"bos_token_id": 1, "eos_token_id": 1, "pad_token_id": 0}
+    config = SiglipConfig(
+        vision_config={"hidden_size": 24, "intermediate_size": 50, "image_size": SIDE, "patch_size": 8, **shared},
+        text_config={
+            "hidden_size": 16, "intermediate_size": 40, "max_position_embeddings": length, "vocab_size": len(words) + 2,
+            "projection_size": 24, **shared, **special,
+        },
+    )  # fmt: skip
+    model = with_lively_weights(SiglipModel(config).eval())
+    with torch.no_grad():
+        model.logit_scale.fill_(2.0)
+    model.save_pretrained(folder)
+    pieces = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, "<unk>"))
+    pieces.normalizer, pieces.pre_tokenizer = normalizers.Lowercase(), pre_tokenizers.Metaspace()
+    pieces.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    names = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
+    PreTrainedTokenizerFast(tokenizer_object=pieces, padding_side="right", **names).save_pretrained(folder)
+    SiglipImageProcessor(size={"height": SIDE, "width": SIDE}).save_pretrained(folder)
     return model
 
 

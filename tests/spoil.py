@@ -11,6 +11,7 @@ import torch
 from configs.load import load_config
 from configs.schema import ClipRetrievalConfig
 from tasks.registry import build_model
+from tests.folders import siglip_folder
 from tests.tiny_run import write_run
 
 WEIGHTS = "checkpoint_best.pth"
@@ -84,6 +85,20 @@ class Code:
 def yaml(text: str) -> Break:
     """The config has this text at its end."""
     return lambda folder: (folder / "config.yaml").write_text(f"{(folder / 'config.yaml').read_text()}{text}\n")
+
+
+def siglip(change: Break = lambda folder: None, **keys: Any) -> Break:
+    """The weights are a folder of SigLIP, which `change` may break, and the config leaves to it all but these keys."""
+
+    def spoil(folder: Path) -> None:
+        siglip_folder(folder / "there")
+        change(folder / "there")
+        theirs = ("clip:", "image_size:", "tokenizer:", "max_text_tokens:", "pretrained:", "p:")
+        lines = [line for line in (folder / "config.yaml").read_text().splitlines() if not line.startswith(theirs)]
+        lines += [f"pretrained: {folder}/there", "p: 0", *(f"{key}: {json.dumps(value)}" for key, value in keys.items())]
+        (folder / "config.yaml").write_text("\n".join(lines) + "\n")
+
+    return spoil
 
 
 def open_clips(folder: Path) -> None:

@@ -1,6 +1,7 @@
 """Small models with random weights of enough variance that pruning differs between samples, and inputs for them."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +12,7 @@ from madtp.rule import PruningRule
 from models.bert import FIRST_MERGE_LAYER, BertSize, CrossAttention, PairedCrossAttention, TextEncoder
 from models.blip_nlvr import BlipNlvr
 from models.blip_retrieval import BlipRetrieval
-from models.clip_retrieval import ClipRetrieval
+from models.clip_retrieval import ClipRetrieval, SiglipRetrieval
 from models.momentum import MomentumModel
 from models.vit import VisionTransformer
 
@@ -20,10 +21,15 @@ LEARNABLE, TOKEN_DIM = 5, 24  # neither tower's width: both project
 ENC = VOCABULARY - 1
 QUEUE, MOMENTUM = 7, 0.9
 CLIP = ClipSize(IMAGE, PATCH, 20, 3, 2, 16, 2, 2, 14, VOCABULARY, 12)
+SIGLIP = replace(CLIP, embed_dim=20, vision_hidden=52, text_hidden=36, family="siglip")
 
 
-def pruners(rule: PruningRule | None) -> Callable[[int], TokenPruner | None]:
-    return lambda dim: None if rule is None else TokenPruner(dim, LEARNABLE, TOKEN_DIM, rule)
+def pruners(rule: PruningRule | None) -> Callable[..., TokenPruner | None]:
+    def make_pruner(dim: int, num_prefix_tokens: int = 1) -> TokenPruner | None:
+        own = None if rule is None else replace(rule, num_prefix_tokens=num_prefix_tokens)
+        return None if own is None else TokenPruner(dim, LEARNABLE, TOKEN_DIM, own)
+
+    return make_pruner
 
 
 def learnable_tokens(rule: PruningRule | None) -> tuple[int, int, float] | None:
@@ -57,12 +63,20 @@ def clip(rule: PruningRule | None = None, size: ClipSize = CLIP) -> ClipRetrieva
     return with_lively_weights(model).eval()
 
 
-PAIR_MODELS: dict[str, Callable[[PruningRule | None], MomentumModel]] = {"blip": retrieval, "clip": clip}
+def siglip(rule: PruningRule | None = None, size: ClipSize = SIGLIP) -> SiglipRetrieval:
+    """A tiny SigLIP."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = SiglipRetrieval(size, QUEUE, MOMENTUM, pruners(rule), learnable_tokens(rule))
+    return with_lively_weights(model).eval()
+
+
+PAIR_MODELS: dict[str, Callable[[PruningRule | None], MomentumModel]] = {"blip": retrieval, "clip": clip, "siglip": siglip}
 
 
 def pairs(kind: str, lengths: list[int], seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
     """Images (B, 3, H, W), token ids and attention mask (B, L) for a model of PAIR_MODELS."""
-    words = text(lengths, seed) if kind == "blip" else ended_text(lengths, seed)
+    words = {"blip": text, "clip": ended_text, "siglip": padded_text}[kind](lengths, seed)
     return images(len(lengths), seed)[:, 0], *words
 
 
@@ -117,3 +131,9 @@ def ended_text(lengths: list[int], seed: int = 0, size: ClipSize = CLIP) -> tupl
     places, ends = torch.arange(size.context_length), torch.tensor(lengths)[:, None]
     ids = torch.where(places < ends - 1, ids, 0).masked_fill(places == ends - 1, size.vocab_size - 1)
     return ids, (places < ends).long()
+
+
+def padded_text(lengths: list[int], seed: int = 0, size: ClipSize = SIGLIP) -> tuple[Tensor, Tensor]:
+    """Returns texts as SigLIP reads them: padded with 0 to one length, of which all counts."""
+    ids = text(lengths, seed, size.context_length)[0]
+    return ids, torch.ones_like(ids)

@@ -1,4 +1,4 @@
-"""Convert the weights of BLIP or CLIP between the formats in which they are published.
+"""Convert the weights of BLIP, CLIP or SigLIP between the formats in which they are published.
 
     python tools/convert_checkpoint.py --checkpoint model_base_vqa.pth --tokenizer vocab.txt --to transformers --out blip-vqa
     python tools/convert_checkpoint.py --checkpoint blip-vqa-base --to blip --out blip_vqa.pth
@@ -16,6 +16,7 @@ import argparse
 from tools.convert.blip import convert_blip
 from tools.convert.clip import convert_clip
 from tools.convert.files import check_free, open_source
+from tools.convert.siglip import POOLS, convert_siglip
 from utils import UserError, run_main, user_path
 
 FORMATS = ("transformers", "blip", "openai", "open_clip", "madtp")
@@ -32,12 +33,14 @@ def main() -> None:
     check_free(args.out)
     source = open_source(args.checkpoint, args.config, args.tokenizer)
     names = source.weights.keys()
-    if "visual.conv1.weight" in names or "visual_projection.weight" in names:
+    if any(name in names for name in POOLS):
+        convert = convert_siglip
+    elif "visual.conv1.weight" in names or "visual_projection.weight" in names:
         convert = convert_clip
     elif any(name.startswith(("visual_encoder.", "vision_model.")) for name in names):
         convert = convert_blip
     else:
-        raise UserError(f"{args.checkpoint}: neither a BLIP nor a CLIP of this project; give one of these")
+        raise UserError(f"{args.checkpoint}: neither a BLIP nor a CLIP of this project, nor a SigLIP; give one of these")
     print("\n".join(convert(source, args.to, args.out)))
 
 

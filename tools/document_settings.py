@@ -11,13 +11,14 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from configs.schema import Augment, Config
-from configs.sizes import BertSizes, ClipSizes, VitSizes
+from configs.sizes import BertSizes, ClipSizes, Pictures, VitSizes
 from tasks.registry import TASKS
 from utils import run_main
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "settings.md"
 SECTIONS = {
     "augment": ("Keys of `augment`", Augment),
+    "pictures": ("Keys of `pictures`", Pictures),
     "vit": ("Keys of `vit`, where it is a mapping", VitSizes),
     "bert": ("Keys of `bert`, where it is a mapping", BertSizes),
     "clip": ("Keys of `clip`", ClipSizes),

@@ -3,7 +3,7 @@
 import random
 import re
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from PIL import Image
@@ -38,19 +38,50 @@ def keeps_truth(sentence: str) -> bool:
     return _SIDE.search(sentence) is None
 
 
-def train_transform(image_size: int, augment: Any, blank: bool = False) -> ImageTransform:
+class Preparation(NamedTuple):
+    """How a picture becomes a tensor.
+
+    mean, std: of the normalisation, by channel
+    resample: interpolation where it is resized
+    """
+
+    mean: tuple[float, ...] = MEAN
+    std: tuple[float, ...] = STD
+    resample: str = "bicubic"
+
+    @classmethod
+    def of(cls, pictures: Any) -> "Preparation":
+        """pictures: configs.sizes.Pictures; None for CLIP's"""
+        return cls() if pictures is None else cls(pictures.mean, pictures.std, pictures.resample)
+
+    def crop(self, image_size: int, scale: tuple[float, float]) -> RandomResizedCrop:
+        return RandomResizedCrop(image_size, scale=scale, interpolation=InterpolationMode(self.resample))
+
+    def resize(self, image: Image.Image, size: int) -> Image.Image:
+        return image if image.size == (size, size) else image.resize((size, size), Image.Resampling[self.resample.upper()])
+
+    def to_tensor(self, image: Image.Image) -> torch.Tensor:
+        return F.normalize(F.to_tensor(image), self.mean, self.std)
+
+
+def train_transform(image_size: int, augment: Any, blank: bool = False, pictures: Any = None) -> ImageTransform:
     """Builds the training transform: random crop, flip and RandAugment.
 
-    `augment` (configs.schema.Augment) switches each of them on or off. With `blank`, every image becomes zeros.
+    `augment` (configs.schema.Augment) switches each of them on or off. With `blank`, every image becomes zeros. `pictures`: see
+    `Preparation.of`.
     """
     if blank:
         return _BlankTransform(image_size)
-    return _TrainTransform(image_size, tuple(augment.crop_scale), augment.flip, augment.randaugment)
+    preparation = Preparation.of(pictures)
+    return _TrainTransform(image_size, preparation, tuple(augment.crop_scale), augment.flip, augment.randaugment)
 
 
-def eval_transform(image_size: int, blank: bool = False) -> ImageTransform:
-    """Builds the evaluation transform, which resizes the whole image. With `blank`, every image becomes zeros."""
-    return _BlankTransform(image_size) if blank else _EvalTransform(image_size)
+def eval_transform(image_size: int, blank: bool = False, pictures: Any = None) -> ImageTransform:
+    """Builds the evaluation transform, which resizes the whole image. With `blank`, every image becomes zeros.
+
+    pictures: see `Preparation.of`
+    """
+    return _BlankTransform(image_size) if blank else _EvalTransform(image_size, Preparation.of(pictures))
 
 
 class _BlankTransform:
@@ -62,28 +93,30 @@ class _BlankTransform:
 
 
 class _EvalTransform:
-    def __init__(self, image_size: int) -> None:
-        self.image_size = image_size
+    def __init__(self, image_size: int, preparation: Preparation) -> None:
+        self.image_size, self.preparation = image_size, preparation
 
     def __call__(self, image: Image.Image, may_flip: bool = True) -> torch.Tensor:
-        return _to_tensor(_resize(image, self.image_size))
+        return self.preparation.to_tensor(self.preparation.resize(image, self.image_size))
 
 
 class _TrainTransform:
-    def __init__(self, image_size: int, crop_scale: tuple[float, float], flip: bool, randaugment: bool) -> None:
-        self.image_size = image_size
+    def __init__(
+        self, image_size: int, preparation: Preparation, crop_scale: tuple[float, float], flip: bool, randaugment: bool
+    ) -> None:
+        self.image_size, self.preparation = image_size, preparation
         # RandomResizedCrop changes the aspect ratio even at a scale of 1, so it is skipped there.
         self.crop = None
         if min(crop_scale) < 1:
-            self.crop = RandomResizedCrop(image_size, scale=crop_scale, interpolation=InterpolationMode.BICUBIC)
+            self.crop = preparation.crop(image_size, crop_scale)
         self.flip = flip
         self.augment = _rand_augment() if randaugment else None
 
     def __call__(self, image: Image.Image, may_flip: bool = True) -> torch.Tensor:
-        image = self.crop(image) if self.crop else _resize(image, self.image_size)
+        image = self.crop(image) if self.crop else self.preparation.resize(image, self.image_size)
         if self.flip and random.random() < 0.5 and may_flip:
             image = F.hflip(image)
-        return _to_tensor(self.augment(image) if self.augment else image)
+        return self.preparation.to_tensor(self.augment(image) if self.augment else image)
 
 
 def _rand_augment() -> Callable[[Image.Image], Image.Image]:
@@ -95,11 +128,3 @@ def _rand_augment() -> Callable[[Image.Image], Image.Image]:
 
 def _identity(image: Image.Image) -> Image.Image:
     return image
-
-
-def _resize(image: Image.Image, size: int) -> Image.Image:
-    return image if image.size == (size, size) else image.resize((size, size), Image.Resampling.BICUBIC)
-
-
-def _to_tensor(image: Image.Image) -> torch.Tensor:
-    return F.normalize(F.to_tensor(image), MEAN, STD)

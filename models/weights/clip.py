@@ -1,6 +1,7 @@
 """CLIP's weights under the names of OpenAI, of the authors' compressed checkpoints, or of transformers: loading and translating.
 
-This project's names are OpenAI's, which open_clip has as well.
+This project's names are OpenAI's, which open_clip has as well. SigLIP's weights, which transformers has, get the same names; the
+pooling of its image tower is `visual.pool`.
 """
 
 import re
@@ -17,6 +18,7 @@ from utils import UserError, logger
 # Entries of OpenAI's archives beside the weights, and constants of others.
 MAY_IGNORE = ("input_resolution", "context_length", "vocab_size", "position_ids", "attn_mask")
 POSITIONS = ("visual.positional_embedding", "visual_m.positional_embedding")
+SCALARS = ("logit_scale", "logit_bias")  # of one dimension in transformers' SigLIP
 PRUNER = ("query_model.q_map.0.", "pruner.alignment.projection.")  # the published name of a block's map W, and ours
 
 # transformers' name of a part -> OpenAI's. Those that end in a dot are followed by "weight" and "bias".
@@ -34,14 +36,19 @@ PARTS = {
     "text_model.embeddings.token_embedding.": "token_embedding.",
     "text_model.embeddings.position_embedding.weight": "positional_embedding",
     "text_model.final_layer_norm.": "ln_final.",
+    "text_model.head.": "text_projection.",
+    "vision_model.head.attention.": "visual.pool.attn.",
+    "vision_model.head.layernorm.": "visual.pool.ln.",
+    "vision_model.head.": "visual.pool.",
 }
 TRANSPOSED = {"visual_projection.weight": "visual.proj", "text_projection.weight": "text_projection"}
 # What a conversion may leave out: what only training uses, and constants.
 TRAINING_ALONE = re.compile(r"(\w+_m(\..*)?|(image|text|idx|ptr)_queue|queue_ptr)$")
 CONSTANTS = re.compile(r"(input_resolution|context_length|vocab_size|attn_mask|unseen|.*\.position_ids)$")
-KNOWN = re.compile(  # every weight of a dense CLIP; P: weight or bias
-    r"(logit_scale|text_projection|positional_embedding|token_embedding\.weight|ln_final\.P"
-    r"|visual\.(class_embedding|positional_embedding|proj|conv1\.weight|ln_(pre|post)\.P)"
+KNOWN = re.compile(  # every weight of a dense CLIP or SigLIP; P: weight or bias
+    r"(logit_scale|logit_bias|text_projection(\.P)?|positional_embedding|token_embedding\.weight|ln_final\.P"
+    r"|visual\.(class_embedding|positional_embedding|proj|conv1\.P|ln_(pre|post)\.P)"
+    r"|visual\.pool\.(probe|ln\.P|attn\.(in_proj_P|out_proj\.P)|mlp\.c_(fc|proj)\.P)"
     r"|(visual\.)?transformer\.resblocks\.\d+\.(ln_[12]\.P|attn\.(in_proj_P|out_proj\.P)|mlp\.c_(fc|proj)\.P))$".replace(
         "P", "(weight|bias)"
     )
@@ -63,7 +70,7 @@ def load_clip_weights(model: Clip, weights: StateDict, source: str) -> list[str]
     """
     theirs = any(name.startswith("vision_model.") for name in weights)
     if theirs:
-        weights = from_transformers(weights)
+        weights = _translated(weights, source)
     weights = {name.replace(*PRUNER): value.float() if value.is_floating_point() else value for name, value in weights.items()}
     unseen = _unseen(model, weights, source, theirs)
     if unseen != _unseen_of(model):
@@ -72,7 +79,18 @@ def load_clip_weights(model: Clip, weights: StateDict, source: str) -> list[str]
         model.adopt(*unseen)
     weights |= {name: tensor for name, tensor in model.state_dict().items() if name == "unseen"}
     _fit_mlps(model, weights)
-    return load_pair_weights(model, weights, source, POSITIONS, MAY_IGNORE)
+    return load_pair_weights(model, weights, source, POSITIONS, MAY_IGNORE, model.visual.prefix_tokens)
+
+
+def _translated(weights: StateDict, source: str) -> StateDict:
+    """
+    Raises:
+        UserError: when weights of transformers lack a part of a block's attention.
+    """
+    try:
+        return from_transformers(weights)
+    except KeyError as error:
+        raise UserError(f"{source}: lacks {error.args[0]}; is it cut off? Fetch it again") from None
 
 
 def unseen_of(model: Clip, weights: StateDict, source: str) -> Unseen:
@@ -123,7 +141,7 @@ def _is_trained_here(weights: StateDict) -> bool:
 
 def _unseen_of(model: Clip) -> Unseen:
     blocks = model.visual.transformer.resblocks[0], model.transformer.resblocks[0]
-    activation = next(name for name, kind in ACTIVATIONS.items() if isinstance(blocks[0].mlp.gelu, kind))
+    activation = next(name for name, kind in ACTIVATIONS.items() if type(blocks[0].mlp.gelu) is kind)
     return Unseen(activation, *(block.attn.num_heads for block in blocks))
 
 
@@ -138,7 +156,7 @@ def _fit_mlps(model: Clip, weights: StateDict) -> None:
 
 
 def from_transformers(weights: StateDict) -> StateDict:
-    """Translates the weights of transformers' CLIPModel to OpenAI's names, which keep q, k and v of a block in one matrix."""
+    """Translates weights of transformers' CLIPModel or SiglipModel to our names, which keep q, k and v of a block in one matrix."""
     translated: StateDict = {}
     for name, tensor in weights.items():
         if name in TRANSPOSED:
@@ -148,7 +166,7 @@ def from_transformers(weights: StateDict) -> StateDict:
             stem, kind = _translate(name).split("self_attn.q_proj.")
             translated[f"{stem}attn.in_proj_{kind}"] = torch.cat(parts)
         elif not re.search(r"\.self_attn\.[kv]_proj\.", name):
-            translated[_translate(name)] = tensor
+            translated[_translate(name)] = tensor.reshape(()) if name in SCALARS else tensor
     return translated
 
 
@@ -166,10 +184,7 @@ def dense_weights(weights: StateDict, source: str) -> StateDict:
         UserError: naming weights that no CLIP of this project has, or that are missing beside others of their block.
     """
     if any(name.startswith("vision_model.") for name in weights):
-        try:
-            weights = from_transformers({name: tensor for name, tensor in weights.items() if not CONSTANTS.match(name)})
-        except KeyError as error:
-            raise UserError(f"{source}: lacks {error.args[0]}; is it cut off? Fetch it again") from None
+        weights = _translated({name: tensor for name, tensor in weights.items() if not CONSTANTS.match(name)}, source)
     weights = {name: tensor for name, tensor in weights.items() if not CONSTANTS.match(name)}
     if unknown := [name for name in weights if not KNOWN.match(name) and not TRAINING_ALONE.match(name)]:
         raise UserError(
@@ -179,15 +194,18 @@ def dense_weights(weights: StateDict, source: str) -> StateDict:
 
 
 def to_transformers(weights: StateDict) -> StateDict:
-    """Returns `dense_weights` under the names of transformers' CLIPModel. Weights that only training uses are left out."""
+    """Returns `dense_weights` under the names of transformers' CLIPModel or SiglipModel, without those that only training uses."""
     translated: StateDict = {}
+    is_siglip = "logit_bias" in weights
     transposed = {ours: theirs for theirs, ours in TRANSPOSED.items()}
     for name, tensor in weights.items():
         if TRAINING_ALONE.match(name):
             continue
         if name in transposed:
             translated[transposed[name]] = tensor.t()
-        elif ".attn.in_proj_" in name:
+        elif name in SCALARS and is_siglip:
+            translated[name] = tensor.reshape(1)
+        elif "resblocks" in name and ".attn.in_proj_" in name:
             stem, kind = _untranslate(name).split("attn.in_proj_")
             for part, matrix in zip("qkv", tensor.chunk(3), strict=True):
                 translated[f"{stem}self_attn.{part}_proj.{kind}"] = matrix

@@ -6,7 +6,9 @@ from typing import Any, NamedTuple
 
 from transformers import CLIPConfig
 
-from configs.folder import CONFIG, other_normalisation
+from configs.folder import other_normalisation
+from configs.folder_files import CONFIG
+from configs.siglip_folder import OURS, SIGLIP, checked_config
 from utils import UserError
 
 OPEN_CLIP = "open_clip_config.json"
@@ -63,6 +65,9 @@ def _from_open_clip(file: Path, content: dict[str, Any]) -> Unseen:
 
 
 def _from_transformers(file: Path, content: dict[str, Any]) -> Unseen | None:
+    if content.get("model_type") == SIGLIP:
+        vision, text = checked_config(file, content)
+        return Unseen(OURS[vision.hidden_act], vision.num_attention_heads, text.num_attention_heads)
     if content.get("model_type") != "clip":
         return None  # of another model, whose weights lie in the same folder
     config = CLIPConfig.from_dict(content)

@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from configs.folder import is_folder, read_json
+from configs.folder import is_folder
+from configs.folder_files import read_json
 from models.weights.pickles import load_plain, unwrapped
 from models.weights.safetensors import read_safetensors
 from utils import UserError, logger
@@ -115,20 +116,27 @@ def _read_torchscript(path: Path) -> StateDict:
 
 
 def load_pair_weights(
-    model: nn.Module, weights: StateDict, source: str, positions: Iterable[str], may_ignore: Iterable[str]
+    model: nn.Module,
+    weights: StateDict,
+    source: str,
+    positions: Iterable[str],
+    may_ignore: Iterable[str],
+    prefix_tokens: int = 1,
 ) -> list[str]:
     """Loads weights of a retrieval model, the part that BLIP and CLIP share.
 
     Position embeddings are interpolated, queues of another size start again, and missing momentum weights are copied
     from the encoders. Image ids in the queue are loaded; whether they number the training data is for the caller to judge.
 
-    positions: names of position embeddings (1, 1 + n * n, C) or (1 + n * n, C)
+    Args:
+        positions: names of position embeddings (1, P + n * n, C) or (P + n * n, C).
+        prefix_tokens: P of them belong to no patch.
     """
     expected = model.state_dict()
     for name in positions:
         if name in weights and weights[name].shape != expected[name].shape:
             embedding = weights[name].reshape(1, *weights[name].shape[-2:])
-            embedding = interpolate_position_embedding(embedding, expected[name].shape[-2])
+            embedding = interpolate_position_embedding(embedding, expected[name].shape[-2], prefix_tokens)
             weights[name] = embedding.reshape(*expected[name].shape[:-2], *embedding.shape[-2:])
     if not all(name in weights for name in FEATURES):
         weights.pop("idx_queue", None)
@@ -143,18 +151,19 @@ def load_pair_weights(
     return load_weights(model, weights, source, RETRIEVAL_MAY_MISS, may_ignore)
 
 
-def interpolate_position_embedding(embedding: Tensor, tokens: int) -> Tensor:
-    """Interpolates position embeddings (1, 1 + n * n, C) to (1, 1 + m * m, C), bicubic; the class token's row stays.
+def interpolate_position_embedding(embedding: Tensor, tokens: int, prefix_tokens: int = 1) -> Tensor:
+    """Interpolates position embeddings (1, P + n * n, C) to (1, P + m * m, C), bicubic; the rows of P prefix tokens stay.
 
-    Returns `embedding` unchanged when the numbers agree, or when either is not one class token and a square of patches.
+    Returns `embedding` unchanged when the numbers agree, or when either is not P tokens and a square of patches.
     """
-    old, new = round((embedding.shape[1] - 1) ** 0.5), round((tokens - 1) ** 0.5)
-    if old == new or old * old != embedding.shape[1] - 1 or new * new != tokens - 1:
+    patches, wanted = embedding.shape[1] - prefix_tokens, tokens - prefix_tokens
+    old, new = round(patches**0.5), round(wanted**0.5)
+    if old == new or old * old != patches or new * new != wanted:
         return embedding
-    grid = embedding[:, 1:].unflatten(1, (old, old)).permute(0, 3, 1, 2)
+    grid = embedding[:, prefix_tokens:].unflatten(1, (old, old)).permute(0, 3, 1, 2)
     grid = F.interpolate(grid, size=(new, new), mode="bicubic", align_corners=False)
     logger.info("position embeddings interpolated from %d x %d to %d x %d patches", old, old, new, new)
-    return torch.cat([embedding[:, :1], grid.permute(0, 2, 3, 1).flatten(1, 2)], dim=1)
+    return torch.cat([embedding[:, :prefix_tokens], grid.permute(0, 2, 3, 1).flatten(1, 2)], dim=1)
 
 
 def load_weights(

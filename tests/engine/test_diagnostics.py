@@ -99,3 +99,15 @@ def test_pair_similarity_is_l_sim_for_matching_pairs():
 def test_a_single_image_has_no_shuffled_pairs():
     batch = {"inputs": (tiny.images(1), *tiny.text([9, 4])), "packed": True}
     assert pair_similarity(tiny.nlvr(PruningRule(keep="instance"), layers=2).eval(), [batch], forward, SETTING, pairs) == {}
+
+
+def test_where_there_is_no_class_token_its_term_is_in_no_comparison():
+    """Images of SigLIP, by the terms cls and token: without the token term nothing is left to choose by."""
+    model = tiny.siglip(PruningRule(keep="instance", terms=("cls", "token")))
+    inputs = {"inputs": tiny.pairs("siglip", [9, 4, 12]), "packed": True}
+
+    def encode(model, batch, setting):
+        return model.encode_image(batch["inputs"][0], Guidance(setting, packed=True))
+
+    found = decisions(model, [inputs], encode, SETTING)
+    assert "changed_without_token" not in found and 0 < found["changed_redrawn"] <= 1

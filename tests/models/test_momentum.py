@@ -203,7 +203,9 @@ def test_the_closed_form_is_what_fvcore_counts(kind, setting):
     closed = float(sum(parts.values()))
     assert closed == pytest.approx(sum(fvcore_gflops(model, inputs, Guidance(setting)).values()), rel=1e-9)
     dense = float(sum(model.costs(*inputs)[0].values()))
-    assert float(deployment) < closed / 2 and (closed == dense if setting is OFF else closed < dense)
+    momentum = float(parts["image_momentum"] + parts["text_momentum"])
+    assert float(deployment) < (closed - momentum if kind == "siglip" else closed / 2)  # whose momentum encoders here prune harder
+    assert closed == dense if setting is OFF else closed < dense
     if setting is OFF:
         assert model.reference_gflops(11) == pytest.approx(closed, rel=1e-9)
 
@@ -220,7 +222,8 @@ def test_a_pair_costs_in_a_batch_what_it_costs_alone(kind, setting):
             parts_alone, deployment_alone = model.costs(*one, guidance=Guidance(setting, packed=packed))
             assert {name: float(part[i]) for name, part in parts.items()} == {k: float(v) for k, v in parts_alone.items()}
             assert float(deployment[i]) == float(deployment_alone)
-        assert len(set(deployment.tolist())) == len(LENGTHS)
+        alike = kind == "siglip" and setting is OFF  # texts of one length, whatever they say
+        assert len(set(deployment.tolist())) == (1 if alike else len(LENGTHS))
 
 
 @KINDS

@@ -59,7 +59,8 @@ def gather(rank: int, name: str) -> dict:
 def one_pair(kind: str, number: int) -> tuple[Tensor, Tensor, Tensor]:
     """Returns one pair of a batch of two, its text without padding."""
     images, ids, mask = (part[number : number + 1] for part in tiny.pairs(kind, PAIRS))
-    return images, ids[:, : PAIRS[number]], mask[:, : PAIRS[number]]
+    length = int(mask.sum())
+    return images, ids[:, :length], mask[:, :length]
 
 
 def step(rank: int, kind: str, form: str) -> dict:

@@ -96,6 +96,14 @@ def test_other_libraries_are_timed_beside(run):
     assert [row["method"] for row in rows[:3]] == ["dense", "transformers", "madtp"]
 
 
+def test_siglips_image_encoder_is_timed_as_well(run, monkeypatch):
+    siglip = CLIP.replace("clip: {", "clip: {family: siglip, vision_hidden: 100, ").replace("embed_dim: 8", "embed_dim: 32")
+    monkeypatch.setitem(FILES, "retrieval_clip", siglip)
+    rows = run("--task", "retrieval_clip", "--p", "0.3", "--against", "dense,transformers", "--batch-sizes", "1")
+    assert [row["method"] for row in rows] == ["dense", "transformers", "madtp"] and rows[0]["keep"] == [64] * 3
+    assert rows[2]["p"] == pytest.approx(0.3, abs=0.04)
+
+
 @pytest.mark.parametrize("task", ["nlvr", "vit", "block", "retrieval_clip"])
 def test_a_metered_pass_is_timed_beside_each_pruned_one(run, task):
     _, first, metered, second, also_metered = run("--task", task, "--p", "0.2,0.3", "--metered", "--batch-sizes", "2")

@@ -8,14 +8,14 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file
-from transformers import AutoTokenizer, BlipProcessor, CLIPModel, CLIPProcessor
+from transformers import AutoProcessor, AutoTokenizer, BlipProcessor, CLIPModel, CLIPProcessor, SiglipModel
 
 from clip.tokenizer import load_clip_tokenizer
 from configs.folder import CLASSES
 from data.text import load_tokenizer
 from models.weights import blip, clip
 from models.weights.reading import read_checkpoint
-from tests.folders import DEC, VOCABULARY, blip_folder, clip_folder, pictures
+from tests.folders import DEC, VOCABULARY, blip_folder, clip_folder, pictures, siglip_folder
 from tests.tiny_run import write_run
 from tools import convert_checkpoint
 from utils import UserError
@@ -89,6 +89,27 @@ def test_transformers_answers_alike_with_a_folder_that_came_back(task, tmp_path,
         ours, theirs = (model(**inputs) for model in (again, other))
         ours, theirs = (out.itm_score if task == "retrieval" else out.logits for out in (ours, theirs))
     assert torch.equal(ours, theirs)
+
+
+@torch.no_grad()
+def test_a_folder_of_siglip_comes_back_from_a_file(tmp_path, convert):
+    other = siglip_folder(tmp_path / "there")
+    said = convert(tmp_path / "there", "madtp", tmp_path / "x.pth")
+    assert 'clip: {"family": "siglip", ' in said and "image_size" not in said
+    convert(tmp_path / "x.pth", "transformers", tmp_path / "back", "--tokenizer", tmp_path / "there")
+    assert_same(load_file(tmp_path / "back/model.safetensors"), load_file(tmp_path / "there/model.safetensors"))
+    again, processor = SiglipModel.from_pretrained(tmp_path / "back").eval(), AutoProcessor.from_pretrained(tmp_path / "back")
+    words = processor.tokenizer(["a red star", "a star"], padding="max_length", max_length=10, return_tensors="pt")["input_ids"]
+    inputs = {"pixel_values": pictures(2), "input_ids": words}
+    assert torch.equal(again(**inputs).logits_per_text, other(**inputs).logits_per_text)
+    assert list(processor.image_processor.image_mean) == [0.5, 0.5, 0.5]
+
+
+@pytest.mark.parametrize("to", ["openai", "open_clip", "blip"])
+def test_siglip_has_two_formats(to, tmp_path, convert):
+    siglip_folder(tmp_path / "there")
+    with pytest.raises(UserError, match="is a SigLIP; give transformers or madtp"):
+        convert(tmp_path / "there", to, tmp_path / "x.pth")
 
 
 @pytest.mark.parametrize("task", ["retrieval", "caption"])

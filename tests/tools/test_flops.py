@@ -67,6 +67,8 @@ TINY = {
     "vqa": f"task: vqa{BLIP}{PRUNED}",
 }
 EACH_TASK = pytest.mark.parametrize("task", TINY)
+SIGLIP = TINY["retrieval_clip"].replace("{patch_size", "{family: siglip, vocab_size: 90, vision_hidden: 40, patch_size")
+SIGLIP = SIGLIP.replace("embed_dim: 8", "context_length: 20, embed_dim: 24") + "max_text_tokens: 20\n"
 
 
 @pytest.fixture
@@ -92,6 +94,12 @@ def test_the_tool_reports_both_counts(report, task, temperature):
     assert sum(found["by_module"].values()) == pytest.approx(gflops["closed_form"])
     assert 0 < gflops["deployment"] < gflops["closed_form"] or not task.startswith("retrieval")
     assert found["temperature"] == (temperature and float(temperature))
+
+
+@pytest.mark.parametrize("temperature", [None, "5"])
+def test_a_siglip_is_counted_without_its_tokenizer(report, temperature):
+    gflops = report(SIGLIP, *(("--temperature", temperature) if temperature else ()))["gflops"]
+    assert gflops["fvcore"] == pytest.approx(gflops["closed_form"], rel=1e-9)
 
 
 @pytest.mark.parametrize("inference", ["rank", "generate"])

@@ -6,6 +6,7 @@ import torch
 from PIL import Image
 
 from configs.schema import Augment
+from configs.sizes import Pictures
 from transform.images import MEAN, STD, eval_transform, keeps_truth, train_transform
 
 OFF = Augment(crop_scale=(1, 1), flip=False, randaugment=False)
@@ -29,6 +30,19 @@ def test_a_picture_of_the_right_size_is_only_normalised(picture: Image.Image) ->
 def test_other_sizes_are_resized_bicubically(picture: Image.Image) -> None:
     resized = picture.resize((48, 48), Image.Resampling.BICUBIC)
     torch.testing.assert_close(eval_transform(48)(picture), plain(resized))
+
+
+def test_the_keys_of_pictures_normalise_and_resize(picture: Image.Image) -> None:
+    keys = Pictures(mean=(0.5, 0.4, 0.3), std=(0.5, 0.25, 0.2), resample="bilinear")
+    resized = picture.resize((48, 48), Image.Resampling.BILINEAR)
+    pixels = torch.from_numpy(np.array(resized)).permute(2, 0, 1) / 255
+    expected = (pixels - torch.tensor(keys.mean)[:, None, None]) / torch.tensor(keys.std)[:, None, None]
+    for transform in (eval_transform(48, pictures=keys), train_transform(48, OFF, pictures=keys)):
+        torch.testing.assert_close(transform(picture), expected)
+    crops = Augment(crop_scale=(0.2, 0.3), flip=False, randaugment=False)
+    found = train_transform(48, crops, pictures=keys)(picture) * torch.tensor(keys.std)[:, None, None]
+    found += torch.tensor(keys.mean)[:, None, None]
+    assert found.min() > -1e-5 and found.max() < 1 + 1e-5
 
 
 def test_half_of_the_pictures_are_mirrored_and_none_that_may_not(picture: Image.Image) -> None:

@@ -173,7 +173,7 @@ def timm_method(args: argparse.Namespace, device: torch.device) -> Method:
 
 
 def transformers_method(args: argparse.Namespace, device: torch.device) -> Method:
-    from transformers import CLIPVisionConfig, CLIPVisionModel, ViTConfig, ViTModel
+    from transformers import CLIPVisionConfig, CLIPVisionModel, SiglipVisionConfig, SiglipVisionModel, ViTConfig, ViTModel
 
     config = dense_config(args)
     if args.task == "vit":
@@ -186,12 +186,14 @@ def transformers_method(args: argparse.Namespace, device: torch.device) -> Metho
         return foreign("transformers", ViTModel(settings, add_pooling_layer=False), device)
     if args.task == "retrieval_clip":
         size = config.clip
-        settings = CLIPVisionConfig(
-            hidden_size=size.vision_width, num_hidden_layers=size.vision_layers, num_attention_heads=size.vision_heads,
-            intermediate_size=MLP_RATIO * size.vision_width, image_size=config.image_size, patch_size=size.patch_size,
-            projection_dim=size.embed_dim, attn_implementation="sdpa",
-        )  # fmt: skip
-        return foreign("transformers", CLIPVisionModel(settings), device)
+        shared = {
+            "hidden_size": size.vision_width, "num_hidden_layers": size.vision_layers, "num_attention_heads": size.vision_heads,
+            "intermediate_size": size.vision_hidden or MLP_RATIO * size.vision_width, "image_size": config.image_size,
+            "patch_size": size.patch_size, "attn_implementation": "sdpa",
+        }  # fmt: skip
+        if size.family == "siglip":
+            return foreign("transformers", SiglipVisionModel(SiglipVisionConfig(**shared)), device)
+        return foreign("transformers", CLIPVisionModel(CLIPVisionConfig(**shared, projection_dim=size.embed_dim)), device)
     raise UserError(
         f"--against transformers: has no model for task {args.task}; compare image encoders with --task vit or retrieval_clip"
     )

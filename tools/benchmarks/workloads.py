@@ -11,7 +11,6 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from clip.model import ClipSize, VisionTower
 from configs.schema import ClipRetrievalConfig, NlvrConfig
 from madtp.attention.attend import recomputes_scores
 from madtp.blocks import AlignedModel, Encoded, Guidance, TowerRecord, block_flops, run_blocks
@@ -19,6 +18,7 @@ from madtp.flops import GIGA
 from madtp.packing import pack
 from models.blip_nlvr import REFERENCE_TEXT_TOKENS, BlipNlvr
 from models.build import learnable_tokens, pruner_factory
+from models.clip_retrieval import FAMILIES, clip_size
 
 Inputs = tuple[Tensor, ...]
 Forward = Callable[[], object]
@@ -107,7 +107,7 @@ class Image(Nlvr):
 
 
 class ClipImage(Image):
-    """The workload of CLIP's image encoder alone, on an image."""
+    """The workload of the image encoder of CLIP or SigLIP alone, on an image."""
 
     config, path = ClipRetrievalConfig, Path("configs/retrieval_flickr_clip.yaml")
 
@@ -115,7 +115,7 @@ class ClipImage(Image):
     def built(config: ClipRetrievalConfig) -> AlignedModel:
         """Builds only the image tower: at real size, the parts that only training needs would take three gigabytes."""
         model = AlignedModel()
-        model.visual = VisionTower(ClipSize(config.image_size, **config.clip.model_dump()), pruner_factory(config))
+        model.visual = FAMILIES[config.clip.family].image_tower(clip_size(config, 1), pruner_factory(config))
         model.init_learnable_tokens(learnable_tokens(config))
         return model
 

@@ -57,6 +57,8 @@ def deployed(checkpoint: Path, config: Path | None, task: str | None) -> Deploym
     dense = "temperature" not in saved and "space_dict" not in saved["model"]
     rule = {"p": 0.0} if dense else saved_rule(saved)
     named = load_any_config(path, rule, task)
+    if named.task == "retrieval_clip" and named.clip.family == "siglip":
+        raise UserError(f"{checkpoint}: a SigLIP, which is not exported to onnx or openvino; give --format safetensors")
     if is_authors(saved) or not named.uncompressed and (named.method, named.variant) != ("dtp", "paper"):
         raise UserError(
             f"{checkpoint}: fixed numbers of tokens are for method dtp, variant paper; this is {named.method}, {named.variant}"

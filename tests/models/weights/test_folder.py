@@ -5,11 +5,11 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import CLIPTokenizer
+from transformers import CLIPTokenizer, SiglipModel
 
 from models.weights.reading import read_checkpoint
 from tasks.registry import TASKS, build_model, load_any_config
-from tests.folders import DEC, ENC, blip_folder, changed, clip_folder, pictures
+from tests.folders import DEC, ENC, SIGLIP_LENGTH, blip_folder, changed, clip_folder, pictures, siglip_folder
 from utils import UserError
 
 WRITTEN = ["a red star and a star", "a star and a red a", "star star a star red red"]  # of as many words, so without padding
@@ -98,6 +98,35 @@ def test_clips_features_and_tokens_are_those_there(tmp_path, activation):
     expected = other(input_ids=ids, attention_mask=mask, pixel_values=images)
     torch.testing.assert_close(model.encode_image(images).feature, expected.image_embeds, atol=1e-5, rtol=0)
     torch.testing.assert_close(model.encode_text(ids).feature, expected.text_embeds, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@torch.no_grad()
+def test_siglips_features_are_those_there(tmp_path, dtype):
+    siglip_folder(tmp_path).to(dtype).save_pretrained(tmp_path)
+    other = SiglipModel.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    model, tokenizer, config = opened(tmp_path, "retrieval_clip")
+    ids, images = tokenizer(WRITTEN, max_length=config.max_text_tokens)["input_ids"], pictures(3)
+    assert ids.shape == (3, SIGLIP_LENGTH)
+    expected = other(input_ids=ids, pixel_values=images)
+    torch.testing.assert_close(model.encode_image(images).feature, expected.image_embeds, atol=1e-5, rtol=0)
+    torch.testing.assert_close(model.encode_text(ids).feature, expected.text_embeds, atol=1e-5, rtol=0)
+    assert float(model.contrastive_temperature) == pytest.approx(float((-other.logit_scale).exp()))
+
+
+def test_a_siglip_that_lacks_a_weight_or_has_one_more_is_refused(tmp_path):
+    siglip_folder(tmp_path)
+    whole = load_file(tmp_path / "model.safetensors")
+    for name, said in (
+        ("vision_model.head.probe", "lacks visual.pool.probe"),
+        ("text_model.encoder.layers.0.self_attn.k_proj.weight", "lacks text_model.encoder.layers.0.self_attn.k_proj.weight"),
+    ):
+        save_file({key: tensor for key, tensor in whole.items() if key != name}, tmp_path / "model.safetensors")
+        with pytest.raises(UserError, match=said):
+            opened(tmp_path, "retrieval_clip")
+    save_file({**whole, "vision_model.head.extra": torch.ones(1)}, tmp_path / "model.safetensors")
+    with pytest.raises(UserError, match="holds visual.pool.extra, which this model does not have"):
+        opened(tmp_path, "retrieval_clip")
 
 
 def test_weights_in_several_files_are_read_together(tmp_path):
