@@ -104,7 +104,7 @@ def in_file(args: argparse.Namespace, part: Part, example: Inputs) -> tuple[Call
         if args.precision == "int8":
             exact, path = path, path.with_stem(f"{part.name}_int8")
             if args.engine == "openvino":
-                quantise_openvino(exact, path, part.inputs, samples)
+                quantise_openvino(exact, path, part, samples)
             else:
                 quantise_onnx(exact, path)
         engine = opened_engine(path, args.precision)

@@ -1,6 +1,7 @@
 """The folder of an exported model: its files, what deployment.json says of them, and models that run the files for a task."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -121,6 +122,10 @@ class Exported:
 
     def __init__(self, counted: nn.Module, described: Description, engines: dict[str, Engine]):
         self.counted, self.described, self.engines = counted, described, engines
+
+    @property
+    def branches(self) -> Mapping[str, nn.ModuleList]:
+        return self.counted.branches
 
     def record(self, branch: str, tokens: Tensor) -> TowerRecord:
         """Returns the record of samples that enter a branch with `tokens` (B,) tokens."""

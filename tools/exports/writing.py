@@ -7,10 +7,12 @@ import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from madtp.rule import OFF
 from tasks.task import Inputs
 from tools.exports.engines import SUFFIXES, Engine, needed, opened_engine
 from tools.exports.parts import Part
@@ -19,6 +21,7 @@ from utils import UserError
 TOLERANCE = 1e-4  # largest deviation from PyTorch in fp32, relative to the largest value of a sample's output
 ROUNDING = 1e-6  # relative size of a change of the inputs that is no more than rounding
 TRIES = 4  # of such changes
+MOVING = ("Transpose", "Reshape", "Convert")  # layers of OpenVINO that move or convert values alone
 LARGEST = 2**30  # bytes of weights in an .onnx file; more lie beside it, because its format ends at 2 GiB
 
 
@@ -81,16 +84,47 @@ def quantise_onnx(source: Path, path: Path) -> None:
         )  # fmt: skip
 
 
-def quantise_openvino(source: Path, path: Path, names: Sequence[str], samples: Sequence[Inputs]) -> None:
-    """Quantises weights and activations by NNCF, with the ranges that activations take on `samples`, inputs of the part."""
+def quantise_openvino(source: Path, path: Path, part: Part, samples: Sequence[Inputs]) -> None:
+    """Quantises weights and activations by NNCF, with the ranges that activations take on `samples`, inputs of the part.
+
+    In a model that prunes, the products that decide which tokens stay are left in full precision.
+    """
     nncf, openvino = needed("nncf"), needed("openvino")
     nncf.set_log_level(logging.ERROR)
-    dataset = nncf.Dataset(list(samples), lambda batch: {name: part.numpy() for name, part in zip(names, batch, strict=True)})
+    dataset = nncf.Dataset(list(samples), lambda batch: {name: each.numpy() for name, each in zip(part.inputs, batch, strict=True)})
+    model, guidance = openvino.Core().read_model(source), part.module.guidance
+    exact = [] if guidance.setting == OFF else deciding_products(model, guidance.learnable_tokens)
     with quiet():
         model = nncf.quantize(
-            openvino.Core().read_model(source), dataset, model_type=nncf.ModelType.TRANSFORMER, subset_size=len(samples)
-        )
+            model, dataset, model_type=nncf.ModelType.TRANSFORMER, subset_size=len(samples),
+            ignored_scope=nncf.IgnoredScope(names=exact),
+        )  # fmt: skip
         openvino.save_model(model, path, compress_to_fp16=False)
+
+
+def deciding_products(model: Any, learnable_tokens: Tensor | None) -> list[str]:
+    """Returns the names of an OpenVINO model's products that the scores of tokens come from.
+
+    These are products of two activations, of which the attention map is one, and those with the learnable tokens.
+    """
+    learnable = None if learnable_tokens is None else learnable_tokens.detach().cpu().numpy()
+    found = []
+    for node in model.get_ordered_ops():
+        if node.get_type_name() != "MatMul":
+            continue
+        factors = [each for each in map(_constant, node.input_values()) if each is not None]
+        same = [each.shape == learnable.shape and (each == learnable).all() for each in factors if learnable is not None]
+        if not factors or any(same):
+            found.append(node.get_friendly_name())
+    return found
+
+
+def _constant(value: Any) -> Any | None:
+    """Returns the array of a constant, also behind layers that only move its values; None for what depends on the input."""
+    node = value.get_node()
+    while node.get_type_name() in MOVING:
+        node = node.input_value(0).get_node()
+    return node.data if node.get_type_name() == "Constant" else None
 
 
 @contextlib.contextmanager
@@ -135,7 +169,7 @@ def write(part: Part, kind: str, int8: bool, folder: Path, samples: Sequence[Inp
         if not int8:
             return path, checked, None
         if kind == "openvino":
-            quantise_openvino(exact, path, part.inputs, samples)
+            quantise_openvino(exact, path, part, samples)
         else:
             quantise_onnx(exact, path)
     return path, checked, check(part, opened_engine(path, "int8"), samples)

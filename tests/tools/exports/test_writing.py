@@ -3,12 +3,13 @@
 import importlib
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
 from tools.exports import writing
 from tools.exports.engines import instruction_sets, needed
-from tools.exports.writing import Check, check, deviation, is_decided
+from tools.exports.writing import Check, check, deciding_products, deviation, is_decided
 from utils import UserError
 
 
@@ -79,3 +80,41 @@ def test_a_missing_package_is_named_with_what_to_install(monkeypatch, package, e
 
 def test_instruction_sets_are_names():
     assert all(name == name.lower() or name.isupper() for name in instruction_sets())
+
+
+class Node:
+    """An operator of an OpenVINO model, as far as the search for products looks at it."""
+
+    def __init__(self, name: str, kind: str, *inputs: "Node", data: np.ndarray | None = None):
+        self.name, self.kind, self.inputs, self.data = name, kind, inputs, data
+
+    def get_node(self) -> "Node":
+        return self
+
+    def get_type_name(self) -> str:
+        return self.kind
+
+    def get_friendly_name(self) -> str:
+        return self.name
+
+    def input_values(self) -> tuple["Node", ...]:
+        return self.inputs
+
+    def input_value(self, index: int) -> "Node":
+        return self.inputs[index]
+
+
+def test_products_that_decide_are_those_of_activations_and_those_with_the_learnable_tokens():
+    learnable, weight = torch.randn(4, 3), np.ones((4, 3), dtype=np.float32)
+    tokens, layer = Node("tokens", "Parameter"), Node("weight", "Constant", data=weight)
+    constant = Node("learnable", "Constant", data=learnable.numpy())
+    operators = [
+        Node("linear", "MatMul", tokens, layer),
+        Node("transposed linear", "MatMul", tokens, Node("moved", "Transpose", layer, Node("order", "Constant"))),
+        Node("map", "MatMul", tokens, Node("keys", "Transpose", tokens, Node("order", "Constant"))),
+        Node("alignment", "MatMul", tokens, constant),
+        Node("sum", "Add", tokens, tokens),
+    ]
+    model = SimpleNamespace(get_ordered_ops=lambda: operators)
+    assert deciding_products(model, learnable) == ["map", "alignment"]
+    assert deciding_products(model, None) == ["map"]
