@@ -19,7 +19,7 @@ setup: .venv/.installed
 .venv/.installed .venv-oldest/.installed: pyproject.toml
 	@test -n "$(PYTHON)" || { echo "error: no Python 3.10, 3.11 or 3.12 found; install one" >&2; exit 2; }
 	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
-	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check $(CONSTRAINTS) -e ".[all,dev]"
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check $(CONSTRAINTS) -e ".[all,onnx,dev]"
 	touch $@
 
 demo: setup

@@ -74,14 +74,20 @@ def write_openvino(onnx: Path, path: Path) -> None:
 def quantise_onnx(source: Path, path: Path) -> None:
     """Quantises weights ahead and activations as the file runs (onnxruntime's dynamic quantisation), per channel."""
     needed("onnxruntime")
+    onnx = needed("onnx")
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
+    model = onnx.load(source, load_external_data=False)
+    del model.graph.value_info[:]  # shapes that PyTorch 2.7 writes can contradict those that quantisation infers
+    bare = source.with_name(f"{source.stem}_bare.onnx")  # beside the source, whose .data file it names
+    onnx.save(model, bare)
     large = source.stat().st_size + sum(each.stat().st_size for each in source.parent.glob(f"{source.name}.data")) > LARGEST
     with quiet():
         quantize_dynamic(
-            source, path, op_types_to_quantize=["MatMul", "Gemm"], weight_type=QuantType.QInt8, per_channel=True,
+            bare, path, op_types_to_quantize=["MatMul", "Gemm"], weight_type=QuantType.QInt8, per_channel=True,
             use_external_data_format=large,
         )  # fmt: skip
+    bare.unlink()
 
 
 def quantise_openvino(source: Path, path: Path, part: Part, samples: Sequence[Inputs]) -> None:
