@@ -31,5 +31,5 @@ def test_the_defaults_are_those_that_the_comparison_gives():
     config = NlvrConfig()
     assert (config.variant, config.mag_projection, config.gradient, config.keep) == ("paper", "auto", "none", "max")
     assert learnable_tokens(config) == (100, 768, 0.02)
-    assert (config.prune_from, config.ramp_epochs, config.sim_weight) == (0, None, 0.1)
+    assert (config.prune_from, config.prune_every, config.ramp_epochs, config.sim_weight) == (0, 1, None, 0.1)
     assert RetrievalConfig().sim_weight == 0.1 and NlvrConfig(variant="released").gradient == "merge"
