@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -119,8 +120,8 @@ def deciding_products(model: Any, learnable_tokens: Tensor | None) -> list[str]:
         if node.get_type_name() != "MatMul":
             continue
         factors = [each for each in map(_constant, node.input_values()) if each is not None]
-        same = [each.shape == learnable.shape and (each == learnable).all() for each in factors if learnable is not None]
-        if not factors or any(same):
+        aligns = learnable is not None and any(np.array_equal(each, way) for each in factors for way in (learnable, learnable.T))
+        if not factors or aligns:
             found.append(node.get_friendly_name())
     return found
 

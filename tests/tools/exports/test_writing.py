@@ -113,8 +113,9 @@ def test_products_that_decide_are_those_of_activations_and_those_with_the_learna
         Node("transposed linear", "MatMul", tokens, Node("moved", "Transpose", layer, Node("order", "Constant"))),
         Node("map", "MatMul", tokens, Node("keys", "Transpose", tokens, Node("order", "Constant"))),
         Node("alignment", "MatMul", tokens, constant),
+        Node("folded alignment", "MatMul", tokens, Node("turned", "Constant", data=learnable.numpy().T)),
         Node("sum", "Add", tokens, tokens),
     ]
     model = SimpleNamespace(get_ordered_ops=lambda: operators)
-    assert deciding_products(model, learnable) == ["map", "alignment"]
+    assert deciding_products(model, learnable) == ["map", "alignment", "folded alignment"]
     assert deciding_products(model, None) == ["map"]
