@@ -3,17 +3,28 @@
 B images, M image tokens, L text tokens, K learnable tokens, D their channels.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from madtp.alignment import Alignment, aligned_features, alignment_loss, token_attention
 from madtp.blocks import UNPRUNED, AlignedModel, Guidance, TowerRecord, dense_record
 from madtp.flops import GIGA
-from madtp.packing import Valid, padded
+from madtp.packing import Packed, Valid, padded
 from models.bert import BertSize
-from models.decoder import IGNORED, decoder_flops, generation_flops, text_decoder, written_lengths
+from models.decoder import (
+    IGNORED,
+    decode_packed,
+    decoder_flops,
+    generation_flops,
+    packed_next_tokens,
+    predicting,
+    text_decoder,
+    written_lengths,
+)
 from models.vit import VisionTransformer
 
 REFERENCE_TEXT_TOKENS = 15  # of the caption with which the paper counts 65.72 GFLOPs
@@ -22,7 +33,9 @@ REPETITION_PENALTY = 1.1  # of words already drawn, where captions are sampled
 
 @dataclass
 class CaptionOutput:
-    """losses: "task", of the next tokens, the prompt's left out, and with alignment features "similarity"; logits (B, L, words)."""
+    """losses: "task", of the next tokens, the prompt's left out, and with alignment features "similarity"
+    logits: (B, L, words); of a packed pass (P, words), of the P tokens alone that predict a next one
+    """
 
     losses: dict[str, Tensor]
     logits: Tensor
@@ -64,7 +77,7 @@ class BlipCaption(AlignedModel):
 
     @property
     def answer_head(self) -> nn.Module:
-        return self.text_decoder
+        return self.text_decoder.cls
 
     def encode(self, images: Tensor, guidance: Guidance = UNPRUNED) -> tuple[Tensor, Valid, TowerRecord]:
         """Encodes images (B, 3, H, W) into padded tokens (B, M, C), their mask or None, and the record."""
@@ -86,14 +99,32 @@ class BlipCaption(AlignedModel):
             images: (B, 3, H, W).
             input_ids, attention_mask: (B, L), the captions behind their prompt, [DEC] first, [SEP] last.
         """
-        *image, record = self.encode(images, guidance)
-        output = self.decode(*image, input_ids, attention_mask, guidance.align)
-        losses = {"task": output.loss}
+        tokens, layout, record = self.visual_encoder(images, self.guided(guidance))
+        if isinstance(layout, Packed):
+            loss, logits, entering = self._decode_packed(tokens, layout, input_ids, attention_mask, guidance.align)
+        else:
+            output = self.decode(tokens, layout, input_ids, attention_mask, guidance.align)
+            loss, logits, entering = output.loss, output.logits, output.hidden_states[:-1] if guidance.align else ()
+        losses = {"task": loss}
         if guidance.align:
-            language = self._aligned(output.hidden_states[:-1], attention_mask)
+            language = self._aligned(entering, attention_mask)
             groups = torch.arange(len(language), device=language.device)
             losses["similarity"] = alignment_loss(record.features, language, groups, guidance.negatives)
-        return CaptionOutput(losses, output.logits, record)
+        return CaptionOutput(losses, logits, record)
+
+    def _decode_packed(
+        self, tokens: Tensor, layout: Packed, input_ids: Tensor, attention_mask: Tensor, hidden_states: bool
+    ) -> tuple[Tensor, Tensor, Sequence[Tensor]]:
+        """Returns the next-token loss, the logits, and with `hidden_states` the tokens that enter each layer, padded (B, L, C).
+
+        tokens: (T, C), with their layout. The last token of each caption predicts nothing and is read for `hidden_states` alone.
+        """
+        says = predicting(attention_mask, len(self.prompt))
+        read = attention_mask.bool() if hidden_states else predicting(attention_mask)
+        states, texts = decode_packed(self.text_decoder, input_ids, read, tokens, layout)
+        logits, losses = packed_next_tokens(self.text_decoder, input_ids, says, states[-1], texts)
+        entering = [F.pad(texts.pad(x), (0, 0, 0, input_ids.shape[1] - texts.longest)) for x in states[:-1] if hidden_states]
+        return losses.sum() / len(logits), logits, entering
 
     def decode(self, tokens: Tensor, valid: Valid, input_ids: Tensor, attention_mask: Tensor, hidden_states: bool = False):
         """Returns the decoder's output, with the next-token loss, for captions of encoded images.
@@ -111,7 +142,7 @@ class BlipCaption(AlignedModel):
             output_hidden_states=hidden_states,
         )
 
-    def _aligned(self, entering: tuple[Tensor, ...], attention_mask: Tensor) -> Tensor:
+    def _aligned(self, entering: Sequence[Tensor], attention_mask: Tensor) -> Tensor:
         """Sums E_l (B, K, D) of the tokens that enter the decoder's layers (Eq. 3) over the layers; [DEC] is left out."""
         valid, features = attention_mask[:, 1:].bool(), []
         for alignment, tokens in zip(self.decoder_alignment, entering, strict=True):

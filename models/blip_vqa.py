@@ -14,14 +14,17 @@ from torch import Tensor, nn
 from madtp.alignment import alignment_loss
 from madtp.blocks import UNPRUNED, AlignedModel, Guidance, TowerRecord, dense_record
 from madtp.flops import GIGA
-from madtp.packing import Layout, padded
+from madtp.packing import Layout, pack, padded
 from models.bert import BertSize, TextEncoder
 from models.decoder import (
     IGNORED,
+    decode_packed,
     decoder_flops,
     generation_flops,
     key_flops,
     log_likelihoods,
+    packed_next_tokens,
+    predicting,
     text_decoder,
     written_lengths,
 )
@@ -49,7 +52,7 @@ class Question:
 class VqaOutput:
     """answer_losses: (A,), summed over tokens
     similarity: L_sim, None without alignment features
-    logits: (A, M, words)
+    logits: (A, M, words); of a packed pass (P, words), of the P tokens alone that predict a next one
     """
 
     answer_losses: Tensor
@@ -91,7 +94,7 @@ class BlipVqa(AlignedModel):
 
     @property
     def answer_head(self) -> nn.Module:
-        return self.text_decoder
+        return self.text_decoder.cls
 
     @property
     def branches(self) -> dict[str, nn.ModuleList]:
@@ -145,7 +148,8 @@ class BlipVqa(AlignedModel):
             answer_counts: (B,) answers of each question; they sum to A.
         """
         question = self.encode(images, question_ids, question_mask, guidance)
-        losses, logits = self.answer(question, answer_ids, answer_mask, answer_counts)
+        answer = self.answer_packed if guidance.packed else self.answer
+        losses, logits = answer(question, answer_ids, answer_mask, answer_counts)
         similarity = None
         if guidance.align:
             vision, language = question.vision.features, question.language.features
@@ -157,6 +161,21 @@ class BlipVqa(AlignedModel):
         logits = self._decode(question, answer_ids, answer_mask, answer_counts).logits
         targets = answer_ids.masked_fill(answer_mask == 0, IGNORED)[:, 1:]
         return next_token_losses(logits, targets, self.text_decoder.label_smoothing), logits
+
+    def answer_packed(
+        self, question: Question, answer_ids: Tensor, answer_mask: Tensor, answer_counts: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Returns the same losses, and the logits (P, words) of the P tokens that predict a next one.
+
+        Padding is left out, and so is the last token of each answer. All answers to a question share its keys and values.
+        """
+        answered = slice(0, len(answer_counts))
+        source, layout = pack(question.tokens[answered], question.valid[answered])
+        layout = replace(layout, readers=tuple(answer_counts.tolist()))
+        says = predicting(answer_mask)
+        states, texts = decode_packed(self.text_decoder, answer_ids, says, source, layout)
+        logits, losses = packed_next_tokens(self.text_decoder, answer_ids, says, states[-1], texts)
+        return losses, logits
 
     def _decode(self, question: Question, answer_ids: Tensor, answer_mask: Tensor, counts: Tensor | None = None):
         """Runs the decoder.

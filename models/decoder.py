@@ -1,9 +1,10 @@
 """BLIP's text decoder for captioning and question answering: transformers' decoder with the mask that it drops, and its cost.
 
-S texts, L text tokens, M tokens of the source that a text reads (an image or a question), C channels.
+S texts, L text tokens, M tokens of the source that a text reads (an image or a question), C channels, T tokens of packed texts.
 """
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +14,8 @@ from transformers import BlipTextConfig
 from transformers.models.blip.modeling_blip_text import BlipTextLMHeadModel, BlipTextSelfAttention
 
 from madtp import flops
+from madtp.attention.attend import Causal, attend
+from madtp.packing import Packed, pack
 from models.bert import NORM_EPS, BertSize
 
 IGNORED = -100  # target of a token that is left out of the loss
@@ -73,6 +76,57 @@ def predicting(mask: Tensor, given: int = 1) -> Tensor:
     says = F.pad(mask[:, 1:].bool(), (0, 1))
     says[:, : given - 1] = False
     return says
+
+
+def decode_packed(
+    decoder: BlipTextLMHeadModel, ids: Tensor, read: Tensor, source: Tensor, layout: Packed
+) -> tuple[list[Tensor], Packed]:
+    """Runs the decoder's layers on texts without padding; what they compute is the same.
+
+    Args:
+        ids, read: (S, L), and the tokens that are read, bool: the first ones of each text.
+        source, layout: packed tokens (T', C) that the texts read. Neighbouring texts share a source, whose keys and values are
+            computed once: as many texts each, or the `readers` of the layout.
+    Returns:
+        The tokens that enter each layer, and those that leave the last one, (T, C) each; their layout.
+    """
+    places = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
+    chosen, texts = pack(torch.stack([ids, places], dim=-1), read)
+    x = decoder.bert.embeddings(chosen[None, :, 0], chosen[None, :, 1])[0]
+    states = [x]
+    for layer in decoder.bert.encoder.layer:
+        x = layer.attention.output(_attended(layer.attention.self, x, x, texts, texts, "class_first"), x)
+        x = layer.crossattention.output(_attended(layer.crossattention.self, x, source, texts.joined(layout), layout), x)
+        x = layer.output(layer.intermediate(x), x)
+        states.append(x)
+    return states, texts
+
+
+def _attended(heads: Any, x: Tensor, source: Tensor, queries: Packed, keys: Packed, causal: Causal = None) -> Tensor:
+    """Computes an attention of the decoder on packed tokens: x (T, C), source (T', C) -> (T, C)."""
+    projected = heads.query(x), heads.key(source), heads.value(source)
+    dropout = heads.dropout.p if heads.training else 0.0
+    number = heads.num_attention_heads
+    return attend(*projected, number, queries, keys, dropout, causal=causal, training=heads.training)[0]
+
+
+def packed_next_tokens(
+    decoder: BlipTextLMHeadModel, ids: Tensor, says: Tensor, states: Tensor, texts: Packed
+) -> tuple[Tensor, Tensor]:
+    """Computes the logits of those tokens alone that predict a next one, and their losses.
+
+    Args:
+        ids, says: (S, L), and what `predicting` marks.
+        states, texts: (T, C) that left the last layer, and their layout.
+    Returns:
+        (P, words) logits, those of the first text first, and the losses of each text, (S,), summed over its tokens.
+    """
+    rows = texts.rows[says[:, : texts.longest]]
+    logits = decoder.cls(states.index_select(0, rows))
+    targets = ids.roll(-1, dims=1)[says]
+    losses = F.cross_entropy(logits.float(), targets, label_smoothing=decoder.label_smoothing, reduction="none")
+    owners = torch.arange(len(ids), device=ids.device).repeat_interleave(says.sum(dim=1), output_size=len(losses))
+    return logits, losses.new_zeros(len(ids)).index_add(0, owners, losses)
 
 
 def log_likelihoods(

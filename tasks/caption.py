@@ -124,10 +124,12 @@ class CaptionTask(Task[CaptionConfig]):
         return batch["image"], batch["input_ids"], batch["attention_mask"]
 
     def losses(self, model: nn.Module, batch: dict, setting: PruneSetting) -> dict[str, Tensor]:
-        named = model(*self.inputs(batch), self.training_guidance(setting, batch["epoch"])).losses
+        guidance = self.training_guidance(setting, batch["epoch"])
+        named = model(*self.inputs(batch), guidance).losses
         if self.teacher is not None:
-            said = predicting(batch["attention_mask"], given=len(self.prompt))
-            named |= self.teacher.losses(lambda teacher: teacher(*self.inputs(batch), self.guidance()), said)
+            said = None if guidance.packed else predicting(batch["attention_mask"], given=len(self.prompt))
+            taught = Guidance(packed=guidance.packed)  # both give logits of the same tokens
+            named |= self.teacher.losses(lambda teacher: teacher(*self.inputs(batch), taught), said)
         return named
 
     def forward(self, model: nn.Module, batch: dict, setting: PruneSetting) -> None:

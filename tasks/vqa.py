@@ -165,13 +165,15 @@ class VqaTask(Task[VqaConfig]):
         return one_sample(self.inputs(batch))
 
     def losses(self, model: nn.Module, batch: dict, setting: PruneSetting) -> dict[str, Tensor]:
-        output = model(*self.inputs(batch), self.training_guidance(setting, batch["epoch"]))
+        guidance = self.training_guidance(setting, batch["epoch"])
+        output = model(*self.inputs(batch), guidance)
         named = {"task": weighted_loss(output.answer_losses, batch["answer_weights"], len(batch["images"]))}
         if output.similarity is not None:
             named["similarity"] = output.similarity
         if self.teacher is not None:
-            said = predicting(batch["answer_mask"])
-            named |= self.teacher.losses(lambda teacher: teacher(*self.inputs(batch), self.guidance()), said)
+            said = None if guidance.packed else predicting(batch["answer_mask"])
+            taught = Guidance(packed=guidance.packed)  # both give logits of the same tokens
+            named |= self.teacher.losses(lambda teacher: teacher(*self.inputs(batch), taught), said)
         return named
 
     def forward(self, model: nn.Module, batch: dict, setting: PruneSetting) -> None:

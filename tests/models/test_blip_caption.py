@@ -11,6 +11,7 @@ from madtp.rule import OFF, PruneSetting, PruningRule
 from models import blip_caption
 from models.bert import BertSize
 from models.blip_caption import BlipCaption
+from models.decoder import predicting
 from models.vit import VisionTransformer
 from tests.tiny import with_lively_weights
 from tests.twin import transformers_twin
@@ -76,6 +77,27 @@ def test_the_decoders_alignment_is_a_plain_loop_over_layers_and_words():
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("align", [False, True])
+def test_packed_captions_have_the_losses_logits_and_gradients_of_padded_ones(align):
+    model = model_of(SMALL, PruningRule(keep="instance"))
+    images, ids, mask = batch(SMALL)
+    ids, mask = torch.cat([ids, ids[:, :1]], dim=1), torch.cat([mask, 0 * mask[:, :1]], dim=1)  # the longest is padded too
+    images = images * torch.tensor([0.2, 1, 3])[:, None, None, None]
+    found = {}
+    for packed in (False, True):
+        output = model(images, ids, mask, Guidance(PruneSetting(0.0), align=align, packed=packed))
+        model.zero_grad()
+        sum(output.losses.values()).backward()
+        gradients = {name: part.grad for name, part in model.named_parameters() if part.grad is not None}
+        found[packed] = output.losses, output.logits, gradients, output.vision.leaving[-1].tolist()
+    (losses, logits, gradients, left), (packed_losses, packed_logits, packed_gradients, packed_left) = found[False], found[True]
+    assert packed_left == left and len(set(left)) > 1  # the images are padded to one another
+    assert len(losses) == 1 + align
+    torch.testing.assert_close(packed_losses, losses, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(packed_logits, logits[predicting(mask, len(PROMPT))], atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(packed_gradients, gradients, atol=1e-5, rtol=1e-3)
+
+
 @pytest.mark.parametrize("size", [SMALL, LARGER])
 @torch.no_grad()
 def test_dense_equals_transformers(size):
@@ -124,10 +146,12 @@ def test_a_caption_is_the_same_alone_and_among_others():
     together = model(images, ids, mask, Guidance(setting, packed=True))
     written, record = model.generate(images, Guidance(setting, packed=True))
     assert len(set(record.leaving[-1].tolist())) > 1  # the decoder has padding to read
+    says = predicting(mask, len(PROMPT))
+    logits = together.logits.split(says.sum(dim=1).tolist())
     for i in (0, 1, 13, 26, 31):
         length = int(mask[i].sum())
         alone = model(images[i : i + 1], ids[i : i + 1, :length], mask[i : i + 1, :length], Guidance(setting))
-        torch.testing.assert_close(alone.logits[0], together.logits[i, :length], atol=5e-5, rtol=1e-5)
+        torch.testing.assert_close(alone.logits[0, says[i, :length]], logits[i], atol=5e-5, rtol=1e-5)
         by_itself = model.generate(images[i : i + 1], Guidance(setting))[0][0].tolist()
         assert written[i].tolist()[: len(by_itself)] == by_itself
 

@@ -11,6 +11,7 @@ from madtp.pruning import TokenPruner
 from madtp.rule import OFF, PruneSetting, PruningRule
 from models.bert import BertSize, CrossAttention, TextEncoder
 from models.blip_vqa import BlipVqa, Question
+from models.decoder import predicting
 from models.vit import VisionTransformer
 from tests.models.test_blip_caption import NAMES, SMALL
 from tests.tiny import with_lively_weights
@@ -127,6 +128,25 @@ def test_a_question_is_answered_alone_as_among_longer_ones(setting):
         assert chosen.tolist() == best[i : i + 1].tolist() and float(cost) == float(costs[i])
         by_itself = model.generate(alone.question)[0][0].tolist()
         assert written[i].tolist()[: len(by_itself)] == by_itself
+
+
+@pytest.mark.parametrize("counts", [[1, 3, 2], [6]])
+def test_packed_answers_have_the_losses_logits_and_gradients_of_padded_ones(counts):
+    model = model_of(SMALL, PruningRule(keep="instance"))
+    inputs, counts = questions(SMALL, [9, 4, 6][: len(counts)]), torch.tensor(counts)
+    answered, answer_mask = answers([3, 6, 4, 3, 7, 2])
+    weights = torch.linspace(0.2, 1, len(answered))
+    found = {}
+    for packed in (False, True):
+        output = model(*inputs, answered, answer_mask, counts, Guidance(PruneSetting(0.0), packed=packed))
+        model.zero_grad()
+        (weights * output.answer_losses).sum().backward()
+        gradients = {name: part.grad for name, part in model.named_parameters() if part.grad is not None}
+        found[packed] = output.answer_losses, output.logits, gradients
+    (losses, logits, gradients), (packed_losses, packed_logits, packed_gradients) = found[False], found[True]
+    torch.testing.assert_close(packed_losses, losses, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(packed_logits, logits[predicting(answer_mask)], atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(packed_gradients, gradients, atol=1e-5, rtol=1e-3)
 
 
 @torch.no_grad()

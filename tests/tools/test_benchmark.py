@@ -81,7 +81,7 @@ def test_a_keep_schedule_is_imposed_block_by_block(run):
     ]  # 1 + 64; then half of 64, a quarter of 33, and a merged one
 
 
-@pytest.mark.parametrize("task", ["nlvr", "vit", "retrieval_clip"])
+@pytest.mark.parametrize("task", ["nlvr", "caption", "vqa", "vit", "retrieval_clip"])
 def test_training_is_timed_with_the_cost_of_inference(run, task):
     rows = run("--task", task, "--p", "0.3", "--train")
     assert [(row["method"], row["batch_size"]) for row in rows] == [("dense", 1), ("madtp", 1), ("dense", 3), ("madtp", 3)]

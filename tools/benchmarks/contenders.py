@@ -40,7 +40,7 @@ def build_methods(args: argparse.Namespace, device: torch.device) -> list[Method
     if unknown := [name for name in names if name not in known]:
         raise UserError(f"--against {unknown[0]}: not known; choose from {', '.join(known)}")
     if args.train and (args.task == "block" or set(names) != {"dense"}):
-        raise UserError("--train: times only models of this project, for --task nlvr, vit or retrieval_clip")
+        raise UserError("--train: times only whole models of this project; leave out --against and --task block")
     if args.sparse:
         check_sparse(args)
     if args.train and args.profile:

@@ -11,18 +11,23 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from configs.schema import ClipRetrievalConfig, NlvrConfig
+from configs.schema import CaptionConfig, ClipRetrievalConfig, NlvrConfig, VqaConfig
 from madtp.attention.attend import recomputes_scores
 from madtp.blocks import AlignedModel, Encoded, Guidance, TowerRecord, block_flops, run_blocks
 from madtp.flops import GIGA
 from madtp.packing import pack
+from models.blip_caption import REFERENCE_TEXT_TOKENS as CAPTION_TOKENS
+from models.blip_caption import BlipCaption, CaptionOutput
 from models.blip_nlvr import REFERENCE_TEXT_TOKENS, BlipNlvr
+from models.blip_vqa import QUESTION_TOKENS, BlipVqa, VqaOutput
 from models.build import learnable_tokens, pruner_factory
 from models.clip_retrieval import FAMILIES, clip_size
 
 Inputs = tuple[Tensor, ...]
 Forward = Callable[[], object]
 Prepare = Callable[[Inputs], Forward]
+
+ANSWER_LENGTHS = [3, 3, 4, 6]  # tokens of the answers to a question, [DEC] and [SEP] among them: annotators differ
 
 
 @dataclass
@@ -80,6 +85,62 @@ class Nlvr:
     @staticmethod
     def record(output) -> TowerRecord:
         return output.vision
+
+
+class Caption(Nlvr):
+    """The workload of the whole captioning model: an image and a caption in a training step."""
+
+    config, path = CaptionConfig, Path("configs/caption_coco.yaml")
+
+    @staticmethod
+    def towers(model: BlipCaption) -> list[Sequence[nn.Module]]:
+        return [model.visual_encoder.blocks]
+
+    @staticmethod
+    def inputs(config: CaptionConfig, batch_size: int) -> Inputs:
+        ids = torch.randint(5, 30, (batch_size, min(CAPTION_TOKENS, config.bert_sizes.max_position_embeddings)))
+        return torch.randn(batch_size, 3, config.image_size, config.image_size), ids, torch.ones_like(ids)
+
+    @staticmethod
+    def loss(model: BlipCaption, output: CaptionOutput) -> Tensor:
+        return sum(output.losses.values(), torch.zeros(()))
+
+    @staticmethod
+    def gflops(model: BlipCaption, output: CaptionOutput) -> Tensor:
+        tokens = torch.full_like(output.vision.leaving[-1], CAPTION_TOKENS)
+        return sum(model.gflops_by_module(output.vision, tokens).values(), torch.zeros(()))
+
+
+class Vqa(Nlvr):
+    """The workload of the whole model for questions: an image, a question and its answers in a training step."""
+
+    config, path = VqaConfig, Path("configs/vqa.yaml")
+
+    @staticmethod
+    def inputs(config: VqaConfig, batch_size: int) -> Inputs:
+        ids = torch.randint(5, 30, (batch_size, QUESTION_TOKENS))
+        lengths = torch.tensor(ANSWER_LENGTHS * batch_size)
+        answers = torch.randint(5, 30, (len(lengths), max(ANSWER_LENGTHS)))
+        mask = (torch.arange(answers.shape[1]) < lengths.unsqueeze(1)).long()
+        counts = torch.full((batch_size,), len(ANSWER_LENGTHS))
+        images = torch.randn(batch_size, 3, config.image_size, config.image_size)
+        return images, ids, torch.ones_like(ids), answers * mask, mask, counts
+
+    @staticmethod
+    def loss(model: BlipVqa, output: VqaOutput) -> Tensor:
+        task = output.answer_losses.mean()
+        return task if output.similarity is None else task + output.similarity
+
+    @staticmethod
+    def gflops(model: BlipVqa, output: VqaOutput) -> Tensor:
+        questions = len(output.question.valid)
+        lengths = torch.tensor(ANSWER_LENGTHS * questions), torch.full((questions,), len(ANSWER_LENGTHS))
+        lengths = (part.to(output.question.valid.device) for part in lengths)
+        return sum(model.gflops_by_module(output.question, *lengths, questions).values(), torch.zeros(()))
+
+    @staticmethod
+    def record(output: VqaOutput) -> TowerRecord:
+        return output.question.vision
 
 
 class Image(Nlvr):
@@ -174,4 +235,4 @@ def mean_square(output: Tensor, record: TowerRecord) -> Tensor:
     return task if record.features is None else task + record.features.float().square().mean()
 
 
-WORKLOADS = {"nlvr": Nlvr, "vit": Image, "block": OneBlock, "retrieval_clip": ClipImage}
+WORKLOADS = {"nlvr": Nlvr, "caption": Caption, "vqa": Vqa, "vit": Image, "block": OneBlock, "retrieval_clip": ClipImage}
