@@ -38,6 +38,7 @@ from models.weights.safetensors import save_exported
 from tasks.registry import TASKS, load_any_config
 from tools.exports.engines import SUFFIXES
 from tools.exports.model import export_model
+from tools.exports.writing import CHECKED
 from utils import UserError, at_least_one, run_main, user_path
 
 MIB = 2**20
@@ -152,14 +153,16 @@ def main() -> None:
     parser.add_argument(
         "--text-tokens", type=at_least_one, help="onnx, openvino: length of texts; default: the longest of the data"
     )
+    parser.add_argument("--check-samples", type=at_least_one, help="onnx, openvino: samples that check each file; default: 8")
     args = parser.parse_args()
     if args.format == "safetensors":
-        refuse(args, "onnx or openvino", "int8", "parts", "text_tokens")
+        refuse(args, "onnx or openvino", "int8", "parts", "text_tokens", "check_samples")
         print(export(args.checkpoint, args.config, args.out, args.packed, args.half, args.task).report())
         return
     refuse(args, "safetensors", "packed", "half")
     parts = [name for name in args.parts.split(",") if name]
-    print(export_model(args.checkpoint, args.config, args.out, args.format, args.int8, parts, args.text_tokens, args.task))
+    checked = args.check_samples or CHECKED
+    print(export_model(args.checkpoint, args.config, args.out, args.format, args.int8, parts, args.text_tokens, args.task, checked))
 
 
 def refuse(args: argparse.Namespace, wanted: str, *names: str) -> None:

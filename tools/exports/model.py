@@ -13,7 +13,7 @@ from tools.exports.deployment import Deployment, calibration, deployed, text_len
 from tools.exports.engines import needed
 from tools.exports.folder import DESCRIPTION, Description
 from tools.exports.parts import Part, parts_of
-from tools.exports.writing import Check, write
+from tools.exports.writing import CHECKED, Check, write
 from utils import UserError
 
 PACKAGES = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "openvino": ("onnx", "onnxscript", "openvino")}
@@ -23,7 +23,7 @@ SAMPLES = 256  # of the calibration slice that find the ranges of a quantised mo
 @torch.no_grad()
 def export_model(
     checkpoint: Path, config: Path | None, out: Path, kind: str, int8: bool = False, parts: Sequence[str] = (),
-    text_tokens: int | None = None, task: str | None = None,
+    text_tokens: int | None = None, task: str | None = None, checked: int = CHECKED,
 ) -> str:  # fmt: skip
     """Writes a checkpoint's model in its deployment form, and returns a report.
 
@@ -33,6 +33,7 @@ def export_model(
         kind: "onnx" or "openvino".
         parts: names of the parts to write; the task's own choice if empty.
         text_tokens: length of texts; None: the longest of the data.
+        checked: number of samples that check each file, of the first SAMPLES.
     Raises:
         UserError: when a package is missing, the model has no deployment form, or a file deviates from PyTorch.
     """
@@ -57,7 +58,7 @@ def export_model(
     lines = []
     for part in parts_of(deployment.config.task, deployment.model, deployment.setting, length, parts):
         samples = calibration(deployment, part.select, SAMPLES)
-        path, exact, quantised = write(part, kind, int8, out, samples)
+        path, exact, quantised = write(part, kind, int8, out, samples, checked)
         described.parts[part.name] = description(part, deployment, samples[0], path, exact, quantised)
         lines.append(report(path, described.parts[part.name], exact, quantised))
     save_config(deployment.config, out / "config.yaml")

@@ -22,6 +22,7 @@ from utils import UserError
 TOLERANCE = 1e-4  # largest deviation from PyTorch in fp32, relative to the largest value of a sample's output
 ROUNDING = 1e-6  # relative size of a change of the inputs that is no more than rounding
 TRIES = 4  # of such changes
+CHECKED = 8  # samples that check a file by default
 MOVING = ("Transpose", "Reshape", "Convert")  # layers of OpenVINO that move or convert values alone
 LARGEST = 2**30  # bytes of weights in an .onnx file; more lie beside it, because its format ends at 2 GiB
 
@@ -149,12 +150,15 @@ def quiet():
             each.setLevel(level)
 
 
-def write(part: Part, kind: str, int8: bool, folder: Path, samples: Sequence[Inputs]) -> tuple[Path, Check, Check | None]:
+def write(
+    part: Part, kind: str, int8: bool, folder: Path, samples: Sequence[Inputs], number: int = CHECKED
+) -> tuple[Path, Check, Check | None]:
     """Writes a part and checks what was written against PyTorch.
 
     Args:
         kind: "onnx" or "openvino".
-        samples: real inputs of the part, in batches; the first ones check the file, all calibrate the quantisation.
+        samples: real inputs of the part, in batches; all calibrate the quantisation.
+        number: of samples, the first ones, that check the file.
     Returns:
         the file, the check in fp32, and that of the quantised file if it is one.
     Raises:
@@ -170,7 +174,7 @@ def write(part: Part, kind: str, int8: bool, folder: Path, samples: Sequence[Inp
         if kind == "openvino":
             exact = Path(place) / f"{part.name}.xml" if int8 else path
             write_openvino(plain, exact)
-        checked = check(part, opened_engine(exact), samples)
+        checked = check(part, opened_engine(exact), samples, number)
         if not checked.deviation <= TOLERANCE:
             raise UserError(f"{path}: {checked}; more than {TOLERANCE:g}, so the file is of no use")
         if not int8:
@@ -179,11 +183,11 @@ def write(part: Part, kind: str, int8: bool, folder: Path, samples: Sequence[Inp
             quantise_openvino(exact, path, part, samples)
         else:
             quantise_onnx(exact, path)
-    return path, checked, check(part, opened_engine(path, "int8"), samples)
+    return path, checked, check(part, opened_engine(path, "int8"), samples, number)
 
 
 @torch.no_grad()
-def check(part: Part, engine: Engine, samples: Sequence[Inputs], number: int = 8) -> Check:
+def check(part: Part, engine: Engine, samples: Sequence[Inputs], number: int = CHECKED) -> Check:
     """Compares an engine with PyTorch on the first samples: in batches of all and one by one."""
     inputs = tuple(torch.cat(parts)[:number] for parts in zip(*samples, strict=True))
     alone = [tuple(tensor[index : index + 1] for tensor in inputs) for index in range(len(inputs[0]))]

@@ -39,6 +39,7 @@ def test_every_sample_is_compared_alone_and_in_a_batch():
     found = check(double(), Shifted(0.04), samples)
     assert (found.samples, found.undecided, found.engine) == (2, 0, "shifted")
     assert found.deviation == pytest.approx(0.01)  # of the largest output of the first sample, 4
+    assert check(double(), Shifted(0.04), samples, number=1).samples == 1
 
 
 def test_a_file_that_deviates_is_refused(tmp_path, monkeypatch):
