@@ -14,7 +14,7 @@ import argparse
 import shutil
 import sys
 from collections.abc import Iterable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from configs.hub import from_hub, is_name
 from madtp import UnreachableTarget, load, prune
-from madtp.patch import INITS
+from madtp.patch import INITS, INSTANCE
 from madtp.patch.base import Batch, Pruning
 from madtp.patch.folders import DESCRIPTION, save
 from tools.compression.card import write_card
@@ -64,11 +64,14 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--out", type=user_path, required=True, metavar="DIR", help="folder of the compressed model")
     parser.add_argument("--samples", type=at_least_one, default=256, help="pictures to read at most; default: 256")
     parser.add_argument("--batch-size", type=at_least_one, default=8, help="default: 8")
-    parser.add_argument("--init", choices=INITS, default="random", help="what learnable tokens are made of; default: random")
-    parser.add_argument("--learnable", type=at_least_one, default=100, help="number of learnable tokens; default: 100")
+    parser.add_argument("--init", choices=("none", *INITS), default="none", help="what learnable tokens are made of; default: none")
+    parser.add_argument("--learnable", type=at_least_one, help="number of learnable tokens, with --init; default: 100")
     parser.add_argument("--seed", type=int, default=0, help="of the learnable tokens")
     parser.add_argument("--device", help="cpu, cuda or cuda:N; default: cuda if available")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.learnable and args.init == "none":
+        raise UserError(f"--learnable {args.learnable}: there are none by default; choose what they are made of with --init")
+    return args
 
 
 def share(text: str) -> float:
@@ -84,7 +87,9 @@ def compress(source: Source, calibration: list[Batch], args: argparse.Namespace)
     def progress(batches: Iterable[Batch]) -> Iterable[Batch]:
         return tqdm(batches, desc="calibrating", leave=False, disable=not sys.stderr.isatty())
 
-    settings = {"init": args.init, "num_learnable": args.learnable, "seed": args.seed, "progress": progress}
+    settings = {"seed": args.seed, "progress": progress}
+    if args.init != "none":
+        settings |= {"rule": replace(INSTANCE, mag=True), "init": args.init, "num_learnable": args.learnable or 100}
     try:
         return prune(source.model, calibration, args.p, **settings)
     except UnreachableTarget as error:

@@ -17,7 +17,8 @@ from madtp.patch.base import ATTRIBUTE, Batch, Pruning, count_samples, first_sam
 from madtp.pruning import TokenPruner
 from madtp.rule import OFF, PruneSetting, PruningRule
 
-INSTANCE = PruningRule(keep="instance")
+# Without training, learnable tokens were measured to guide no better than S_cls and S_self alone (docs/results.md).
+INSTANCE = PruningRule(keep="instance", mag=False)
 INITS = ("random", *METHODS)
 FEW, ROUNDS, TOLERANCE = 32, 4, 0.005  # samples of the coarse search; its repetitions; relative distance from the target
 SAMPLED = 20_000  # tokens of calibration data, of which k-means and principal directions make learnable ones
@@ -60,14 +61,15 @@ def prune(
 
     Supported: timm's VisionTransformer with any number of prefix tokens, such as CLIP's and ViT's (1), DINOv2's with registers (5)
     and SigLIP's (0, where the importance leaves S_cls out); open_clip's CLIP; and of transformers CLIP, SigLIP, SigLIP 2, DINOv2
-    and BLIP. `rule.gradient` lets a loss train the learnable tokens. The prune temperature is searched on the calibration data.
+    and BLIP. The prune temperature is searched on the calibration data. By default there are no learnable tokens, which help only
+    a model that is trained with them; a rule with `mag` has them, and its `gradient` lets a loss train them.
 
     Args:
         calibration: normalised images (N, 3, H, W), or batches of them; no labels. For a model that also reads text, dictionaries
             of the arguments of its forward pass (for open_clip tuples); from images alone, only its image encoder is pruned.
         p: share of the GFLOPs to remove, 0 < p < 1.
         rule: how tokens are selected; its number of prefix tokens is set to the model's.
-        num_learnable: number of learnable tokens.
+        num_learnable: number of learnable tokens of a rule with `mag`.
         init: "random" learnable tokens; "kmeans" or "principal" makes them of the calibration data (see `tokens_from_data`).
         init_std: their initial standard deviation.
         packed: run batches without padding, so that an answer does not depend on the batch (with `keep: instance`).
@@ -81,7 +83,7 @@ def prune(
         TypeError: for a model that cannot be pruned, naming the part that is not supported.
         UnreachableTarget: when no temperature removes p.
     """
-    _check(p, init)
+    _check(p, init, rule)
     adapter = _adapter_of(model)
     batches: list[Batch] = [cast(Batch, calibration)] if _is_batch(calibration) else list(calibration)
     if not batches and (setting is None or init != "random"):
@@ -94,8 +96,7 @@ def prune(
     try:
         with _evaluation(model):
             if init != "random" and pruning.learnable_tokens is not None:
-                tokens = _made_of_data(pruning, batches, init, num_learnable, init_std, generator)
-                pruning.learnable_tokens.data.copy_(tokens)
+                pruning.learnable_tokens.data.copy_(_made_of_data(pruning, batches, init, num_learnable, init_std, generator))
             pruning.setting = _solved(pruning, batches, p) if setting is None else setting
     except BaseException:
         restore(model)
@@ -112,11 +113,13 @@ def restore(model: nn.Module) -> nn.Module:
     return model
 
 
-def _check(p: float, init: str) -> None:
+def _check(p: float, init: str, rule: PruningRule) -> None:
     if not 0 < p < 1:
         raise ValueError(f"p must be above 0 and below 1, got {p}")
     if init not in INITS:
         raise ValueError(f"init must be one of {', '.join(INITS)}, got {init!r}")
+    if init != "random" and not rule.mag:
+        raise ValueError(f"init={init!r} needs learnable tokens; give a rule with mag=True")
 
 
 @contextmanager

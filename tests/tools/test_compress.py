@@ -105,14 +105,16 @@ FOLDERS: dict[str, Callable[[Path], Path]] = {
 
 
 def run(monkeypatch, *arguments: object) -> None:
-    monkeypatch.setattr("sys.argv", ["compress.py", *map(str, arguments), "--device", "cpu", "--learnable", "10"])
+    monkeypatch.setattr("sys.argv", ["compress.py", *map(str, arguments), "--device", "cpu"])
     compress.main()
 
 
+@pytest.mark.parametrize("init", ["none", "random"])
 @pytest.mark.parametrize("kind", FOLDERS)
-def test_a_folder_becomes_a_folder_that_loads_to_the_same_features_to_the_bit(monkeypatch, tmp_path, photos, capsys, kind):
+def test_a_folder_becomes_a_folder_that_loads_to_the_same_features_to_the_bit(monkeypatch, tmp_path, photos, capsys, kind, init):
     model, out = FOLDERS[kind](tmp_path / "model"), tmp_path / "out"
-    run(monkeypatch, "--model", model, "--images", photos, "--p", 0.3, "--out", out)
+    learnable = () if init == "none" else ("--init", init, "--learnable", 10)
+    run(monkeypatch, "--model", model, "--images", photos, "--p", 0.3, "--out", out, *learnable)
     said = capsys.readouterr().out
     for words in ("skipped, not a readable picture: broken.jpg", "times, batches of 3", f"madtp.load('{out}')"):
         assert words in said
@@ -122,7 +124,9 @@ def test_a_folder_becomes_a_folder_that_loads_to_the_same_features_to_the_bit(mo
     assert measured["calibration"] == 10 and measured["aside"] == 3 and 0 < measured["cosine"]["vision"]["worst"] < 1
     source = open_source(model)
     batch = source.batch(read_pictures(photos, 100)[0], None)
-    settings = {"num_learnable": 10, "setting": madtp.PruneSetting(**told["setting"]), "towers": told["towers"]}
+    settings = {"setting": madtp.PruneSetting(**told["setting"]), "towers": told["towers"]}
+    if learnable:
+        settings |= {"rule": madtp.PruningRule(keep="instance"), "num_learnable": 10}
     with torch.inference_mode():
         madtp.prune(source.model, **settings)
         pruned = features(source, batch)["vision"]
@@ -178,6 +182,7 @@ def test_wrong_input_gets_one_line(monkeypatch, tmp_path, photos, capsys):
         ({"--texts": texts}, "is empty; give a text per line"),
         ({"--texts": empty}, "give a text file"),
         ({"--p": 0.999}, "choose another p"),
+        ({"--learnable": 9}, "there are none by default; choose what they are made of with --init"),
     ):
         arguments = [part for pair in (given | changed).items() for part in pair]
         assert message in refusal(capsys, lambda arguments=arguments: run(monkeypatch, *arguments)), message

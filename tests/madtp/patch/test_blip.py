@@ -88,9 +88,9 @@ def test_a_pass_that_prunes_nothing_is_the_original_pass(kind, packed):
 
 
 @torch.no_grad()
-def test_packed_padded_and_alone_agree_also_for_the_decoder_behind(kind):
+def test_packed_padded_and_alone_agree_also_for_the_decoder_behind(kind, rule):
     model, batch = model_of(kind), batch_of(kind)
-    pruning = madtp.prune(model, batch, p=P)
+    pruning = madtp.prune(model, batch, p=P, rule=rule)
     packed = outputs(kind, model, batch)
     assert pruning.record.packed and len(pruning.record.leaving[-1].unique()) > 1
     pruning.packed = False
@@ -113,7 +113,7 @@ def test_what_is_generated_from_a_batch_with_beams_is_what_is_generated_alone():
 
 
 @torch.no_grad()
-def test_p_of_the_gflops_go_and_the_dense_count_is_fvcores():
+def test_p_of_the_gflops_go_and_the_dense_count_is_fvcores(rule):
     model, batch = model_of("matching"), batch_of("matching")
     one = {name: values[:1] for name, values in batch.items()}
 
@@ -127,7 +127,7 @@ def test_p_of_the_gflops_go_and_the_dense_count_is_fvcores():
 
     counter = FlopCountAnalysis(Call(), tuple(one.values())).unsupported_ops_warnings(False).tracer_warnings("none")
     counted = counter.total() / 1e9
-    pruning = madtp.prune(model, batch, p=P)
+    pruning = madtp.prune(model, batch, p=P, rule=rule)
     assert float(pruning.gflops(one, madtp.OFF)) == pytest.approx(counted, rel=1e-9)
     assert float(pruning.gflops(batch).mean()) == pytest.approx((1 - P) * pruning.dense_gflops, rel=0.01)
 

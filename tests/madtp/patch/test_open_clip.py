@@ -83,9 +83,9 @@ def test_a_pass_that_prunes_nothing_is_the_original_pass(kind, packed):
 
 
 @torch.no_grad()
-def test_packed_padded_and_alone_agree(kind):
+def test_packed_padded_and_alone_agree(kind, rule):
     model, (images, ids) = model_of(kind), batch_of()
-    pruning = madtp.prune(model, {"image": images, "text": ids}, p=P)
+    pruning = madtp.prune(model, {"image": images, "text": ids}, p=P, rule=rule)
     packed = features(model, images, ids)
     assert pruning.record.packed and len(pruning.record.leaving[-1].unique()) > 1
     pruning.packed = False
@@ -112,7 +112,7 @@ def plain_attention(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor
 
 
 @torch.no_grad()
-def test_p_of_the_gflops_go_and_the_dense_count_is_fvcores(kind, monkeypatch):
+def test_p_of_the_gflops_go_and_the_dense_count_is_fvcores(kind, rule, monkeypatch):
     model, batch = model_of(kind), batch_of()
     one = batch[0][:1], torch.tensor([[5, 9, 7, 21, 33, 8, 4, 17, 3, 25, 12, END]])
     with monkeypatch.context() as patch:
@@ -120,7 +120,7 @@ def test_p_of_the_gflops_go_and_the_dense_count_is_fvcores(kind, monkeypatch):
         patch.setattr(torch.backends.mha, "get_fastpath_enabled", lambda: False)
         counter = FlopCountAnalysis(Call(model), one).unsupported_ops_warnings(False).tracer_warnings("none")
         counted = counter.total() / 1e9
-    pruning = madtp.prune(model, batch, p=P)
+    pruning = madtp.prune(model, batch, p=P, rule=rule)
     assert float(pruning.gflops(one, madtp.OFF)) == pytest.approx(counted, rel=1e-9)
     assert float(pruning.gflops(batch).mean()) == pytest.approx((1 - P) * pruning.dense_gflops, rel=0.01)
 

@@ -69,9 +69,9 @@ def test_a_pass_that_prunes_nothing_is_timms_pass(style, packed):
 
 
 @torch.no_grad()
-def test_packed_padded_and_alone_agree_and_prefix_tokens_stay(style):
+def test_packed_padded_and_alone_agree_and_prefix_tokens_stay(style, rule):
     model, images = model_of(style), pictures()
-    pruning = madtp.prune(model, images, p=0.3)
+    pruning = madtp.prune(model, images, p=0.3, rule=rule)
     packed, record = model(images), pruning.record
     assert record.packed and len(record.leaving[-1].unique()) > 1  # images keep different numbers of tokens
     pruning.packed = False
@@ -88,14 +88,14 @@ def test_packed_padded_and_alone_agree_and_prefix_tokens_stay(style):
 
 
 @torch.no_grad()
-def test_p_of_the_gflops_go_and_the_dense_count_is_fvcores(style):
+def test_p_of_the_gflops_go_and_the_dense_count_is_fvcores(style, rule):
     model, images = model_of(style), pictures()
     image = images[:1]
     for module in model.modules():
         if hasattr(module, "fused_attn"):
             module.fused_attn = False  # fvcore counts nothing for fused attention
     counted = FlopCountAnalysis(model, image).unsupported_ops_warnings(False).tracer_warnings("none").total() / 1e9
-    pruning = madtp.prune(model, images, p=0.3)
+    pruning = madtp.prune(model, images, p=0.3, rule=rule)
     assert float(pruning.gflops(image, madtp.OFF)) == pytest.approx(counted, rel=1e-9)
     assert pruning.dense_gflops == pytest.approx(counted, rel=1e-9)  # no padding: all images cost the same
     assert float(pruning.gflops(images).mean()) == pytest.approx(0.7 * counted, rel=0.01)
@@ -111,7 +111,7 @@ def test_without_a_class_token_the_importance_leaves_its_score_out():
 
 def test_learnable_tokens_train_with_the_model(style):
     model, images = model_of(style), pictures()
-    pruning = madtp.prune(model, images, p=0.3)
+    pruning = madtp.prune(model, images, p=0.3, rule=madtp.PruningRule(keep="instance"))
     pruning.align = True
     model.train()
     loss = model(images).float().square().mean() + madtp.similarity_loss(pruning.record.features, torch.randn(8, 100, 48))
@@ -158,7 +158,7 @@ def test_a_pruned_model_is_refused_a_second_time_and_an_unreachable_p_leaves_it_
 @torch.no_grad()
 def test_a_model_in_half_precision_prunes_alone_as_in_a_batch(dtype):
     model, images = model_of("vit").to(dtype), pictures().to(dtype)
-    pruning = madtp.prune(model, images, p=0.3)
+    pruning = madtp.prune(model, images, p=0.3, rule=madtp.PruningRule(keep="instance"))
     together = model(images)
     assert together.dtype == dtype and pruning.learnable_tokens.dtype == dtype
     lengths = pruning.record.leaving[-1].tolist()
@@ -180,6 +180,16 @@ def test_a_model_that_returns_all_tokens_is_refused():
     model.global_pool = ""
     with pytest.raises(TypeError, match="global_pool"):
         madtp.prune(model, pictures(), p=0.3)
+
+
+def test_by_default_there_are_no_learnable_tokens():
+    model = model_of("vit")
+    names = list(model.state_dict())
+    pruning = madtp.prune(model, pictures(), p=0.3)
+    assert pruning.learnable_tokens is None and list(model.state_dict()) == names
+    madtp.restore(model)
+    with pytest.raises(ValueError, match="init='kmeans' needs learnable tokens; give a rule with mag=True"):
+        madtp.prune(model, pictures(), p=0.3, init="kmeans")
 
 
 def test_a_loss_trains_the_learnable_tokens_where_the_rule_says_so():
