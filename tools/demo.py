@@ -3,7 +3,7 @@
     python tools/demo.py --task nlvr
 
 Writes output/demo/TASK_pX/ (one run each), output/demo/summary.json (their results) and output/demo/report.html. The summary and
-the report of an earlier demo are replaced.
+the report of an earlier demo are replaced. The measured speed is in output/demo/speed.csv, too.
 """
 
 import argparse
@@ -13,7 +13,6 @@ import os
 import platform
 import shlex
 import shutil
-import statistics
 import subprocess
 import sys
 import time
@@ -25,9 +24,11 @@ import numpy as np
 import torch
 
 from engine.results import write_json
-from tasks.registry import TASKS, demonstrated, load_any_config, open_view
+from tasks.registry import TASKS, demonstrated
 from tasks.task import Demo
 from tasks.view import View, spread
+from tools.benchmark import machine, write_csv
+from tools.benchmarks.runs import BATCHES, ROUNDS, Speed, open_run, time_runs
 from tools.report import Picture, ReportedRun, table, text_table, write_report
 from tools.visualize import DPI, draw
 from utils import run_main
@@ -40,7 +41,6 @@ DEMO_EPOCHS = 3  # fewer than in the config, so that the demo takes only minutes
 SHORT = ["--epoch", str(DEMO_EPOCHS), "--set", "ramp_epochs=1"]
 
 # Measurements for the report.
-TIMED_BATCHES, TIMED_ROUNDS = 2, 9
 COUNTED_SAMPLES = 512
 DRAWN = (0.0, 0.25, 0.5, 0.75, 1.0)  # the counted samples are sorted by tokens kept, and those at these ranks are drawn
 
@@ -143,58 +143,28 @@ def gather(task: Demo, folders: Sequence[Path], commands: Sequence[str]) -> tupl
     """Measures the models of the runs, and writes summary.json and report.html."""
     results = [json.loads((folder / "result.json").read_text()) for folder in folders]
     views = [open_run(folder) for folder in folders]
-    speeds, timed = throughput(views)
+    print(f"measuring images/s: {ROUNDS} rounds of {BATCHES} batches, models in turn", flush=True)
+    speeds = time_runs(views)
     ids = spread(views[0].ids, COUNTED_SAMPLES)
     print(f"counting the tokens of {len(ids)} test samples", flush=True)
     counts = [count_tokens(view, ids) for view in views]
     runs = [
-        ReportedRun(result, read_log(folder), speed, tokens)
+        ReportedRun(result, read_log(folder), speed.images_per_second, tokens)
         for result, folder, speed, (tokens, _) in zip(results, folders, speeds, counts, strict=True)
     ]
     ranked = [sample for _, sample in sorted(zip(counts[1][1], ids, strict=True))]
     pictures = draw_samples([(run, view) for run, view in zip(runs, views, strict=True) if run.compressed], ranked)
     write_json(results, OUTPUT / "summary.json")
+    write_csv(OUTPUT / "speed.csv", commands[-1], machine(str(views[0].run.device)), speeds)
     path = OUTPUT / "report.html"
-    notes = [*counting_notes(results[0]), *task.notes, *timing_notes(views[0], timed)]
+    notes = [*counting_notes(results[0]), *task.notes, *timing_notes(views[0], speeds)]
     write_report(path, f"MADTP: {task.title}", runs, notes, len(ids), pictures, commands)
     return runs, path
-
-
-def open_run(folder: Path) -> View:
-    """Opens the model that a run saved or, for an evaluation, the one that it evaluated."""
-    config = load_any_config(folder / "config.yaml")
-    return open_view(config, config.pretrained if config.evaluate else folder / "checkpoint_best.pth")
 
 
 def read_log(folder: Path) -> list[dict]:
     path = folder / "log.txt"
     return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
-
-
-def throughput(views: Sequence[View]) -> tuple[list[float], int]:
-    """Measures the images per second of each model on the same test samples, held in memory. Also returns the number of samples.
-
-    The models take turns, so that a slower phase of the machine affects all of them. The result is the median over the rounds
-    after a warm-up round.
-    """
-    ids = views[0].ids[: TIMED_BATCHES * views[0].config.batch_size_test]
-    batches = list(views[0].batches(ids))
-    print(f"measuring images/s: {TIMED_ROUNDS} rounds of {len(batches)} batches, models in turn", flush=True)
-    seconds: list[list[float]] = [[] for _ in views]
-    for _ in range(1 + TIMED_ROUNDS):
-        for view, times in zip(views, seconds, strict=True):
-            started = synchronised_time(view)
-            for _ in view.forwards(batches):
-                pass
-            times.append(synchronised_time(view) - started)
-    images = len(views[0].labels) * len(ids)
-    return [images / statistics.median(times[1:]) for times in seconds], len(ids)
-
-
-def synchronised_time(view: View) -> float:
-    if view.run.device.type == "cuda":
-        torch.cuda.synchronize(view.run.device)
-    return time.perf_counter()
 
 
 def count_tokens(view: View, ids: Sequence[str]) -> tuple[dict[str, np.ndarray], list[int]]:
@@ -236,15 +206,24 @@ def counting_notes(result: dict) -> list[str]:
     ]
 
 
-def timing_notes(view: View, samples: int) -> list[str]:
+def timing_notes(view: View, speeds: Sequence[Speed]) -> list[str]:
     device, number = view.run.device, len(view.labels)
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{cpu_name()}, {torch.get_num_threads()} threads"
     precision = f"autocast to {str(view.precision.dtype).removeprefix('torch.')}" if view.config.amp else "float32"
-    return [
-        f"images/s: {view.timed}; {samples} test samples in memory, {number} image{'s' * (number > 1)} each, in batches of"
-        f" {view.config.batch_size_test}; median of {TIMED_ROUNDS} rounds after a warm-up, models in turn.",
+    notes = [
+        f"images/s: {view.timed}; {speeds[0].samples} test samples in memory, {number} image{'s' * (number > 1)} each, in batches"
+        f" of {view.config.batch_size_test}; median of {ROUNDS} rounds after a warm-up, models in turn.",
         f"Machine: {device.type}, {where}; {precision}; PyTorch {torch.__version__}.",
     ]
+    if speeds[0].processor is not None:
+        ratios = ", ".join(f"{speed.processor:.2f} at p = {speed.p:g}" for speed in speeds[1:])
+        notes.append(f"Speed-up by processor time, which counts what the models compute and no waiting: {ratios}.")
+    if speeds[0].beside_others:
+        notes.append(
+            f"THE MACHINE WAS BUSY: other processes took {speeds[0].others:.0%} of its processor time, so that images/s and"
+            " their speed-up do not hold for a quiet one. Trust processor time, or use python -m tools.benchmarks.runs later."
+        )
+    return notes
 
 
 def cpu_name() -> str:

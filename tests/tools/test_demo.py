@@ -1,7 +1,9 @@
 """The demo around the runs: its data, its report, and how it stops."""
 
+import csv
 import json
 import shlex
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -9,6 +11,7 @@ import pytest
 from tasks.registry import TASKS, demonstrated, load_any_config
 from tests.tiny_run import SAMPLES, log_of, result_of, write_run
 from tools import demo
+from tools.benchmarks.runs import Speed
 
 RECALLS = ("mean recall, % (val)", "text R@1 / 5 / 10 (test)", "both towers once")
 SAID = {
@@ -58,7 +61,7 @@ def test_when_one_of_them_fails_the_others_are_stopped(capfd) -> None:
 @pytest.mark.parametrize("name", demonstrated())
 def test_the_report_of_a_task(name: str, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(demo, "OUTPUT", tmp_path)
-    monkeypatch.setattr(demo, "TIMED_ROUNDS", 1)
+    monkeypatch.setattr(demo, "time_runs", partial(demo.time_runs, rounds=1))
     reductions = (0.0, *TASKS[name].demo.reductions)
     folders = [write_run(tmp_path / f"{name}_p{p:g}", name, p) for p in reductions]
     for p, folder in zip(reductions, folders, strict=True):
@@ -76,9 +79,19 @@ def test_the_report_of_a_task(name: str, tmp_path: Path, monkeypatch) -> None:
         assert (run.tokens["image"][:, -1] < 17).any() == run.compressed
     page = path.read_text()
     assert page.count("<figcaption>") == len(demo.DRAWN) and page.count("images/s: ") == 1
+    assert len(list(csv.DictReader((tmp_path / "speed.csv").read_text().splitlines()[2:]))) == len(runs)
     assert all(words in page for words in (*SAID[name], f"p = {reductions[-1]:g}"))
     assert ("fewer (deployment)" in page) == (name != "nlvr")
     assert ("matching" in page) == (name == "retrieval")
+
+
+@pytest.mark.parametrize(("others", "busy"), [(None, False), (0.1, False), (0.4, True)])
+def test_the_report_says_when_the_machine_was_busy(tmp_path: Path, others, busy) -> None:
+    view = demo.open_run(write_run(tmp_path / "run", "caption", 0.0))
+    speeds = [Speed("caption", p, 4, 10.0, 1.0, 1.0, 1 + p, others) for p in (0.0, 0.5)]
+    notes = " ".join(demo.timing_notes(view, speeds))
+    assert ("other processes took 40% of its processor time" in notes) == busy
+    assert "by processor time, which counts what the models compute and no waiting: 1.50 at p = 0.5." in notes
 
 
 def test_pictures_go_from_few_tokens_kept_to_many(tmp_path: Path) -> None:

@@ -13,7 +13,8 @@ from PIL import Image
 from engine.train import move
 from tasks.registry import load_any_config, open_view
 from tasks.view import Sample, View, spread
-from tools.demo import open_run, read_log
+from tools.benchmarks.runs import open_run
+from tools.demo import read_log
 from tools.report import BAND
 from tools.tables.complexity import things_by_sample
 from tools.tables.figures import (
