@@ -1,21 +1,30 @@
 """Attention over packed samples in one kernel, where PyTorch provides it for the device."""
 
+from collections.abc import Callable
+from functools import cache, partial
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from madtp.packing import Packed
 
-try:
-    from torch.nn.attention.varlen import AuxRequest, varlen_attn
-except ImportError:  # before PyTorch 2.10
-    varlen_attn = None  # type: ignore[assignment]
+
+@cache
+def kernel() -> Callable[..., Any] | None:
+    """Returns the kernel; None before PyTorch 2.10. Its import takes a second, which programs without a GPU do not spend."""
+    try:
+        from torch.nn.attention.varlen import AuxRequest, varlen_attn
+    except ImportError:
+        return None
+    return partial(varlen_attn, return_aux=AuxRequest(lse=True))
 
 
 def missing_requirement(device: torch.device, dtype: torch.dtype) -> str:
     """Names the first requirement of the kernel that is not met; empty where it runs."""
     if device.type != "cuda":
         return "a GPU"
-    if varlen_attn is None:
+    if kernel() is None:
         return "PyTorch 2.10 or later"
     if dtype not in (torch.float16, torch.bfloat16):
         return "amp: true"
@@ -34,7 +43,8 @@ def attention(query: Tensor, key: Tensor, value: Tensor, queries: Packed, keys: 
 
     query: (Tq, H, D); key, value: (Tk, H, D)
     """
-    out, log_norm = varlen_attn(
-        query, key, value, queries.offsets, keys.offsets, queries.longest, keys.longest, return_aux=AuxRequest(lse=True)
-    )
+    run = kernel()
+    if run is None:
+        raise RuntimeError("attention over packed samples in one kernel needs PyTorch 2.10 or later")
+    out, log_norm = run(query, key, value, queries.offsets, keys.offsets, queries.longest, keys.longest)
     return out, log_norm.transpose(0, 1)

@@ -20,7 +20,7 @@ GPU = torch.device("cuda")
     ],
 )
 def test_a_gpu_without_the_kernel_for_packed_samples_is_told_what_it_needs(monkeypatch, caplog, kernel, dtype, capability, wanted):
-    monkeypatch.setattr(varlen, "varlen_attn", kernel)
+    monkeypatch.setattr(varlen, "kernel", lambda: kernel)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     with caplog.at_level("INFO"):
         warn_of_slower_attention(NlvrConfig(), GPU, dtype)

@@ -18,7 +18,7 @@ from madtp.packing import Packed
     ],
 )
 def test_the_first_missing_requirement_is_named(monkeypatch, device, kernel, dtype, capability, missing):
-    monkeypatch.setattr(varlen, "varlen_attn", kernel)
+    monkeypatch.setattr(varlen, "kernel", lambda: kernel)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     assert varlen.missing_requirement(torch.device(device), dtype) == missing
 
