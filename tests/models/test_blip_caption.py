@@ -6,6 +6,7 @@ from transformers import BlipForConditionalGeneration
 
 from engine.flop_table import fvcore_gflops
 from madtp.blocks import Guidance
+from madtp.distillation import Distillation
 from madtp.pruning import TokenPruner
 from madtp.rule import OFF, PruneSetting, PruningRule
 from models import blip_caption
@@ -96,6 +97,19 @@ def test_packed_captions_have_the_losses_logits_and_gradients_of_padded_ones(ali
     torch.testing.assert_close(packed_losses, losses, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(packed_logits, logits[predicting(mask, len(PROMPT))], atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(packed_gradients, gradients, atol=1e-5, rtol=1e-3)
+
+
+@torch.no_grad()
+def test_distillation_compares_the_logits_of_the_same_words_packed_and_padded():
+    images, ids, mask = batch(SMALL)
+    found = []
+    for packed, valid in ((False, predicting(mask, len(PROMPT))), (True, None)):
+        student, teacher = model_of(SMALL, PruningRule(keep="instance")).train(), model_of(SMALL)
+        distillation = Distillation(teacher, student, 2.0)
+        student(images, ids, mask, Guidance(PruneSetting(0.0), packed=packed))
+        found.append(distillation.losses(lambda teacher, packed=packed: teacher(images, ids, mask, Guidance(packed=packed)), valid))
+    assert float(found[0]["distill_logits"]) > 1e-3
+    torch.testing.assert_close(found[1], found[0], atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("size", [SMALL, LARGER])
