@@ -28,7 +28,7 @@ from tasks.registry import TASKS, demonstrated
 from tasks.task import Demo
 from tasks.view import View, spread
 from tools.benchmark import machine, write_csv
-from tools.benchmarks.runs import BATCHES, ROUNDS, Speed, open_run, time_runs
+from tools.benchmarks.runs import BATCHES, ROUNDS, Speed, open_run, remarks, time_runs
 from tools.report import Picture, ReportedRun, table, text_table, write_report
 from tools.visualize import DPI, draw
 from utils import run_main
@@ -144,7 +144,7 @@ def gather(task: Demo, folders: Sequence[Path], commands: Sequence[str]) -> tupl
     results = [json.loads((folder / "result.json").read_text()) for folder in folders]
     views = [open_run(folder) for folder in folders]
     print(f"measuring images/s: {ROUNDS} rounds of {BATCHES} batches, models in turn", flush=True)
-    speeds = time_runs(views)
+    speeds = time_runs(views, [folder.name for folder in folders])
     ids = spread(views[0].ids, COUNTED_SAMPLES)
     print(f"counting the tokens of {len(ids)} test samples", flush=True)
     counts = [count_tokens(view, ids) for view in views]
@@ -155,7 +155,8 @@ def gather(task: Demo, folders: Sequence[Path], commands: Sequence[str]) -> tupl
     ranked = [sample for _, sample in sorted(zip(counts[1][1], ids, strict=True))]
     pictures = draw_samples([(run, view) for run, view in zip(runs, views, strict=True) if run.compressed], ranked)
     write_json(results, OUTPUT / "summary.json")
-    write_csv(OUTPUT / "speed.csv", commands[-1], machine(str(views[0].run.device)), speeds)
+    command = f"python tools/demo.py --task {views[0].config.task}"
+    write_csv(OUTPUT / "speed.csv", command, machine(str(views[0].run.device)), speeds)
     path = OUTPUT / "report.html"
     notes = [*counting_notes(results[0]), *task.notes, *timing_notes(views[0], speeds)]
     write_report(path, f"MADTP: {task.title}", runs, notes, len(ids), pictures, commands)
@@ -210,20 +211,12 @@ def timing_notes(view: View, speeds: Sequence[Speed]) -> list[str]:
     device, number = view.run.device, len(view.labels)
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{cpu_name()}, {torch.get_num_threads()} threads"
     precision = f"autocast to {str(view.precision.dtype).removeprefix('torch.')}" if view.config.amp else "float32"
-    notes = [
+    return [
         f"images/s: {view.timed}; {speeds[0].samples} test samples in memory, {number} image{'s' * (number > 1)} each, in batches"
         f" of {view.config.batch_size_test}; median of {ROUNDS} rounds after a warm-up, models in turn.",
         f"Machine: {device.type}, {where}; {precision}; PyTorch {torch.__version__}.",
+        *remarks(speeds),
     ]
-    if speeds[0].processor is not None:
-        ratios = ", ".join(f"{speed.processor:.2f} at p = {speed.p:g}" for speed in speeds[1:])
-        notes.append(f"Speed-up by processor time, which counts what the models compute and no waiting: {ratios}.")
-    if speeds[0].beside_others:
-        notes.append(
-            f"THE MACHINE WAS BUSY: other processes took {speeds[0].others:.0%} of its processor time, so that images/s and"
-            " their speed-up do not hold for a quiet one. Trust processor time, or use python -m tools.benchmarks.runs later."
-        )
-    return notes
 
 
 def cpu_name() -> str:
