@@ -22,7 +22,7 @@ share of the time that attention, MLP, alignment and the choice of tokens take.
 GPU with --amp, a layer uses sparse kernels if these are measured to be faster. Otherwise dense kernels multiply zeros, and the note
 says so. --shapes prints, for the same models on a GPU, the milliseconds of each matrix product with dense and with sparse kernels.
 
-Tasks (unit of throughput): nlvr is the whole BLIP-NLVR (pairs), caption and vqa are training steps of these models with given texts
+Tasks (unit of throughput): nlvr is the whole BLIP-NLVR (pairs), caption and vqa are these models with given captions and answers
 (images), vit is BLIP's image encoder (images), block its first block with all tokens (images), retrieval_clip CLIP's or, with its
 config, SigLIP's image encoder (images).
 Methods: dense is this project's model without pruners, with fused attention; compiled is the same under torch.compile; timm and

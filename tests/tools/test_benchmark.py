@@ -88,6 +88,12 @@ def test_training_is_timed_with_the_cost_of_inference(run, task):
     assert [row["gflops"] for row in rows] == [row["gflops"] for row in run("--task", task, "--p", "0.3")]
 
 
+def test_a_text_model_for_shorter_texts_is_refused(run, monkeypatch):
+    monkeypatch.setitem(FILES, "vqa", CONFIG.replace("max_position_embeddings: 40", "max_position_embeddings: 12"))
+    with pytest.raises(UserError, match="max_position_embeddings is 12; questions are timed with 14 tokens"):
+        run("--task", "vqa", "--p", "0.3", "--train")
+
+
 def test_other_libraries_are_timed_beside(run):
     rows = run("--task", "vit", "--p", "0.3", "--against", "timm,transformers")
     assert [row["method"] for row in rows[:4]] == ["dense", "timm", "transformers", "madtp"]

@@ -106,8 +106,8 @@ def forward_of(args: argparse.Namespace, model: nn.Module, setting: PruneSetting
     def step(inputs: Inputs) -> None:
         model.zero_grad(set_to_none=True)
         with torch.enable_grad():
-            on_cpu = inputs[0].device.type == "cpu"
-            output = workload.run(model, inputs, Guidance(setting, align=packed, packed=packed and on_cpu))
+            # As in training, dense models are packed on a CPU too: their decoders then save padding as well.
+            output = workload.run(model, inputs, Guidance(setting, align=packed, packed=inputs[0].device.type == "cpu"))
             workload.loss(model, output).backward()
 
     return lambda inputs: lambda: step(inputs)

@@ -22,6 +22,7 @@ from models.blip_nlvr import REFERENCE_TEXT_TOKENS, BlipNlvr
 from models.blip_vqa import QUESTION_TOKENS, BlipVqa, VqaOutput
 from models.build import learnable_tokens, pruner_factory
 from models.clip_retrieval import FAMILIES, clip_size
+from utils import UserError
 
 Inputs = tuple[Tensor, ...]
 Forward = Callable[[], object]
@@ -88,7 +89,7 @@ class Nlvr:
 
 
 class Caption(Nlvr):
-    """The workload of the whole captioning model: an image and a caption in a training step."""
+    """The workload of the whole captioning model: an image and its given caption."""
 
     config, path = CaptionConfig, Path("configs/caption_coco.yaml")
 
@@ -98,7 +99,7 @@ class Caption(Nlvr):
 
     @staticmethod
     def inputs(config: CaptionConfig, batch_size: int) -> Inputs:
-        ids = torch.randint(5, 30, (batch_size, min(CAPTION_TOKENS, config.bert_sizes.max_position_embeddings)))
+        ids = torch.randint(5, 30, (batch_size, CAPTION_TOKENS))
         return torch.randn(batch_size, 3, config.image_size, config.image_size), ids, torch.ones_like(ids)
 
     @staticmethod
@@ -112,12 +113,15 @@ class Caption(Nlvr):
 
 
 class Vqa(Nlvr):
-    """The workload of the whole model for questions: an image, a question and its answers in a training step."""
+    """The workload of the whole model for questions: an image, a question and its given answers."""
 
     config, path = VqaConfig, Path("configs/vqa.yaml")
 
     @staticmethod
     def inputs(config: VqaConfig, batch_size: int) -> Inputs:
+        most = config.bert_sizes.max_position_embeddings
+        if QUESTION_TOKENS > most:
+            raise UserError(f"--config: bert.max_position_embeddings is {most}; questions are timed with {QUESTION_TOKENS} tokens")
         ids = torch.randint(5, 30, (batch_size, QUESTION_TOKENS))
         lengths = torch.tensor(ANSWER_LENGTHS * batch_size)
         answers = torch.randint(5, 30, (len(lengths), max(ANSWER_LENGTHS)))
