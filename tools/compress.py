@@ -89,7 +89,7 @@ def compress(source: Source, calibration: list[Batch], args: argparse.Namespace)
 
     settings = {"seed": args.seed, "progress": progress}
     if args.init != "none":
-        settings |= {"rule": replace(INSTANCE, mag=True), "init": args.init, "num_learnable": args.learnable or 100}
+        settings |= {"rule": replace(INSTANCE, mag=True), "init": args.init, "num_learnable": args.learnable}
     try:
         return prune(source.model, calibration, args.p, **settings)
     except UnreachableTarget as error:

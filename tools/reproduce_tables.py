@@ -101,8 +101,10 @@ def write_table(name: str, table: Table, jobs: Jobs, ledger: Ledger, path: Path)
     """Writes a table of the completed runs to `path`.md and .csv."""
     found = found_of(name, table, jobs, ledger)
     shown = table.model_copy(update={"rows": [row for row in table.rows if row.published or jobs[name, row.name]]})
-    Path(f"{path}.md").write_text(markdown(name, shown, found, command_line(), versions_of([found])), encoding="utf-8")
-    Path(f"{path}.csv").write_text(as_csv(shown, found), encoding="utf-8")
+    refused = {row.name: next(filter(None, map(ledger.refused, jobs[name, row.name])), "") for row in table.rows}
+    text = markdown(name, shown, found, command_line(), versions_of([found]), refused)
+    Path(f"{path}.md").write_text(text, encoding="utf-8")
+    Path(f"{path}.csv").write_text(as_csv(shown, found, refused), encoding="utf-8")
 
 
 def write_figures(scale: str, tables: Mapping[str, Table], jobs: Jobs, ledger: Ledger, folder: Path) -> Path:

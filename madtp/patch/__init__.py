@@ -21,6 +21,7 @@ from madtp.rule import OFF, PruneSetting, PruningRule
 INSTANCE = PruningRule(keep="instance", mag=False)
 INITS = ("random", *METHODS)
 FEW, ROUNDS, TOLERANCE = 32, 4, 0.005  # samples of the coarse search; its repetitions; relative distance from the target
+LEARNABLE = 100  # learnable tokens of a rule that has them
 SAMPLED = 20_000  # tokens of calibration data, of which k-means and principal directions make learnable ones
 
 # class of the model -> module of this package that adapts it
@@ -48,7 +49,7 @@ def prune(
     p: float = 0.5,
     *,
     rule: PruningRule = INSTANCE,
-    num_learnable: int = 100,
+    num_learnable: int | None = None,
     init: str = "random",
     init_std: float = 0.02,
     packed: bool = True,
@@ -69,7 +70,7 @@ def prune(
             of the arguments of its forward pass (for open_clip tuples); from images alone, only its image encoder is pruned.
         p: share of the GFLOPs to remove, 0 < p < 1.
         rule: how tokens are selected; its number of prefix tokens is set to the model's.
-        num_learnable: number of learnable tokens of a rule with `mag`.
+        num_learnable: number of learnable tokens of a rule with `mag`; default: 100.
         init: "random" learnable tokens; "kmeans" or "principal" makes them of the calibration data (see `tokens_from_data`).
         init_std: their initial standard deviation.
         packed: run batches without padding, so that an answer does not depend on the batch (with `keep: instance`).
@@ -83,20 +84,20 @@ def prune(
         TypeError: for a model that cannot be pruned, naming the part that is not supported.
         UnreachableTarget: when no temperature removes p.
     """
-    _check(p, init, rule)
+    _check(p, init, num_learnable, rule)
     adapter = _adapter_of(model)
     batches: list[Batch] = [cast(Batch, calibration)] if _is_batch(calibration) else list(calibration)
     if not batches and (setting is None or init != "random"):
         raise ValueError("no calibration data; give a few images, or the setting of an earlier search")
-    generator = torch.Generator().manual_seed(seed)
     if towers is None:
         towers = ("vision", "language") if not batches or adapter.reads_text(batches[0]) else ("vision",)
-    pruning = _attach(model, adapter, rule, num_learnable, init_std, packed, generator, towers)
+    number, generator = num_learnable or LEARNABLE, torch.Generator().manual_seed(seed)
+    pruning = _attach(model, adapter, rule, number, init_std, packed, generator, towers)
     pruning.progress = progress
     try:
         with _evaluation(model):
             if init != "random" and pruning.learnable_tokens is not None:
-                pruning.learnable_tokens.data.copy_(_made_of_data(pruning, batches, init, num_learnable, init_std, generator))
+                pruning.learnable_tokens.data.copy_(_made_of_data(pruning, batches, init, number, init_std, generator))
             pruning.setting = _solved(pruning, batches, p) if setting is None else setting
     except BaseException:
         restore(model)
@@ -113,13 +114,14 @@ def restore(model: nn.Module) -> nn.Module:
     return model
 
 
-def _check(p: float, init: str, rule: PruningRule) -> None:
+def _check(p: float, init: str, num_learnable: int | None, rule: PruningRule) -> None:
     if not 0 < p < 1:
         raise ValueError(f"p must be above 0 and below 1, got {p}")
     if init not in INITS:
         raise ValueError(f"init must be one of {', '.join(INITS)}, got {init!r}")
-    if init != "random" and not rule.mag:
-        raise ValueError(f"init={init!r} needs learnable tokens; give a rule with mag=True")
+    if not rule.mag and (init != "random" or num_learnable is not None):
+        given = f"init={init!r}" if init != "random" else f"num_learnable={num_learnable}"
+        raise ValueError(f"{given}: the rule has no learnable tokens; give one with mag=True")
 
 
 @contextmanager

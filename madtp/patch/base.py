@@ -166,6 +166,16 @@ class Pruning(nn.Module):
         model.add_module(ATTRIBUTE, self)
 
     @property
+    def align(self) -> bool:
+        return self._align
+
+    @align.setter
+    def align(self, wanted: bool) -> None:
+        if wanted and self.learnable_tokens is None:
+            raise ValueError("there are no learnable tokens to align with; prune with a rule with mag=True")
+        self._align = wanted
+
+    @property
     def blocks(self) -> list[WrappedBlock]:
         """The blocks of all towers."""
         return [block for tower in self.towers for block in tower.blocks]

@@ -73,7 +73,7 @@ def load(folder: str | Path) -> nn.Module:
     model = build(folder, told["library"], told["architecture"])
     model.to(getattr(import_module("torch"), told["dtype"]))
     rule = PruningRule(**{**told["rule"], "terms": tuple(told["rule"]["terms"])})
-    options = {"num_learnable": told["num_learnable"], "packed": told["packed"], "towers": told["towers"]}
+    options = {"num_learnable": told["num_learnable"] or None, "packed": told["packed"], "towers": told["towers"]}
     prune(model, rule=rule, setting=PruneSetting(**told["setting"]), **options)
     import_module("safetensors.torch").load_model(model, str(folder / WEIGHTS))
     return model

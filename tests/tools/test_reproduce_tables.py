@@ -21,7 +21,7 @@ from tools import reproduce_tables
 from tools.tables.hours import Estimator
 from tools.tables.needs import needs_of
 from tools.tables.plan import PLAN, Row, Table, config_of, distinct, jobs_of, read_plan, tables_of
-from tools.tables.render import NOT_RUN, as_csv, compare, comparisons, markdown
+from tools.tables.render import NOT_RUN, OUT_OF_REACH, as_csv, compare, comparisons, markdown
 from tools.tables.run import Progress, is_complete
 from utils import UserError
 
@@ -39,6 +39,8 @@ with open(out.parent / "starts.txt", "a") as file:
     file.write(f"{out.name} {'resumed' if '--resume' in args else 'new'}\\n")
 if "method=broken" in args:
     sys.exit(2)
+if "sd_num=7" in args:
+    sys.exit("error: p = 0.5 is out of reach: 0.6 to 0.7 possible")
 if "--evaluate" in args and p:
     assert Path(args[args.index("--pretrained") + 1]).is_file()
 epochs = out / "checkpoint_last.pth"
@@ -165,6 +167,18 @@ def test_a_failure_stops_neither_other_rows_nor_the_tables(world, monkeypatch):
     assert rows["static"]["test acc"] == NOT_RUN and rows["cut"]["test acc"] == rows["cut again"]["test acc"] == "87.50"
 
 
+def test_a_row_whose_ratio_is_out_of_reach_says_so_and_is_not_tried_again(world, monkeypatch):
+    (world / "plan.yaml").write_text((world / "plan.yaml").read_text().replace("method=stp", "method=stp --set sd_num=7"))
+    known = world / "results" / "toy.json"
+    for more in ((), (), ("--known", str(known), "--output", str(world / "elsewhere"))):
+        make(world, monkeypatch, "--seeds", "1", "--rows", "static", *more, tables="1")
+        assert len(starts(world)) == 1
+        assert rows_of(world, "1")["static"]["test acc"] == OUT_OF_REACH
+        text = (world / "results" / "toy_1.md").read_text()
+        assert "Not run yet: whole; cut; cut again." in text
+        assert "static: p = 0.5 is out of reach: 0.6 to 0.7 possible." in text
+
+
 def test_results_of_another_machine_count_as_made(world, monkeypatch, tmp_path):
     make(world, monkeypatch, "--seeds", "1")
     known = world / "results" / "toy.json"
@@ -242,10 +256,10 @@ def test_markdown_shows_what_was_compared_and_where_it_comes_from():
     rows = [Row(name="a|b", run="--p 0.5", against="c", note="a note"), Row(name="c", run="--p 0.4")]
     table = Table(title="t", data="nlvr", columns={"seed": "seed"}, rows=rows)
     found = {"a|b": entries("UU"), "c": entries("U0")}
-    text = markdown("9", table, found, "python x.py", ["Code: abc."])
+    text = markdown("9", table, found, "python x.py", ["Code: abc."], {})
     assert "a\\|b" in text and "+50.00" in text and "a|b: a note" in text and "Made by `python x.py`. Code: abc." in text
     assert comparisons(table, {"c": entries("U0")}) == []
-    assert as_csv(table, found).splitlines()[0] == "approach,seed,seeds"
+    assert as_csv(table, found, {}).splitlines()[0] == "approach,seed,seeds"
 
 
 def test_the_estimate_waits_for_a_run_of_each_kind_and_counts_runs_side_by_side(world):

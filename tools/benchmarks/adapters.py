@@ -86,7 +86,9 @@ def transformers_dino() -> nn.Module:
 def transformers_blip() -> nn.Module:
     from transformers import BlipConfig, BlipForImageTextRetrieval
 
-    return BlipForImageTextRetrieval(BlipConfig(vision_config={"image_size": SIDE, "patch_size": PATCH}))
+    # By itself the image encoder starts at zero, where all tokens are alike.
+    vision = {"image_size": SIDE, "patch_size": PATCH, "initializer_range": 0.02}
+    return BlipForImageTextRetrieval(BlipConfig(vision_config=vision))
 
 
 def pairs(batch_size: int) -> Batch:
@@ -158,9 +160,9 @@ def main() -> None:
         row = measure(contender, args.p, args.batch_size, args.rounds, torch.device(args.device))
         rows.append(row)
         print(f"{row.model}: {row.p:.1%} fewer GFLOPs, {row.speedup:.2f} times as fast (lowest round {row.lowest:.2f})", flush=True)
-    if args.out:
-        command = f"python -m tools.benchmarks.adapters {' '.join(sys.argv[1:])}"
-        write_csv(args.out / f"adapters_{args.device.replace(':', '')}.csv", command, machine(args.device), rows)
+        if args.out:  # after each, so that none is lost
+            command = f"python -m tools.benchmarks.adapters {' '.join(sys.argv[1:])}"
+            write_csv(args.out / f"adapters_{args.device.replace(':', '')}.csv", command, machine(args.device), rows)
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ def export_model(
         kind: "onnx" or "openvino".
         parts: names of the parts to write; the task's own choice if empty.
         text_tokens: length of texts; None: the longest of the data.
-        checked: number of samples that check each file, of the first SAMPLES.
+        checked: number of calibration samples that check each file.
     Raises:
         UserError: when a package is missing, the model has no deployment form, or a file deviates from PyTorch.
     """
@@ -57,7 +57,7 @@ def export_model(
     )
     lines = []
     for part in parts_of(deployment.config.task, deployment.model, deployment.setting, length, parts):
-        samples = calibration(deployment, part.select, SAMPLES)
+        samples = calibration(deployment, part.select, max(SAMPLES, checked))
         path, exact, quantised = write(part, kind, int8, out, samples, checked)
         described.parts[part.name] = description(part, deployment, samples[0], path, exact, quantised)
         lines.append(report(path, described.parts[part.name], exact, quantised))

@@ -12,7 +12,7 @@ from tools.tables.plan import Row, Table, figure
 from tools.tables.run import DIGITS, STEPS
 
 Entries = Sequence[Mapping[str, Any]]  # of one row in a ledger, by seed
-NOT_RUN = "not run"
+NOT_RUN, OUT_OF_REACH = "not run", "out of reach"
 
 
 @dataclass(frozen=True)
@@ -63,12 +63,14 @@ def header(table: Table) -> list[str]:
     return ["approach", *ratio, *table.columns, "seeds", *paper]
 
 
-def cells(table: Table, row: Row, entries: Entries) -> list[str]:
-    """Returns the cells of a row."""
+def cells(table: Table, row: Row, entries: Entries, refused: str = "") -> list[str]:
+    """Returns the cells of a row. `refused` says why its reduce ratio is out of reach."""
     ratio = [f"{row.ratio:g}" if row.ratio is not None else ""] if "reduce ratio" in header(table) else []
     if entries:
         own = [spread([figure(entry["result"], place) for entry in entries], place) for place in table.columns.values()]
         own.append(str(len(entries)))
+    elif refused:
+        own = [OUT_OF_REACH, *[""] * len(table.columns)]
     else:
         own = [NOT_RUN if row.run is not None else ""] * (len(table.columns) + 1)
     theirs: list[str] = []
@@ -89,15 +91,18 @@ def spread(values: Sequence[float | None], place: str) -> str:
     return f"{text} ± {statistics.stdev(known):.{digits}f}" if deviates else text
 
 
-def markdown(name: str, table: Table, found: Mapping[str, Entries], command: str, versions: Sequence[str]) -> str:
+def markdown(
+    name: str, table: Table, found: Mapping[str, Entries], command: str, versions: Sequence[str], refused: Mapping[str, str]
+) -> str:
     """Returns the table with its comparisons, notes and provenance.
 
     Args:
         found: row -> entries of its completed runs.
         command: that makes the table.
         versions: of code, libraries and machine.
+        refused: row -> why its reduce ratio is out of reach.
     """
-    rows = [cells(table, row, found.get(row.name, [])) for row in table.rows]
+    rows = [cells(table, row, found.get(row.name, []), refused.get(row.name, "")) for row in table.rows]
     parts = [f"# Table {name}: {table.title}", _markdown_table(header(table), rows)]
     compared = comparisons(table, found)
     if compared:
@@ -106,9 +111,10 @@ def markdown(name: str, table: Table, found: Mapping[str, Entries], command: str
             " standard error of a paired test, whose p-value follows; the deviation over seeds is that of single runs."
         )
         parts.append(_markdown_table(list(compared[0]), [list(row.values()) for row in compared]))
-    missing = [row.name for row in table.rows if row.run is not None and not found.get(row.name)]
-    if missing:
+    without = [row.name for row in table.rows if row.run is not None and not found.get(row.name)]
+    if missing := [name for name in without if not refused.get(name)]:
         parts.append(f"Not run yet: {'; '.join(missing)}.")
+    parts += [f"{name}: {refused[name]}." for name in without if refused.get(name)]
     parts += [f"{row.name}: {row.note}" for row in table.rows if row.note]
     parts.append(f"Made by `{command}`. {' '.join(versions)}")
     return "\n\n".join(parts) + "\n"
@@ -132,12 +138,12 @@ def comparisons(table: Table, found: Mapping[str, Entries]) -> list[dict[str, st
     return rows
 
 
-def as_csv(table: Table, found: Mapping[str, Entries]) -> str:
+def as_csv(table: Table, found: Mapping[str, Entries], refused: Mapping[str, str]) -> str:
     """Returns the table as comma-separated values."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(header(table))
-    writer.writerows(cells(table, row, found.get(row.name, [])) for row in table.rows)
+    writer.writerows(cells(table, row, found.get(row.name, []), refused.get(row.name, "")) for row in table.rows)
     return out.getvalue()
 
 

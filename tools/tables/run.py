@@ -23,6 +23,7 @@ from utils import UserError
 
 STUDY_SHAPES, FAST_SHAPES = Path("datasets/shapes_study"), Path("datasets/shapes_fast")
 FAST_SIZE, FAST = 160, "--eval-size 24 --val-size 24"  # in place of a task's own sizes
+OUT_OF_REACH = "is out of reach"  # in the message of such a run
 COMMAND = "command.txt"  # file in a run's folder that holds its command
 STEPS = 30  # of a sample's score, which is a multiple of 1/3 or of 1/10
 DIGITS = "0123456789ABCDEFGHIJKLMNOPQRSTU"
@@ -52,7 +53,7 @@ class Ledger:
     """The completed runs: those in their folders, and those that an earlier ledger holds.
 
     An entry has the command, the content of result.json, the alignment diagnostics of the last epoch, and the score of each test
-    sample, a digit each.
+    sample, a digit each. That of a run whose reduce ratio is out of reach has the reason instead.
     """
 
     def __init__(self, path: Path, known: Path | None = None):
@@ -63,9 +64,19 @@ class Ledger:
 
     def entry(self, job: Job) -> dict[str, Any] | None:
         """Returns the entry of a run; None if it is not complete. A run in its folder goes before a known one."""
+        found = self._found(job)
+        return found if found and "result" in found else None
+
+    def refused(self, job: Job) -> str:
+        """Returns why the run's reduce ratio is out of reach; empty where it is not."""
+        return (self._found(job) or {}).get("refused", "")
+
+    def _found(self, job: Job) -> dict[str, Any] | None:
         command = shlex.join(job.command)
-        if command not in self.own and is_complete(job):
+        if "result" not in self.own.get(command, {}) and is_complete(job):
             self.own[command] = self._read(job)
+        elif command not in self.own and (reason := refusal(job)):
+            self.own[command] = {"folder": str(job.folder), "refused": reason}
         return self.own.get(command) or self.known.get(command)
 
     def write(self, jobs: Iterable[Job]) -> None:
@@ -102,6 +113,15 @@ def scores_of(job: Job) -> str:
 def is_complete(job: Job) -> bool:
     """Tells whether the run has completed with exactly this command: the meaning of a row may have changed since."""
     return (job.folder / "result.json").is_file() and _said(job) == shlex.join(job.command)
+
+
+def refusal(job: Job) -> str:
+    """Returns the last words of a run with this command whose reduce ratio is out of reach; empty for any other."""
+    log = Path(f"{job.folder}.txt")
+    if _said(job) != shlex.join(job.command) or not log.is_file():
+        return ""
+    *_, last = ["", *log.read_text(encoding="utf-8").splitlines()]
+    return last.removeprefix("error: ") if last.startswith("error: ") and OUT_OF_REACH in last else ""
 
 
 def _said(job: Job) -> str:
@@ -155,7 +175,7 @@ def run_all(
         launch: the command in front of the entry script.
         after_each: called after each run.
     """
-    waiting = [job for job in jobs if ledger.entry(job) is None]
+    waiting = [job for job in jobs if ledger.entry(job) is None and not ledger.refused(job)]
     progress, failures = Progress(at_a_time, list(waiting)), []
     running: set[subprocess.Popen] = set()
     started: dict[Path, Future] = {}
@@ -207,7 +227,7 @@ def run(job: Job, launch: str, at_a_time: int, running: set[subprocess.Popen]) -
         running.add(process)
         code = process.wait()
         running.discard(process)
-    if code:
+    if code and not refusal(job):
         raise UserError(f"{job.folder.name}: ended with exit code {code}; see {job.folder}.txt")
 
 

@@ -1,5 +1,8 @@
 """The kernel for samples of different lengths: its requirements and, on a GPU, its outputs."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -21,6 +24,15 @@ def test_the_first_missing_requirement_is_named(monkeypatch, device, kernel, dty
     monkeypatch.setattr(varlen, "kernel", lambda: kernel)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     assert varlen.missing_requirement(torch.device(device), dtype) == missing
+
+
+def test_the_kernel_is_found_where_pytorch_has_it():
+    assert (varlen.kernel() is not None) == (tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 10))
+
+
+def test_the_library_alone_does_not_load_it():
+    code = "import madtp, sys; sys.exit('torch.nn.attention.varlen' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
 def test_a_cpu_takes_another_path():

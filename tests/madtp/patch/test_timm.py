@@ -187,9 +187,12 @@ def test_by_default_there_are_no_learnable_tokens():
     names = list(model.state_dict())
     pruning = madtp.prune(model, pictures(), p=0.3)
     assert pruning.learnable_tokens is None and list(model.state_dict()) == names
+    with pytest.raises(ValueError, match="no learnable tokens to align with"):
+        pruning.align = True
     madtp.restore(model)
-    with pytest.raises(ValueError, match="init='kmeans' needs learnable tokens; give a rule with mag=True"):
-        madtp.prune(model, pictures(), p=0.3, init="kmeans")
+    for given, words in (({"init": "kmeans"}, "init='kmeans'"), ({"num_learnable": 7}, "num_learnable=7")):
+        with pytest.raises(ValueError, match=f"{words}: the rule has no learnable tokens; give one with mag=True"):
+            madtp.prune(model, pictures(), p=0.3, **given)
 
 
 def test_a_loss_trains_the_learnable_tokens_where_the_rule_says_so():

@@ -179,6 +179,15 @@ def test_counts_that_a_checkpoint_holds_are_used(world, tmp_path) -> None:
     assert [block.pruner.fixed for block in model.branches["vision"]] == [7] * depths["vision"]
 
 
+def test_as_many_samples_check_a_file_as_asked(world, tmp_path, monkeypatch) -> None:
+    random_run("nlvr", world, tmp_path / "run")
+    argv = ["--checkpoint", str(tmp_path / "run" / "checkpoint_best.pth"), "--out", str(tmp_path / "out"), "--format", "onnx"]
+    monkeypatch.setattr("sys.argv", ["export.py", *argv, "--int8", "--check-samples", "3"])
+    export.main()
+    checked = read(tmp_path / "out", DESCRIPTION)["parts"]["model"]["checked"]
+    assert {precision: check["samples"] for precision, check in checked.items()} == {"fp32": 3, "int8": 3}
+
+
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
