@@ -30,9 +30,9 @@ transformers are the image encoders of these libraries at the same size, for --t
 speedup is the throughput relative to the first method, dense, computed round by round.
 
 --engine times the deployment form instead, in which every sample keeps the same number of tokens in a block: dense against fixed
-numbers (method fixed), both in this engine and precision, on a CPU. onnxruntime and openvino run exported files, with a note on how
-far these deviate from PyTorch in fp32; torch and compile run the model itself, in bf16 under autocast. Quantised models are
-calibrated on noise: only their time is of interest.
+numbers (method fixed), both in this engine and precision. onnxruntime and openvino run exported files on a CPU, with a note on how
+far these deviate from PyTorch in fp32; torch and compile run the model itself, in bf16 under autocast, compile on a GPU in CUDA
+graphs. Quantised models are calibrated on noise: only their time is of interest.
 
 rerank and rank_answers time the scoring of candidates by an uncompressed model. Images and questions are encoded beforehand.
 rerank is BLIP's matching of images with --candidates texts each (unit: image-text pairs). separate repeats the image for each of

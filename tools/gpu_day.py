@@ -80,6 +80,14 @@ def clip(day: Day) -> Sequence[Command]:
     return [day.benchmark("retrieval_clip", "1,32,256", "--p", PRUNED, "--against", "dense,compiled", sizes=sizes)]
 
 
+def deployed(day: Day) -> Sequence[Command]:
+    """The deployment form, whose fixed shapes CUDA graphs can replay, compiled and as it is; on a CPU as it is alone."""
+    sizes = ["--config", SHAPES, "--rounds", "1", "--batch-sizes", "2"] if day.tiny else ["--batch-sizes", "1,32"]
+    form = ["tools/benchmark.py", "--task", "vit", "--precision", "bf16", "--p", "0.5,0.8", "--device", day.device, *sizes]
+    engines = ("torch",) if day.device == "cpu" else ("torch", "compile")
+    return [[*form, "--engine", engine, "--out", str(day.out / "deployed")] for engine in engines]
+
+
 def training(day: Day) -> Sequence[Command]:
     there = Day(day.device, day.tiny, day.out / "train")
     return [there.benchmark(task, "32", "--p", "0.5,0.8", "--train") for task in ("vit", "nlvr")]
@@ -112,6 +120,7 @@ PARTS = (
     Part("encoder", 4, encoder),
     Part("nlvr", 5, nlvr),
     Part("clip", 5, clip),
+    Part("deployed", 3, deployed),
     Part("training", 4, training),
     Part("sparse", 4, sparse),
     Part("compression", 4, compression),
